@@ -1,0 +1,270 @@
+"""Procedural ultrasound phantoms: five planes, two sites with a domain shift, in the two datasets' own layouts.
+
+    python -m planes.phantom --out runs/phantoms        # site A as spanish/, site B as african/
+
+The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
+"""
+
+import argparse
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from planes import PLANES, Plane
+from planes.scanner import BONE, BRIGHT, DIM, FLUID, TISSUE, Probe, Rng, Tissue, annotate, scan
+
+# --- anatomy: how the paper describes the planes, one function each ---
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Where a structure lies in one image of one patient."""
+
+    cx: float
+    cy: float
+    size: float  # half axis, depths
+    angle: float
+
+
+def _pose(rng: Rng, growth: float, tilt: float, size: float) -> Pose:
+    cx, cy = rng.normal(0, 0.05), 0.52 + rng.normal(0, 0.04)
+    return Pose(cx, cy, size * growth * rng.uniform(0.94, 1.06), rng.uniform(-tilt, tilt))
+
+
+def _at(pose: Pose, u: float, v: float) -> tuple[float, float]:
+    """A point given in the structure's own frame (units of its size), in image coordinates."""
+    c, s = np.cos(pose.angle), np.sin(pose.angle)
+    return pose.cx + pose.size * (c * u - s * v), pose.cy + pose.size * (s * u + c * v)
+
+
+def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
+    """A bright elliptical skull, the midline echo broken by the cavum, two dark thalami, a ventricle."""
+    p = _pose(rng, growth, 0.6, 0.41)
+    ratio = rng.uniform(0.74, 0.82)
+    head = tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle)
+    tissue.paint(head, DIM + 2, 1.0)
+    for side in (-1, 1):
+        tissue.paint(tissue.ellipse(*_at(p, 0.02, 0.13 * side), 0.2 * p.size, 0.1 * p.size, p.angle), DIM - 10)
+    tissue.paint(tissue.ellipse(*_at(p, 0.5, 0.33), 0.26 * p.size, 0.08 * p.size, p.angle + 0.2), FLUID + 12)
+    tissue.paint(tissue.rod(p.cx, p.cy, 0.86 * p.size, 0.014, p.angle), BRIGHT + 2)
+    tissue.paint(tissue.rod(*_at(p, -0.45, 0), 0.1 * p.size, 0.07 * p.size, p.angle), FLUID + 8)
+    tissue.paint(tissue.ring(p.cx, p.cy, p.size, ratio * p.size, rng.uniform(0.022, 0.034), p.angle), BONE, 9.0)
+
+
+def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
+    """One bright rod, a little bent, with its shadow, in the soft tissue of the thigh."""
+    p = _pose(rng, growth, 0.5, 0.29)
+    tissue.paint(tissue.ellipse(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, p.angle), DIM + 5)
+    tissue.paint(tissue.ring(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, 0.016, p.angle), BRIGHT - 6)
+    tissue.paint(
+        tissue.rod(p.cx, p.cy, p.size, rng.uniform(0.036, 0.05), p.angle, rng.uniform(0.1, 0.5)), BONE + 2, 160
+    )
+
+
+def abdomen(tissue: Tissue, rng: Rng, growth: float) -> None:
+    """A round section: thin wall, liver, the dark stomach bubble, the umbilical vein, the spine with its shadow."""
+    p = _pose(rng, growth, 3.14, 0.39)
+    ratio = rng.uniform(0.9, 1.0)
+    tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle), TISSUE + 3, 1.0)
+    tissue.paint(tissue.ring(p.cx, p.cy, p.size, ratio * p.size, 0.018, p.angle), BRIGHT - 1)
+    stomach = rng.uniform(0.17, 0.25)
+    tissue.paint(
+        tissue.ellipse(*_at(p, -0.42, 0.25), stomach * p.size, 0.8 * stomach * p.size, rng.uniform(0, 3)), FLUID
+    )
+    tissue.paint(tissue.rod(*_at(p, 0.18, -0.12), 0.26 * p.size, 0.09 * p.size, p.angle + 0.9, 2.0), FLUID + 8)
+    tissue.paint(tissue.ellipse(*_at(p, 0.1, 0.78), 0.12 * p.size, 0.1 * p.size), BONE - 2, 45)
+
+
+def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
+    """A round section: ribs as short bright arcs with shadows, grey lungs, the heart's four chambers, the spine."""
+    p = _pose(rng, growth, 3.14, 0.39)
+    tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, 0.93 * p.size, p.angle), TISSUE, 1.0)
+    for turn in np.arange(0, 2 * np.pi, 2 * np.pi / 7) + rng.uniform(-0.1, 0.1, 7):
+        u, v = np.cos(turn), 0.93 * np.sin(turn)
+        along = p.angle + turn + np.pi / 2
+        tissue.paint(tissue.rod(*_at(p, u, v), 0.15 * p.size, 0.028, along, 2.5), BONE - 1, 28)
+    heart, tilt = p.size * rng.uniform(0.46, 0.54), p.angle + rng.uniform(0.6, 0.95)
+    hx, hy = _at(p, -0.16, -0.06)
+    tissue.paint(tissue.ellipse(hx, hy, heart, 0.8 * heart, tilt), BRIGHT - 4)
+    for u, v, size in ((-0.36, -0.34, 0.33), (-0.36, 0.34, 0.33), (0.38, -0.3, 0.31), (0.38, 0.3, 0.31)):
+        c, s = np.cos(tilt), np.sin(tilt)
+        cx, cy = hx + heart * (c * u - s * v), hy + heart * (s * u + c * v)
+        tissue.paint(tissue.ellipse(cx, cy, size * heart, 0.8 * size * heart, tilt), FLUID + 6)
+    tissue.paint(tissue.ellipse(*_at(p, 0.1, 0.74), 0.11 * p.size, 0.1 * p.size), BONE - 2, 40)
+
+
+def other(tissue: Tissue, rng: Rng, growth: float) -> None:
+    """None of the four: a profile, limbs in fluid, the placenta, or a coiled cord."""
+    kind = rng.integers(4)
+    if kind == 0:  # a face in profile at the edge of the amniotic fluid
+        tissue.paint(tissue.ellipse(rng.uniform(-0.3, 0.3), 0.2, 0.55, 0.2 * growth, rng.normal(0, 0.2)), FLUID)
+        x0 = rng.uniform(-0.1, 0.1)
+        for k, size in enumerate((0.11, 0.055, 0.05, 0.06)):
+            center = (x0 - 0.2 + 0.13 * k, 0.46 + 0.02 * k)
+            tissue.paint(tissue.ring(*center, size * growth, size * growth, 0.02), BRIGHT + 2, 8)
+    elif kind == 1:  # hands and feet: small bright parts in fluid
+        tissue.paint(tissue.ellipse(rng.normal(0, 0.05), 0.5, 0.5, 0.3 * growth, rng.normal(0, 0.3)), FLUID)
+        for _ in range(rng.integers(5, 9)):
+            center = (rng.uniform(-0.3, 0.3), rng.uniform(0.36, 0.66))
+            tissue.paint(tissue.rod(*center, rng.uniform(0.02, 0.05), 0.025, rng.uniform(0, 3.1)), BRIGHT + 4, 12)
+    elif kind == 2:  # the placenta: a thick layer over dark fluid
+        edge = rng.uniform(0.38, 0.5)
+        wave = 0.03 * np.sin(rng.uniform(5, 9) * tissue.x + rng.uniform(0, 6))
+        tissue.paint(edge + wave - tissue.y, FLUID, soft=0.01)
+        tissue.paint(rng.uniform(0.72, 0.85) + wave - tissue.y, TISSUE + 4, soft=0.02)
+    else:  # the cord: rows of small loops in fluid
+        tissue.paint(tissue.ellipse(0, 0.5, 0.45, 0.32 * growth), FLUID)
+        start = rng.uniform(-0.3, -0.2)
+        for k in range(rng.integers(5, 8)):
+            center = (start + 0.085 * k, 0.5 + 0.05 * np.sin(1.3 * k + rng.uniform(0, 0.8)))
+            tissue.paint(tissue.ring(*center, 0.045, 0.05, 0.018), BRIGHT)
+
+
+ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = {
+    Plane.ABDOMEN: abdomen,
+    Plane.BRAIN: brain,
+    Plane.FEMUR: femur,
+    Plane.THORAX: thorax,
+    Plane.OTHER: other,
+}
+
+
+# --- two sites: the domain shift of the paper, in small ---
+
+
+@dataclass(frozen=True)
+class Site:
+    """The equipment of a place: ranges (low, high) from which a patient's probe is drawn."""
+
+    sizes: tuple[tuple[int, int], ...]  # width, height, px
+    half_angle: tuple[float, float]
+    radius: tuple[float, float]
+    axial: tuple[float, float]
+    lateral: tuple[float, float]
+    dynamic_range: tuple[float, float]
+    gain: tuple[float, float]
+    tgc: tuple[float, float]
+    noise: tuple[float, float]
+    looks: tuple[int, int]
+    letters: tuple[int, int]
+
+    def probe(self, rng: Rng) -> Probe:
+        width, height = self.sizes[rng.integers(len(self.sizes))]
+        ranges = {f.name: getattr(self, f.name) for f in fields(Probe) if f.name in _DRAWN}
+        return Probe(width, height, **{k: rng.uniform(*r) for k, r in ranges.items()}, looks=rng.integers(*self.looks))
+
+
+_DRAWN = {"half_angle", "radius", "axial", "lateral", "dynamic_range", "gain", "tgc", "noise"}
+
+SITE_A = Site(  # a well-equipped hospital: wide curved probes, compounding, low noise
+    sizes=((240, 166), (228, 158), (192, 118), (224, 136)),
+    half_angle=(0.52, 0.66),
+    radius=(0.35, 0.55),
+    axial=(0.003, 0.005),
+    lateral=(0.010, 0.014),
+    dynamic_range=(54, 62),
+    gain=(2, 7),
+    tgc=(0, 6),
+    noise=(-62, -54),
+    looks=(2, 5),
+    letters=(0, 6),
+)
+SITE_B = Site(  # portable scanners: narrower sectors, coarse speckle, high contrast, noise, more writing
+    sizes=((150, 129), (120, 135), (150, 120), (180, 150)),
+    half_angle=(0.42, 0.62),
+    radius=(0.15, 0.35),
+    axial=(0.005, 0.008),
+    lateral=(0.016, 0.024),
+    dynamic_range=(40, 50),
+    gain=(0, 8),
+    tgc=(-7, 3),
+    noise=(-50, -42),
+    looks=(1, 3),
+    letters=(4, 14),
+)
+
+
+def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
+    """One image (height, width) uint8 of a plane. `patient` draws what a patient's images share, `image` the rest."""
+    probe, growth, level = site.probe(patient), patient.uniform(0.85, 1.1), TISSUE + patient.normal(0, 2)
+    tissue = Tissue(probe, image, level)
+    ANATOMY[plane](tissue, image, growth)
+    return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
+
+
+def write_spanish_layout(root: Path, train: int, test: int, seed: int, site: Site = SITE_A) -> None:
+    """Phantoms laid out as FETAL_PLANES_DB: `train` and `test` images per plane, one to four of a patient.
+
+    Writes root/FETAL_PLANES_DB_data.csv and root/Images/*.png; the file's odd spaces are the original's.
+    """
+    codes = {Plane.OTHER: 1, Plane.ABDOMEN: 2, Plane.BRAIN: 3, Plane.FEMUR: 5, Plane.THORAX: 6}
+    labels = {plane: f"Fetal {plane}" for plane in PLANES} | {Plane.OTHER: "Other"}
+    (root / "Images").mkdir(parents=True, exist_ok=True)
+    rng, rows, number = np.random.default_rng([seed, 1]), [], 0
+    for flag, count in ((1, train), (0, test)):
+        queue = [plane for plane in PLANES for _ in range(count)]
+        rng.shuffle(queue)
+        while queue:
+            number += 1
+            planes = sorted(queue.pop() for _ in range(min(len(queue), rng.integers(1, 5))))
+            for n, plane in enumerate(planes):
+                k, of = planes[: n + 1].count(plane), planes.count(plane)
+                name = f"Patient{number:05}_Plane{codes[plane]}_{k}_of_{of}"
+                patient, image = np.random.default_rng([seed, 2, number]), np.random.default_rng([seed, 3, number, n])
+                Image.fromarray(phantom(plane, site, patient, image)).save(root / "Images" / f"{name}.png")
+                sub_plane = "Other" if plane is Plane.BRAIN else "Not A Brain"
+                rows.append([name, number, labels[plane], sub_plane, "Other", "Other", f"{flag} "])
+    header = ["Image_name", "Patient_num", "Plane", "Brain_plane", "Operator", "US_Machine", "Train "]
+    _write_csv(root / "FETAL_PLANES_DB_data.csv", header, rows, ";")
+
+
+def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE_B) -> None:
+    """Phantoms laid out as the African dataset: `patients` per country, one image of each plane; every other one tests.
+
+    Writes root/African_planes_database.csv and root/<country>/*.png; no Other, and no thorax in Ghana and Uganda.
+    """
+    rows = []
+    for c, (center, code) in enumerate(COUNTRIES.items()):
+        (root / center).mkdir(parents=True, exist_ok=True)
+        for number in range(1, patients + 1):
+            for n, plane in enumerate(PLANES[:3] if center in ("Ghana", "Uganda") else PLANES[:4]):
+                name = f"patient{number:03}_{code}_plane{n}"
+                patient, image = (
+                    np.random.default_rng([seed, 4, c, number]),
+                    np.random.default_rng([seed, 5, c, number, n]),
+                )
+                Image.fromarray(phantom(plane, site, patient, image)).save(root / center / f"{name}.png")
+                rows.append([number, f"Fetal {plane}", number % 2, center, name])
+    header = ["Patient_num", "Plane", "Train", "Center", "Filename"]
+    _write_csv(root / "African_planes_database.csv", header, rows, ",")
+
+
+COUNTRIES = {"Algeria": "DZA", "Egypt": "EGY", "Malawi": "MWI", "Uganda": "UGA", "Ghana": "GHA"}
+
+
+def _write_csv(path: Path, header: list[str], rows: list[list], delimiter: str) -> None:
+    """Written last, so that a folder with its table is a whole one."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Write both sites' phantoms in the layouts of the real datasets.")
+    parser.add_argument("--out", type=Path, required=True, help="gets spanish/ (site A) and african/ (site B)")
+    parser.add_argument("--train", type=int, default=230, help="site A: training images per plane")
+    parser.add_argument("--test", type=int, default=40, help="site A: test images per plane")
+    parser.add_argument("--patients", type=int, default=25, help="site B: patients per country")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    write_spanish_layout(args.out / "spanish", args.train, args.test, args.seed)
+    write_african_layout(args.out / "african", args.patients, args.seed)
+
+
+if __name__ == "__main__":
+    main()
