@@ -87,13 +87,13 @@ def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
     spread = 2 * np.cumsum(tissue.attenuation, axis=0) / shape[0]
     amplitude = 10 ** ((tissue.echo - spread) / 20)
     amplitude = np.hypot(amplitude, 10 ** (probe.noise / 20))  # two independent Gaussians add up to one
-    envelope = sum(np.abs(_speckle(amplitude, probe, rng)) for _ in range(probe.looks)) / probe.looks
+    envelope = sum(np.abs(speckle(amplitude, probe, rng)) for _ in range(probe.looks)) / probe.looks
     decibel = 20 * np.log10(envelope + 1e-6) + probe.gain + probe.tgc * (tissue.depth - 0.5)
     polar = np.clip(1 + decibel / probe.dynamic_range, 0, 1)
     return _scan_convert(polar, probe)
 
 
-def _speckle(amplitude: np.ndarray, probe: Probe, rng: Rng) -> np.ndarray:
+def speckle(amplitude: np.ndarray, probe: Probe, rng: Rng) -> np.ndarray:
     """Scatterers of the given amplitude, blurred by the point spread function; of unit power where amplitude is 1."""
     depths, beams = amplitude.shape
     real, imaginary = rng.standard_normal((2, depths, beams), dtype=np.float32) / np.float32(np.sqrt(2))
