@@ -1,0 +1,58 @@
+"""Text to image: noise from a seed, a sampler over the denoiser, the decoder."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL
+from samplers.denoiser import Denoiser
+from samplers.euler import sample_euler
+from samplers.schedule import NoiseSchedule, euler_nodes, unipc_nodes
+from samplers.unipc import sample_unipc
+
+SAMPLERS = {"euler": (euler_nodes, sample_euler), "unipc": (unipc_nodes, sample_unipc)}
+"""Name -> (schedule of nodes, sampler), both with the settings of the authors' webui."""
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Unit normal float32 noise (B, *shape); row k is drawn from seeds[k] alone, on the CPU, on whatever device it
+    is used: an image then depends on its seed and not on its batch."""
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def generate(
+    unet: UNet,
+    context: Tensor,
+    negative_context: Tensor | None,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    *,
+    sampler: str = "euler",
+    steps: int = 20,
+    guidance_scale: float = 7.0,
+    prediction_type: str = "epsilon",
+    callback: Callable[..., None] | None = None,
+) -> Tensor:
+    """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho & Salimans 2022).
+
+    context: (B, S, D) one row per image; negative_context: (1 or B, S, D) of the empty or negative prompt
+    seeds: B integers; size: (H, W) of the latents; sampler: a key of SAMPLERS
+    """
+    make_nodes, sample = SAMPLERS[sampler]
+    nodes = make_nodes(NoiseSchedule(), steps)
+    if negative_context is not None:
+        negative_context = negative_context.expand_as(context)
+    denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
+    noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
+    return sample(denoise, nodes.init_scale * noise, nodes.sigmas, callback=callback)
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (B, H, W, 3) uint8 on the CPU; one at a time, since the decoder needs far more memory than the U-Net."""
+    dtype, device = vae.post_quant_conv.weight.dtype, vae.post_quant_conv.weight.device
+    images = torch.cat([vae.decode(row[None].to(device, dtype)).float().cpu() for row in latents])
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)

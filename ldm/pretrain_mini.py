@@ -1,0 +1,305 @@
+"""Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then U-Net and text encoder.
+
+    python -m ldm.pretrain_mini --work runs/mini --out ldm/mini
+
+Two hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on from its last
+checkpoint in --work as if it had not been. No real image is used: nothing can leak into a test, no licence attaches.
+"""
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from ldm.checkpoint import Model, save_folder
+from ldm.generate import decode_images, generate
+from ldm.scenes import scene
+from ldm.text import TextConfig, TextEncoder, encode_prompts, tokenize
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import AutoencoderKL, Posterior, VAEConfig
+from planes import PROMPTS
+from samplers.schedule import NoiseSchedule
+
+SIZE = 64  # image side, px
+POSITIONS = 32  # tokens of a prompt, padding included
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})  # one token each, as in CLIP's
+
+VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
+UNET = UNetConfig(
+    block_out_channels=(80, 112),
+    attention=(True, True),
+    num_heads=(4, 4),
+    cross_attention_dim=96,
+    norm_num_groups=8,
+)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="scenes, checkpoints and sample sheets")
+    parser.add_argument("--out", type=Path, default=Path("ldm/mini"), help="the folder to write when done")
+    parser.add_argument("--scenes", type=int, default=32_000)
+    parser.add_argument("--vae-steps", type=int, default=1_800)
+    parser.add_argument("--unet-steps", type=int, default=3_500)
+    parser.add_argument("--vae-lr", type=float, default=1e-3)
+    parser.add_argument("--unet-lr", type=float, default=6e-4)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sheets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """The training set, drawn once and kept: images (N, 64, 64) uint8 and their captions."""
+    images, captions = work / "scenes.npy", work / "captions.txt"
+    if not images.exists():
+        with multiprocessing.Pool() as pool:
+            jobs = pool.imap(_draw, ((seed, n) for n in range(count)), chunksize=64)
+            pairs = list(tqdm(jobs, total=count, desc="scenes", unit="image"))
+        captions.write_text("\n".join(caption for _, caption in pairs), encoding="utf-8")
+        np.save(images, np.stack([image for image, _ in pairs]))
+    return torch.from_numpy(np.load(images)), captions.read_text(encoding="utf-8").split("\n")
+
+
+def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
+    image, caption = scene(np.random.default_rng(job), SIZE)
+    return np.asarray(image), caption
+
+
+def to_input(images: Tensor) -> Tensor:
+    """Grey bytes (B, 64, 64) -> (B, 3, 64, 64) in [-1, 1]."""
+    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def draw_batch(count: int, size: int, seed: int, step: int) -> tuple[Tensor, torch.Generator]:
+    """The indices of one batch and the generator for its noise, both functions of (seed, step) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randint(count, (size,), generator=generator), generator
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int = 100) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    return peak * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> None:
+    """Minimise the squared error plus 1e-4 times the KL divergence per latent value."""
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    done = _resume(args.work / "vae.safetensors", {"vae": vae}, optimizer)
+    progress = tqdm(range(done, args.vae_steps), initial=done, total=args.vae_steps, desc="VAE", unit="step")
+    for step in progress:
+        index, generator = draw_batch(len(images), 32, args.seed + 1, step)
+        x = to_input(images[index].to(args.device))
+        noise = torch.randn(len(x), VAE.latent_channels, SIZE // 8, SIZE // 8, generator=generator).to(args.device)
+        with torch.autocast(args.device, torch.bfloat16):
+            posterior = vae.encode(x)
+            decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        error = F.mse_loss(decoded.float(), x)
+        loss = error + 1e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.vae_steps, args.vae_lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        progress.set_postfix(psnr=f"{-10 * np.log10(error.item() / 4):.2f} dB")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.vae_steps:
+            _save(args.work / "vae.safetensors", {"vae": vae}, optimizer, step + 1)
+            pairs = torch.stack([x[:8], decoded[:8].float()], 1).flatten(0, 1)
+            save_sheet(pairs, args.work / f"vae_{step + 1:06}.png", columns=8)
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Posterior:
+    """The posteriors of all images; a fresh sample of them is drawn at every training step."""
+    parts = [vae.encode(to_input(batch.to(device))) for batch in tqdm(images.split(256), desc="latents", unit="batch")]
+    return Posterior(torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.logvar.cpu() for p in parts]))
+
+
+def write_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
+    """Train a byte-pair encoding on the captions and PLAIN_WORDS; write it in the format of CLIP's."""
+    counts = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
+    counts.update(PLAIN_WORDS)
+    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
+    merges = []
+    while pairs := Counter({pair: counts[w] for w, p in pieces.items() for pair in pairwise(p)}):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, p in pieces.items():
+            k = 0
+            while k < len(p) - 1:
+                if (p[k], p[k + 1]) == best:
+                    p[k : k + 2] = ["".join(best)]
+                k += 1
+            pieces[word] = p
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
+    symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
+    config = special | {"model_max_length": POSITIONS, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(vocabulary: int) -> TextEncoder:
+    """A CLIP text tower of three layers; its embeddings start wide, so that words never seen still differ."""
+    encoder = TextEncoder(
+        TextConfig(
+            vocab_size=vocabulary,
+            hidden_size=UNET.cross_attention_dim,
+            intermediate_size=4 * UNET.cross_attention_dim,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=POSITIONS,
+        )
+    )
+    nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.1)
+    return encoder
+
+
+def train_unet(
+    networks: dict[str, nn.Module], posterior: Posterior, ids: Tensor, empty: Tensor, args: argparse.Namespace
+) -> Iterator[int]:
+    """Minimise |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in ten is left out.
+
+    posterior: (N, 4, 8, 8) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty prompt
+    networks: "unet", "text" and, under "ema", a module list of both whose weights are the running mean of theirs
+    Yields the step after each checkpoint.
+    """
+    unet, text = networks["unet"], networks["text"]
+    pairs = list(zip(networks["ema"].parameters(), nn.ModuleList([unet, text]).parameters(), strict=True))
+    schedule = NoiseSchedule()
+    optimizer = torch.optim.AdamW([p for _, p in pairs], betas=(0.9, 0.99), weight_decay=0.01)
+    done = _resume(args.work / "unet.safetensors", networks, optimizer)
+    progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step")
+    mean_loss = None
+    for step in progress:
+        index, generator = draw_batch(len(ids), 64, args.seed + 2, step)
+        shape = (len(index), *posterior.mean.shape[1:])
+        noise, wobble = torch.randn(2, *shape, generator=generator).unbind()
+        t = torch.randint(1000, shape[:1], generator=generator)
+        kept = torch.rand(shape[:1], generator=generator) > 0.1
+        words = torch.where(kept[:, None], ids[index], empty)
+        latents = Posterior(posterior.mean[index], posterior.logvar[index]).sample(wobble)
+        noisy = schedule.add_noise(latents, noise, t)
+        noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
+        with torch.autocast(args.device, torch.bfloat16):
+            eps = unet(noisy, t, text(words))
+        loss = F.mse_loss(eps.float(), noise)
+
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for _, p in pairs], 1.0)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, value in pairs:
+                mean.lerp_(value, 1 - decay)
+
+        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
+        progress.set_postfix(loss=f"{mean_loss:.4f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.unet_steps:
+            _save(args.work / "unet.safetensors", networks, optimizer, step + 1)
+            yield step + 1
+
+
+def save_sheet(images: Tensor, path: Path, columns: int) -> None:
+    """Images (N, 3, H, W) in [-1, 1] as one PNG."""
+    grid = (images.detach().cpu().clamp(-1, 1) + 1) * 127.5
+    rows = [torch.cat(list(row), dim=-1) for row in grid.split(columns) if len(row) == columns]
+    Image.fromarray(torch.cat(rows, dim=-2).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def _save(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, step: int) -> None:
+    """One safetensors file with the networks, AdamW's moments and the step; replaced in one go."""
+    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    for n, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{n}.{key}": value for key, value in moments.items()}
+    save_file({key: value.contiguous() for key, value in tensors.items()}, f"{path}.tmp", {"step": str(step)})
+    Path(f"{path}.tmp").replace(path)
+
+
+def _resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Load what `_save` wrote, if anything; returns the number of steps done."""
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    for name, net in networks.items():
+        net.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+    state = optimizer.state_dict()
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, n, moment = key.split(".")
+            state["state"].setdefault(int(n), {})[moment] = value
+    optimizer.load_state_dict(state)
+    return step
+
+
+def main(args):
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    images, captions = make_scenes(args.work, args.scenes, args.seed)
+
+    # the autoencoder, then the scale that gives its latents unit variance
+    vae = AutoencoderKL(VAE).to(args.device, memory_format=torch.channels_last)
+    train_vae(vae, images, args)
+    vae.eval()
+    posterior = encode_all(vae, images, args.device)
+    factor = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
+    vae.config = replace(VAE, scaling_factor=factor)
+    scaled = Posterior(posterior.mean * factor, posterior.logvar + 2 * math.log(factor))
+
+    # the U-Net and the text encoder together, both from nothing
+    tokenizer = write_tokenizer(args.work / "tokenizer", captions)
+    networks = {
+        "unet": UNet(UNET).to(args.device, memory_format=torch.channels_last),
+        "text": make_text_encoder(len(tokenizer)).to(args.device),
+    }
+    networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
+    ids = torch.cat([tokenize(tokenizer, captions[n : n + 1000], POSITIONS) for n in range(0, len(captions), 1000)])
+    unet, text_encoder = networks["ema"]
+    model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
+    for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], POSITIONS)[0], args):
+        save_samples(model, captions[:8], args.work / f"unet_{step:06}.png")
+    save_folder(model, args.out, torch.float16)
+
+
+def save_samples(model: Model, captions: list[str], path: Path) -> None:
+    """Eight samples of each caption, by Euler with guidance 3."""
+    rows, side = [], (model.sample_size, model.sample_size)
+    *contexts, empty = encode_prompts(model.tokenizer, model.text_encoder, [*captions, ""]).detach().split(1)
+    for context in contexts:
+        latents = generate(model.unet, context.expand(8, -1, -1), empty, range(8), side, guidance_scale=3.0)
+        rows.append(torch.cat(list(decode_images(model.vae, latents)), dim=1))
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
+
+
+if __name__ == "__main__":
+    main(parse_args())
