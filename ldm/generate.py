@@ -1,4 +1,4 @@
-"""Text to image: noise from a seed, a sampler over the denoiser, the decoder."""
+"""Text to latents: noise from a seed, a sampler over the denoiser."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
 from samplers.denoiser import Denoiser
 from samplers.euler import sample_euler
 from samplers.schedule import NoiseSchedule, euler_nodes, unipc_nodes
@@ -48,11 +47,3 @@ def generate(
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
     return sample(denoise, nodes.init_scale * noise, nodes.sigmas, callback=callback)
-
-
-@torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (B, H, W, 3) uint8 on the CPU; one at a time, since the decoder needs far more memory than the U-Net."""
-    dtype, device = vae.post_quant_conv.weight.dtype, vae.post_quant_conv.weight.device
-    images = torch.cat([vae.decode(row[None].to(device, dtype)).float().cpu() for row in latents])
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from ldm.checkpoint import Model, save_folder
-from ldm.generate import decode_images, generate
+from ldm.generate import generate
+from ldm.images import decode_images
 from ldm.scenes import scene
 from ldm.text import TextConfig, TextEncoder, encode_prompts, tokenize
 from ldm.unet import UNet, UNetConfig

@@ -1,0 +1,21 @@
+"""Stable Diffusion by hand: the networks, their checkpoints, and text to image.
+
+| concept | where |
+|---|---|
+| timestep embedding, residual block, attention, resampling | `layers.py` |
+| the denoising U-Net eps(x_t, t, context) | `unet.py` |
+| the autoencoder between images and latents | `vae.py` |
+| prompts to context: CLIP's tokenizer and text tower, clip_skip | `text.py` |
+| a model from a single file or a diffusers folder, and back | `checkpoint.py` |
+| the folder's files and configs | `folder.py` |
+| tables of tensor names | `keys.py` |
+| safetensors headers, and what is none | `weights.py` |
+| noise and text to latents, with a sampler | `generate.py` |
+| image files in, images out | `images.py` |
+| the embedded miniature, and how it was trained | `mini/`, `scenes.py`, `pretrain_mini.py` |
+"""
+
+from pathlib import Path
+
+MINI = Path(__file__).parent / "mini"
+"""The embedded miniature model, a diffusers folder; what the scripts take where no other is named."""

@@ -1,0 +1,191 @@
+"""The diffusers folder: which files hold the weights; its json files, read into configs and written from them.
+
+model_index.json, and a subfolder each: unet, vae, text_encoder (config.json and weights), tokenizer, scheduler.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPTextConfig
+
+from ldm.text import TextConfig
+from ldm.unet import UNetConfig
+from ldm.vae import VAEConfig
+from ldm.weights import CheckpointError
+
+Json = dict[str, Any]
+
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
+
+# settings that leave no trace in the weights and that our networks and the noise schedule take for granted
+_FIXED: dict[str, Json] = {
+    "unet": {
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "resnet_out_scale_factor": 1.0,
+        "resnet_skip_time_act": False,
+        "time_embedding_type": "positional",
+    },
+    "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None},
+    "text_encoder": {"layer_norm_eps": 1e-5},
+    "scheduler": {
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "num_train_timesteps": 1000,
+        "rescale_betas_zero_snr": False,
+        "trained_betas": None,
+    },
+}
+# as in SD 1.5, and wrong there too: only the pooled output, which SD does not use, depends on them
+_TEXT_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a Stable Diffusion is, but for its weights and its tokenizer; the defaults are SD 1.5's.
+
+    prediction_type: what the U-Net returns, "epsilon" or "v_prediction"
+    sample_size: side of the latents that the U-Net was trained on
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text_encoder: TextConfig = field(default_factory=TextConfig)
+    prediction_type: str = "epsilon"
+    sample_size: int = 64
+
+
+def read_config(root: Path) -> Config:
+    """The folder's config; CheckpointError where a json file is absent, incomplete or beyond these networks."""
+    unet, vae, text = (_read(root / name / "config.json", _FIXED[name]) for name in WEIGHTS)
+    scheduler = _read(root / "scheduler" / "scheduler_config.json", _FIXED["scheduler"])
+    down, up = _block_types(UNetConfig.attention)
+    down, up = unet.get("down_block_types", down), unet.get("up_block_types", up)
+    attention = tuple(name == "CrossAttnDownBlock2D" for name in down)
+    if (down, up) != _block_types(attention):
+        raise CheckpointError(f"{root}/unet/config.json: blocks {down} and {up}; only SD's, mirrored, are implemented")
+    heads = unet.get("attention_head_dim", 8)  # the number of heads, whatever it is called
+    clip = CLIPTextConfig(**_pick(text, TextConfig))  # fills in what transformers leaves out, its own defaults
+    return Config(
+        unet=UNetConfig(
+            attention=attention,
+            num_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(attention),
+            **_pick(unet, UNetConfig, but=("attention", "num_heads")),
+        ),
+        vae=VAEConfig(**_pick(vae, VAEConfig)),
+        text_encoder=TextConfig(**{f.name: getattr(clip, f.name) for f in fields(TextConfig)}),
+        prediction_type=scheduler.get("prediction_type", Config.prediction_type),
+        sample_size=unet.get("sample_size", Config.sample_size),
+    )
+
+
+def write_config(root: Path, config: Config) -> None:
+    """The folder's json files, but for the tokenizer's."""
+    unet, vae, text = asdict(config.unet), asdict(config.vae), asdict(config.text_encoder)
+    attention, heads = unet.pop("attention"), unet.pop("num_heads")
+    down, up = _block_types(attention)
+    levels = len(vae["block_out_channels"])
+    _write(
+        root / "model_index.json",
+        {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "PNDMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    _write(
+        root / "unet" / "config.json",
+        {"_class_name": "UNet2DConditionModel", "sample_size": config.sample_size}
+        | unet
+        | {"attention_head_dim": heads, "down_block_types": down, "up_block_types": up}
+        | _FIXED["unet"],
+    )
+    _write(
+        root / "vae" / "config.json",
+        {"_class_name": "AutoencoderKL", "sample_size": config.sample_size * config.vae.downsampling}
+        | vae
+        | {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        | _FIXED["vae"],
+    )
+    _write(
+        root / "text_encoder" / "config.json",
+        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"}
+        | text
+        | {"projection_dim": config.text_encoder.hidden_size}
+        | _TEXT_IDS
+        | _FIXED["text_encoder"],
+    )
+    _write(
+        root / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "PNDMScheduler",
+            "clip_sample": False,
+            "prediction_type": config.prediction_type,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+        }
+        | _FIXED["scheduler"],
+    )
+
+
+def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """(network, file) of every safetensors file that holds weights; a shard counts like a whole file.
+
+    The plain file comes before a `.fp16` one. CheckpointError where a network has none.
+    """
+    for network, stem in WEIGHTS.items():
+        folder = root / network
+        names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+        fp16 = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
+        found = next((folder / name for name in names + fp16 if (folder / name).exists()), None)
+        if found is None:
+            pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
+            raise CheckpointError(f"{folder}: no {names[0]} or {fp16[0]}, whole or in shards{pickles}")
+        if found.suffix == ".json":
+            yield from ((network, folder / name) for name in sorted(set(_read(found, {})["weight_map"].values())))
+        else:
+            yield network, found
+
+
+def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention]
+    return down, [name.replace("Down", "Up") for name in reversed(down)]
+
+
+def _pick(values: Json, config: type, but: tuple[str, ...] = ()) -> Json:
+    """The values that the config class has fields for, lists as tuples; a field that is absent keeps its default."""
+    names = [f.name for f in fields(config) if f.name in values and f.name not in but]
+    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
+
+
+def _read(path: Path, fixed: Json) -> Json:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; is this a whole diffusers folder?")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    for name, value in fixed.items():
+        if values.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name} is {values[name]!r}; only {value!r} is implemented")
+    return values
+
+
+def _write(path: Path, values: Json) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,244 @@
+"""The networks: sizes, numerics that are easily got wrong, and agreement with diffusers and transformers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from ldm.layers import SpatialTransformer, timestep_embedding
+from ldm.text import TextConfig, TextEncoder
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import AutoencoderKL, VAEConfig
+
+UNETS = {
+    "like SD 1": UNetConfig(
+        block_out_channels=(16, 32, 32),
+        attention=(True, True, False),
+        num_heads=(2, 2, 2),
+        cross_attention_dim=24,
+        norm_num_groups=8,
+    ),
+    "like SD 2": UNetConfig(
+        block_out_channels=(16, 32, 64),
+        attention=(True, True, False),
+        num_heads=(1, 2, 4),
+        cross_attention_dim=40,
+        use_linear_projection=True,
+        norm_num_groups=16,
+    ),
+    "shallow": UNetConfig(
+        block_out_channels=(24, 40),
+        attention=(False, True),
+        layers_per_block=1,
+        num_heads=(4, 4),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+    ),
+}
+VAES = {
+    "like SD": VAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=16),
+    "shallow": VAEConfig(block_out_channels=(8, 24), layers_per_block=1, norm_num_groups=4),
+    "other channels": VAEConfig(
+        in_channels=1, out_channels=1, latent_channels=3, block_out_channels=(8, 8, 16), norm_num_groups=8
+    ),
+}
+TEXT = TextConfig(
+    vocab_size=50,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=12,
+)
+
+
+def randomized(network, seed=0):
+    """The network with every weight drawn, none left at zero or one, and activations of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            draw = torch.randn(p.shape, generator=generator)
+            if p.ndim > 1:
+                p.copy_(draw / math.sqrt(p[0].numel()))
+            else:
+                p.copy_(0.2 * draw + name.endswith("weight"))
+    return network.eval()
+
+
+def draw(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(actual, expected, rel):
+    """|actual - expected| <= rel * max|expected| everywhere."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters", "tensors"),
+    [(UNet, 859_520_964, 686), (AutoencoderKL, 83_653_863, 248), (TextEncoder, 123_060_480, 196)],
+)
+def test_the_default_networks_have_the_size_of_sd_15(build, parameters, tensors):
+    with torch.device("meta"):
+        network = build()
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert len(network.state_dict()) == tensors
+
+
+def test_the_unet_of_sd_2_has_865910724_parameters():
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True))
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724
+
+
+@pytest.mark.parametrize("dim", [32, 320])
+def test_the_timestep_embedding_is_cosines_then_sines_of_unrounded_times(dim):
+    t = torch.tensor([0.0, 1.0, 37.25, 500.0, 981.0, 999.0])
+    frequencies = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = t.double()[:, None] * frequencies
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    # float32 angles of about 1000 are off by 6e-5
+    torch.testing.assert_close(timestep_embedding(t, dim), expected, rtol=0, atol=1e-4)
+    assert timestep_embedding(t.half(), dim).dtype == torch.float32
+
+
+def test_every_norm_has_the_epsilon_of_the_original():
+    unet, vae, text = UNet(UNETS["like SD 1"]), AutoencoderKL(VAES["like SD"]), TextEncoder(TEXT)
+    inside = {id(m.norm) for m in unet.modules() if isinstance(m, SpatialTransformer)}
+    norms = [m for m in unet.modules() if isinstance(m, nn.GroupNorm)]
+    assert {m.eps for m in norms if id(m) in inside} == {1e-6}
+    assert {m.eps for m in norms if id(m) not in inside} == {1e-5}
+    assert {m.eps for m in vae.modules() if isinstance(m, nn.GroupNorm)} == {1e-6}
+    for network in (unet, text):
+        assert {m.eps for m in network.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_unet_agrees_with_diffusers(name):
+    """Within 1e-5 of the largest output; two summation orders in float32 differ by about 1e-6."""
+    diffusers = pytest.importorskip("diffusers")
+    config = UNETS[name]
+    ours = randomized(UNet(config))
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention]
+    theirs = diffusers.UNet2DConditionModel(
+        block_out_channels=config.block_out_channels,
+        down_block_types=down,
+        up_block_types=[block.replace("Down", "Up") for block in reversed(down)],
+        layers_per_block=config.layers_per_block,
+        attention_head_dim=config.num_heads,
+        cross_attention_dim=config.cross_attention_dim,
+        use_linear_projection=config.use_linear_projection,
+        norm_num_groups=config.norm_num_groups,
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    latents, context = draw(2, 4, 8, 16), draw(2, 9, config.cross_attention_dim)
+    with torch.no_grad():
+        for t in (torch.tensor([1, 981]), torch.tensor([37.25, 500.5])):
+            assert_near(ours(latents, t, context), theirs(latents, t, context).sample, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_the_vae_agrees_with_diffusers(name):
+    """Within 1e-5 of the largest value, moments and decoded images."""
+    diffusers = pytest.importorskip("diffusers")
+    config = VAES[name]
+    ours, levels = randomized(AutoencoderKL(config)), len(config.block_out_channels)
+    theirs = diffusers.AutoencoderKL(
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        latent_channels=config.latent_channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        norm_num_groups=config.norm_num_groups,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+    ).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images, latents = draw(2, config.in_channels, 16, 24).clamp(-1, 1), draw(2, config.latent_channels, 4, 3)
+    with torch.no_grad():
+        posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
+        assert_near(posterior.mean, expected.mean, rel=1e-5)
+        assert_near(posterior.logvar, expected.logvar, rel=1e-5)
+        assert_near(posterior.std, expected.std, rel=1e-5)
+        assert_near(ours.decode(latents), theirs.decode(latents / config.scaling_factor).sample, rel=1e-5)
+
+
+def test_a_number_as_time_means_that_time_for_the_whole_batch():
+    unet = randomized(UNet(UNETS["shallow"]))
+    latents, context = draw(2, 4, 4, 4), draw(2, 3, 8)
+    with torch.no_grad():
+        batch = unet(latents, torch.tensor([37.25, 37.25]), context)
+        torch.testing.assert_close(unet(latents, 37.25, context), batch, rtol=0, atol=0)
+        assert not torch.equal(unet(latents, 37, context), batch)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    unet = randomized(UNet(UNETS["shallow"]))
+    gradients = []
+    for unet.gradient_checkpointing in (False, True):
+        unet.zero_grad()
+        unet(draw(1, 4, 4, 4), 500, draw(1, 3, 8)).square().sum().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_sizes_that_do_not_halve_evenly_are_refused():
+    with pytest.raises(ValueError, match="6x8: both sides must be multiples of 4"):
+        UNet(UNETS["like SD 1"])(draw(1, 4, 6, 8), 0, draw(1, 3, 24))
+    with pytest.raises(ValueError, match="64x60: both sides must be multiples of 8"):
+        AutoencoderKL(VAES["like SD"]).encode(draw(1, 3, 64, 60))
+
+
+def test_the_log_variance_is_clamped_to_minus_30_and_20():
+    vae = randomized(AutoencoderKL(VAES["shallow"]))
+    with torch.no_grad():
+        vae.quant_conv.weight.zero_()
+        vae.quant_conv.bias.copy_(torch.tensor([100.0, -100.0, 0.0, 0.0, -100.0, 100.0, 5.0, 0.0]))
+        posterior = vae.encode(draw(1, 3, 4, 4))
+    assert posterior.logvar.amax((0, 2, 3)).tolist() == [-30.0, 20.0, 5.0, 0.0]
+    assert posterior.mean.amax((0, 2, 3)).tolist() == [100.0, -100.0, 0.0, 0.0]  # the mean is not
+
+
+def test_latents_are_the_scaled_mean_plus_std_times_noise():
+    vae = randomized(AutoencoderKL(VAES["shallow"]))
+    images, noise = draw(2, 3, 8, 8), draw(2, 4, 4, 4, seed=2)
+    with torch.no_grad():
+        mean, logvar = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
+        torch.testing.assert_close(vae.to_latents(images), 0.18215 * mean)
+        torch.testing.assert_close(vae.to_latents(images, noise), 0.18215 * (mean + (0.5 * logvar).exp() * noise))
+
+
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_clip_skip_is_the_tower_without_its_last_layers(clip_skip):
+    tower = randomized(TextEncoder(TEXT))
+    shorter = TextEncoder(replace(TEXT, num_hidden_layers=TEXT.num_hidden_layers - clip_skip + 1)).eval()
+    shorter.load_state_dict({k: v for k, v in tower.state_dict().items() if k in shorter.state_dict()})
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(tower(ids, clip_skip), shorter(ids), rtol=0, atol=1e-6)
+
+
+def test_the_last_layer_is_what_transformers_calls_last_hidden_state():
+    tower = randomized(TextEncoder(TEXT))
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(tower(ids), tower.text_model(input_ids=ids).last_hidden_state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 4, -1])
+def test_a_layer_that_the_tower_lacks_is_refused(clip_skip):
+    with pytest.raises(ValueError, match=f"clip_skip {clip_skip}: this text encoder has layers 1 to 3"):
+        TextEncoder(TEXT)(torch.zeros(1, 12, dtype=torch.long), clip_skip)
+
+
+def test_text_attention_is_causal_and_does_not_mask_the_padding():
+    tower = randomized(TextEncoder(TEXT))
+    ids = torch.tensor([[48, 7, 9, 49, 49, 49, 49, 49, 49, 49, 49, 49]])
+    other = ids.clone()
+    other[0, 6] = 20
+    with torch.no_grad():
+        a, b = tower(ids), tower(other)
+    torch.testing.assert_close(a[:, :6], b[:, :6], rtol=0, atol=1e-6)  # no token sees a later one
+    assert (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-3  # every later one sees it, though it is padding
