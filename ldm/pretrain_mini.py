@@ -264,6 +264,8 @@ def _resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.O
 
 
 def main(args):
+    if args.out.exists():
+        raise SystemExit(f"{args.out}: exists already; remove it or give another --out")
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     images, captions = make_scenes(args.work, args.scenes, args.seed)

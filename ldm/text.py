@@ -44,7 +44,8 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
         self.config = config
-        clip = CLIPTextModel(CLIPTextConfig(**asdict(config)))
+        marks = {"bos_token_id": config.vocab_size - 2, "eos_token_id": config.vocab_size - 1}
+        clip = CLIPTextModel(CLIPTextConfig(**asdict(config), **marks))
         self.text_model = getattr(clip, "text_model", clip)  # transformers < 5.6 keeps the tower one level deeper
         # no file stores the positions' numbers, so they must be real even where the weights are built on "meta"
         positions = torch.arange(config.max_position_embeddings, device="cpu")

@@ -1,0 +1,249 @@
+"""Stages 3 and 4 of FU-LoRA: train a classifier on real and synthetic images, test it at a site it has never seen.
+
+    python classify.py --spanish FETAL_PLANES_ZENODO --synthetic runs/synthetic/manifest.csv --augment \\
+        --african Zenodo_dataset --model resnet18 --out runs/classify
+
+Writes model.safetensors, predictions.csv, metrics.json, confusion.png, train.csv and args.json. The model of the last
+epoch is the one that is tested: nothing is selected on any image.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from classify import ClassifyError
+from classify.data import INPUT_RANGES, MEMORY, PlaneImages, batches, draw_augmentation
+from classify.models import MODELS, build, save
+from classify.train import MOMENTUM, predict, train_epoch
+from eval.figures import confusion_figure
+from eval.figures import save as save_figure
+from eval.metrics import bootstrap, confusion, score
+from eval.record import record_run, sha256
+from planes import PLANES
+from planes.datasets import (
+    DatasetError,
+    Record,
+    balanced,
+    leaks,
+    read_african,
+    read_manifest,
+    read_spanish,
+    read_synthetic,
+    require_images,
+    validation_split,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BAR = {"leave": False, "disable": None}  # on a terminal only; a log gets a line for each epoch
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): its training images")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--manifest", type=Path, help="the list of images to take from --spanish, instead of all")
+    choice.add_argument("--per-plane", type=int, help="how many images of a plane to draw from --spanish (all)")
+    add("--synthetic", type=Path, action="append", default=[], help="a manifest.csv of sample.py; may be repeated")
+    add("--african", type=Path, required=True, help="the African dataset (or phantoms): its test images are the test")
+    add("--african-train", action="store_true", help="train on its training images too: no longer zero-shot")
+    add("--validation", type=int, default=0, help="Spanish images held out with all of their patients' (0)")
+    add("--model", choices=MODELS, default="resnet18", help="(resnet18)")
+    add("--weights", default="imagenet", help="imagenet (torchvision's, downloaded), none, or a file (imagenet)")
+    add("--size", type=int, default=512, help="square side in px, aspect ignored (512)")
+    add("--input-range", choices=INPUT_RANGES, default="minus-one-one", help="of pixels; the paper's: minus-one-one")
+    add("--augment", action="store_true", help="rotate by up to 25 degrees, flip (0.5 horizontally, 0.1 vertically)")
+    add("--epochs", type=int, default=20, help="(20)")
+    add("--batch-size", type=int, default=24, help="(24)")
+    add("--lr", type=float, default=1e-3, help="constant learning rate of SGD with momentum 0.9 (1e-3)")
+    add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="that decode images (4 at most)")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="fp32", help="of autocast (fp32)")
+    add("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    for name, least in {"epochs": 1, "batch_size": 1, "per_plane": 1, "validation": 0, "workers": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    if not args.lr > 0:
+        parser.error(f"--lr {args.lr}: must be positive")
+    if args.spanish is None and (args.manifest or args.per_plane or args.validation):
+        parser.error("--manifest, --per-plane and --validation choose from --spanish: give it too")
+    return args
+
+
+def choose_records(args) -> tuple[list[Record], list[Record], list[Record]]:
+    """Training, validation and test records, every image there, no patient of the test in training."""
+    training, validation = [], []
+    if args.spanish:
+        records = read_spanish(args.spanish)
+        if args.manifest:
+            training = read_manifest(args.manifest, records)
+        else:
+            training = [record for record in records if record.train]
+            training = balanced(training, args.per_plane, args.seed) if args.per_plane else training
+        if args.validation:
+            training, validation = validation_split(training, args.validation, seed=args.seed)
+    for manifest in args.synthetic:
+        training = training + read_synthetic(manifest)
+    african = read_african(args.african)
+    training += [record for record in african if record.train and args.african_train]
+    test = [record for record in african if not record.train]
+
+    if not training:
+        raise ClassifyError("there is nothing to train on; give --spanish, --synthetic or --african-train")
+    if not test:
+        raise ClassifyError(f"{args.african}: has no test images")
+    path, times = Counter(record.path for record in training).most_common(1)[0]
+    if times > 1:
+        raise ClassifyError(f"{path}: is among the training images {times} times; give each list once")
+    require_images(training + validation + test)
+    return training, validation, test
+
+
+def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
+    """Test images with the same bytes as a training image; a shared patient is an error."""
+    found = leaks(training, test)
+    if patients := [leak for leak in found if leak.kind == "patient"]:
+        raise ClassifyError(
+            f"{patients[0].test.patient} is in training and in test, as {len(patients)} test images are"
+        )
+    copies = {leak.test for leak in found}
+    print(f"leak check: no patient in both; {len(copies)} test images are copies of training images")
+    if copies:
+        print(f"warning: {len(copies)} test images are byte for byte in training; metrics.json also has scores without")
+    return copies
+
+
+def evaluate(records: list[Record], probabilities: np.ndarray) -> dict:
+    """Scores by both definitions, with 95 % intervals by bootstrap over patients; plain AUC ranks by probability."""
+    targets = np.array([PLANES.index(record.plane) for record in records])
+    predictions = probabilities.argmax(axis=1)
+    patients = [record.patient for record in records]
+    scores, intervals = {}, {}
+    for definition in ("notebook", "plain"):
+        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
+        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
+    return {"scores": scores, "intervals": intervals, "confusion": confusion(targets, predictions).tolist()}
+
+
+def describe(records: list[Record]) -> dict:
+    """How many images, and of which source and plane."""
+    sources = Counter(record.source for record in records)
+    planes = {s: {str(p): sum(r.source == s and r.plane is p for r in records) for p in PLANES} for s in sources}
+    return {"images": len(records), "patients": len({r.patient for r in records}), "sources": sources, "planes": planes}
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def hash_images(records: list[Record]) -> str:
+    """One hash of all images, in order."""
+    return hashlib.sha256("".join(sha256(record.path) for record in records).encode()).hexdigest()
+
+
+def check_out(out: Path) -> None:
+    """ClassifyError unless a folder `out` is there or can be made; makes nothing."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ClassifyError(f"--out {out}: {nearest} is not a folder that can be written to")
+
+
+def main(args):
+    # everything that can be refused is refused before any work
+    check_out(args.out)
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ClassifyError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    training, validation, test = choose_records(args)
+    copies = find_copies(training, test)
+    torch.manual_seed(args.seed)
+    model = build(args.model, args.weights, args.size).to(device)
+    memory, sets = MEMORY, []
+    for records in (training, validation, test):
+        sets.append(PlaneImages(records, args.size))
+        decoded = sets[-1].preload(memory, args.workers)
+        memory -= sum(image.numel() for image in tqdm(decoded, "decoding", len(records), **BAR, unit="image"))
+    train_set, validation_set, test_set = sets
+
+    counts = describe(training)
+    print(f"{len(training)} training images {dict(counts['sources'])}, {len(validation)} validation, {len(test)} test")
+    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.size} px, on {device}")
+
+    # SGD at a constant rate
+    dtype = DTYPES[args.dtype]
+    loader = batches(train_set, args.batch_size, args.workers, shuffle_seed=args.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)
+    history = []
+    for epoch in range(args.epochs):
+        augmentation = partial(draw_augmentation, args.seed, epoch) if args.augment else None
+        bar = tqdm(loader, f"epoch {epoch + 1}/{args.epochs}", **BAR, unit="batch")
+        row = {"epoch": epoch + 1, "loss": train_epoch(model, bar, optimizer, args.input_range, augmentation, dtype)}
+        if validation:
+            held_out = predict(model, batches(validation_set, args.batch_size, args.workers), args.input_range, dtype)
+            row["validation_accuracy"] = (
+                (held_out.argmax(1) == torch.tensor(validation_set.targets)).float().mean().item()
+            )
+        history.append(row)
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+
+    # the unseen site
+    test_loader = batches(test_set, args.batch_size, args.workers)
+    probabilities = predict(model, test_loader, args.input_range, dtype).numpy()
+    result = evaluate(test, probabilities)
+    result |= {"test": describe(test) | {"copies_of_training": len(copies)}, "training": counts}
+    if copies:
+        distinct = [n for n, record in enumerate(test) if record not in copies]
+        result["without_copies"] = evaluate([test[n] for n in distinct], probabilities[distinct])
+    predictions = [
+        {"image": r.name, "patient": r.patient, "center": r.center, "target": r.plane, "prediction": PLANES[p.argmax()]}
+        | {plane: f"{value:.6f}" for plane, value in zip(PLANES, p)}
+        for r, p in zip(test, probabilities)
+    ]
+
+    # all files are whole before the first appears in --out
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".part-") as part:
+        part = Path(part)
+        settings = ("model", "size", "input_range", "augment", "epochs", "batch_size", "lr", "seed")
+        save(part / "model.safetensors", model, {key: getattr(args, key) for key in settings} | {"training": counts})
+        write_table(part / "predictions.csv", predictions)
+        write_table(part / "train.csv", history)
+        (part / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        figure = confusion_figure(np.array(result["confusion"]), PLANES, f"{len(test)} test images, {args.model}")
+        save_figure(figure, part / "confusion.png")
+        for path in sorted(part.iterdir()):
+            path.replace(args.out / path.name)
+    files = [path for path in (args.manifest, *args.synthetic, Path(args.weights)) if path and path.is_file()]
+    inputs = {str(path): sha256(path) for path in files}
+    sets = {"training": training, "validation": validation, "test": test}
+    record_run(args.out, args, inputs | {f"{name} images": hash_images(records) for name, records in sets.items()})
+
+    notebook = "  ".join(f"{metric} {100 * value:.2f}" for metric, value in result["scores"]["notebook"].items())
+    print(f"{len(test)} images of {args.african}: {notebook}")
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ClassifyError, DatasetError) as error:
+        print(f"classify.py: {error}", file=sys.stderr)
+        sys.exit(2)

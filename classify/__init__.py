@@ -1,0 +1,12 @@
+"""Zero-shot classification of fetal planes: train on one site and on synthetic images, test on another site.
+
+| concept | where |
+|---|---|
+| the five networks, their weights, the trained file | `models.py` |
+| decoding, input ranges, augmentation | `data.py` |
+| one epoch of SGD, prediction | `train.py` |
+"""
+
+
+class ClassifyError(ValueError):
+    """A mistake of the user's (a file, a size, a setting), told in one line."""

@@ -1,0 +1,154 @@
+"""The five classifiers of the paper (torchvision's networks with a 5-way head), their weights, and the trained file."""
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+
+from classify import ClassifyError
+from planes import PLANES
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "densenet169": tv.densenet169,
+    "resnet18": tv.resnet18,
+    "efficientnet_b0": tv.efficientnet_b0,
+    "mobilenet_v2": tv.mobilenet_v2,
+    "vit_b_16": tv.vit_b_16,
+}
+
+# All five shrink an image 32-fold or cut it into 16 x 16 patches. Below 64 pixels the last batch norm would see a
+# single value per image, and a last batch of one image could not be trained on.
+SMALLEST = 64
+PATCH = 16
+
+
+def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) -> nn.Module:
+    """One of MODELS for square images of `image_size`, with a head of len(PLANES) logits.
+
+    weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random), or a state dict file of this
+      network. A file with as many classes as there are planes keeps its head; any other head is replaced.
+    Position embeddings of ViT are interpolated to the image size.
+    Raises ClassifyError for a size that the network cannot take and for weights that are missing or do not fit.
+    """
+    if name not in MODELS:
+        raise ClassifyError(f"no model is called {name!r}; choose from {', '.join(MODELS)}")
+    if image_size < SMALLEST:
+        raise ClassifyError(f"{name}: image size {image_size} is too small; it must be at least {SMALLEST}")
+    size = {}
+    if name == "vit_b_16":
+        if image_size % PATCH:
+            raise ClassifyError(f"{name}: image size {image_size} must be a multiple of {PATCH}")
+        size = {"image_size": image_size}
+
+    if weights == "none":
+        model = MODELS[name](**size)
+    else:
+        state, source = read_weights(name, weights)
+        model = MODELS[name](num_classes=_classes(name, state, source), **size)
+        if "encoder.pos_embedding" in state:
+            try:
+                state = tv.vision_transformer.interpolate_embeddings(image_size, PATCH, state)
+            except ValueError as error:
+                raise ClassifyError(f"{source}: {error}") from None
+        load_strict(model, state, source)
+
+    path, head = find_head(model)
+    if weights == "none" or head.out_features != len(PLANES):
+        model.set_submodule(path, nn.Linear(head.in_features, len(PLANES)))
+    return model
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
+    """The classifying layer and its path: the last Linear in each of the five networks, and in Inception v3."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str]:
+    """State dict of torchvision's network `name`, and where it came from in words.
+
+    weights: "imagenet", or a file: safetensors, or anything that torch.load reads with weights_only=True
+    Raises ClassifyError for a failed download and for an unreadable file.
+    """
+    if weights == "imagenet":
+        entry = tv.get_model_weights(name).IMAGENET1K_V1
+        source = f"ImageNet weights of {name}"
+        cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
+        except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ClassifyError(
+                f"{source}: {_one_line(error)}; fetch {entry.url} to {cached}, or use --weights FILE or --weights none"
+            ) from None
+    else:
+        source = str(weights)
+        try:
+            if Path(weights).suffix == ".safetensors":
+                state = safetensors.torch.load_file(weights)
+            else:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ClassifyError(f"{source}: no such file; --weights takes imagenet, none or a file") from None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+            raise ClassifyError(f"{source}: not a state dict that can be read safely ({_one_line(error)})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ClassifyError(f"{source}: not a state dict of tensors; save model.state_dict() and nothing else")
+    # torchvision's DenseNet files are older than its module names: denselayer1.norm.1 is denselayer1.norm1 today.
+    return {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()
+    }, source
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load every key and no other; ClassifyError in one line where torch's own error has hundreds."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ClassifyError(f"{source}: does not fit {type(model).__name__}: {_one_line(error)}") from None
+
+
+def save(path: Path, model: nn.Module, description: dict) -> None:
+    """Write a trained classifier as safetensors.
+
+    description: what `load` needs (`model`, `size`, `input_range`) and whatever else is worth keeping. It is stored as
+      one JSON text, because safetensors does not promise an order of several metadata entries and equal runs are to
+      give equal bytes.
+    """
+    metadata = {"classifier": json.dumps({**description, "classes": list(PLANES)}, sort_keys=True)}
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    path.write_bytes(safetensors.torch.save(state, metadata))  # save_file would make it readable by its owner alone
+
+
+def load(path: str | Path) -> tuple[nn.Module, dict]:
+    """A classifier written by `save`, in eval mode, and its description. ClassifyError if it is not one."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {})["classifier"])
+        name, size, classes = description["model"], description["size"], description["classes"]
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+        raise ClassifyError(f"{path}: not a classifier written by classify.py") from None
+    if classes != list(PLANES):
+        raise ClassifyError(f"{path}: its classes are {classes}, not {list(map(str, PLANES))}")
+    return build(name, Path(path), size).eval(), description
+
+
+def _classes(name: str, state: dict[str, Tensor], source: str) -> int:
+    """How many classes the head in a state dict has."""
+    with torch.device("meta"):
+        path, head = find_head(MODELS[name]())
+    weight = state.get(f"{path}.weight")
+    if weight is None or weight.dim() != 2 or weight.shape[1] != head.in_features:
+        raise ClassifyError(f"{source}: not weights of {name}: no {path}.weight of shape (classes, {head.in_features})")
+    return len(weight)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

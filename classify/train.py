@@ -1,0 +1,61 @@
+"""One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum 0.9, batch 24)."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classify import ClassifyError
+from classify.data import Augmentation, prepare
+
+MOMENTUM = 0.9
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+"""(images (B, 3, H, W) uint8, targets (B,), indices (B,)) as `data.batches` gives them."""
+
+
+def train_epoch(
+    model: nn.Module,
+    loader: Batches,
+    optimizer: torch.optim.Optimizer,
+    input_range: str,
+    augmentation: Augmentation | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Train on every batch once, by cross-entropy; returns the mean loss per image.
+
+    dtype: autocast to it unless float32; parameters stay float32
+    Raises ClassifyError once the loss is not finite.
+    """
+    model.train()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    for images, targets, indices in loader:
+        affine = augmentation(indices) if augmentation else None
+        inputs = prepare(images.to(device), input_range, affine)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(model(inputs), targets.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+        total, count = total + loss.item() * len(targets), count + len(targets)
+        if not math.isfinite(total):
+            raise ClassifyError("the training loss is no longer finite; lower the learning rate")
+    return total / count
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class probabilities (N, K), float32 on the CPU, in the loader's order."""
+    model.eval()
+    device = next(model.parameters()).device
+    probabilities = []
+    for images, _, _ in loader:
+        inputs = prepare(images.to(device), input_range)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(inputs)
+        probabilities.append(logits.float().softmax(dim=1).cpu())
+    return torch.cat(probabilities)

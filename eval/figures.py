@@ -1,0 +1,118 @@
+"""The figures: contact sheets, confusion matrices, t-SNE panels, loss curves. Equal input gives equal PNG bytes.
+
+Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched; `save` writes it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as well.
+SOURCES: dict[str, tuple[str, str]] = {
+    "spain": ("#0072B2", "o"),
+    "africa": ("#D55E00", "s"),
+    "synthetic": ("#009E73", "^"),
+}
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+
+
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a PNG without matplotlib's version in it."""
+    figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[object]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    cell: float = 1.4,
+) -> Figure:
+    """Images in a grid, with a label before each row and above each column.
+
+    rows: images as anything numpy takes (PIL images too), uint8, (H, W) or (H, W, 3); None leaves a cell empty
+    cell: inches of a cell's side
+    """
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(cell * columns, cell * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for i, row in enumerate(rows):
+        for j, axes in enumerate(grid[i]):
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if j < len(row) and row[j] is not None:
+                axes.imshow(np.asarray(row[j]), cmap="gray", vmin=0, vmax=255)
+            axes.set_adjustable("datalim")  # square cells keep the labels in line whatever the images' shapes
+            axes.set_box_aspect(1)
+            if i == 0 and j < len(column_labels):
+                axes.set_title(column_labels[j], fontsize=9)
+            if j == 0 and i < len(row_labels):
+                axes.set_ylabel(row_labels[i], fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
+    return figure
+
+
+def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> Figure:
+    """Confusion matrix: counts as numbers, the share of each row (a true class) as shade.
+
+    matrix: (K, K) counts, row = target, column = prediction
+    """
+    matrix = np.asarray(matrix)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(1.6 + 0.75 * len(classes), 1.1 + 0.75 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(matrix):
+        axes.text(j, i, str(count), ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+    axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="prediction", ylabel="target", title=title)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def tsne_figure(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]], caption: str = "", columns: int = 4) -> Figure:
+    """A scatter plot per panel (a plane in the paper), points marked by where the image comes from.
+
+    panels: title -> (points (N, 2) in [0, 1], the source of each point: a key of SOURCES)
+    caption: one line under the panels; say which features were embedded
+    """
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(2.6 * columns, 5), 2.6 * lines + 0.8), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    marks = {}
+    for axes, (title, (points, sources)) in zip(grid, panels.items()):
+        for source, (colour, marker) in SOURCES.items():
+            chosen = np.asarray(points)[[name == source for name in sources]]
+            if len(chosen):
+                marks[source] = axes.scatter(*chosen.T, s=16, color=colour, marker=marker, alpha=0.8, linewidths=0)
+        axes.set(title=title, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+        axes.set_box_aspect(1)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=len(SOURCES), frameon=False)
+    figure.supxlabel(caption, fontsize=9)
+    return figure
+
+
+def loss_figure(losses: Mapping[str, Sequence[float]], xlabel: str = "epoch", ylabel: str = "loss") -> Figure:
+    """Curves over epochs or steps (the first is 1), labelled in a legend above the axes.
+
+    losses: label -> one value per epoch; at most as many labels as LINES has colours
+    """
+    if len(losses) > len(LINES):
+        raise ValueError(f"{len(losses)} curves, but only {len(LINES)} distinguishable colours")
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for colour, (label, values) in zip(LINES, losses.items()):
+        axes.plot(
+            range(1, len(values) + 1), values, color=colour, label=label, marker="." if len(values) < 50 else None
+        )
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    return figure

@@ -1,0 +1,272 @@
+"""The two datasets and the lists made from them, as records; selections by seed; what leaks from training into test.
+
+Readers know an image by its table alone, so they also work where only some of the files are; `require_images` is the
+line that a caller gets before any work starts. Records of the maternal cervix are left out, as in the paper.
+"""
+
+import csv
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from planes import PLANES, Plane
+
+ORIGINS: dict[str, str] = {
+    "spain": "download https://zenodo.org/records/3904280",
+    "africa": "download https://zenodo.org/records/7540448",
+    "synthetic": "make them with sample.py",
+}
+"""Source of a record -> where its images come from."""
+
+LABELS: dict[str, Plane | None] = {
+    **{str(plane): plane for plane in PLANES},
+    **{f"fetal {plane}": plane for plane in PLANES},
+    **dict.fromkeys(("cervix", "maternal cervix")),
+}
+"""A plane's names in the tables, in lower case; None is left out."""
+
+CODES: dict[str, Plane | None] = dict(
+    zip("012345", (Plane.OTHER, Plane.ABDOMEN, Plane.BRAIN, None, Plane.FEMUR, Plane.THORAX))
+)
+"""A plane's number in the authors' lists: neither our class index nor the digit in a file name."""
+
+SPLIT: dict[str, bool] = {"1": True, "0": False}
+"""Column Train: is it a training image?"""
+
+
+class DatasetError(ValueError):
+    """A dataset, list or selection that cannot be had as asked for, told in one line."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and what its dataset's table says of it.
+
+    patient: unique among all sources, such as "spain/305" or "africa/Malawi/14"
+    source: a key of ORIGINS
+    center: the country, or the sampler of a synthetic image
+    """
+
+    path: Path
+    plane: Plane
+    patient: str
+    train: bool
+    source: str
+    center: str
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+def read_spanish(root: str | Path, table: str = "FETAL_PLANES_DB_data.csv") -> list[Record]:
+    """FETAL_PLANES_DB (Burgos-Artizzu et al. 2020, Zenodo 3904280), both splits, in the table's order.
+
+    root: the unpacked archive, or the folder that holds it as FETAL_PLANES_ZENODO/
+    table: the table's name in it
+    """
+    folder = _find(Path(root), "FETAL_PLANES_ZENODO", table, "spain")
+    records = []
+    for where, plane, name, patient, train in _rows(folder / table, "Plane", "Image_name", "Patient_num", "Train"):
+        path, split = folder / "Images" / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
+        records.append(Record(path, plane, f"spain/{patient}", split, "spain", "Spain"))
+    return records
+
+
+def read_african(root: str | Path) -> list[Record]:
+    """The five-country African set (Sendra-Balcells et al. 2023, Zenodo 7540448), both splits, in the table's order.
+
+    root: the unpacked archive, or the folder that holds it as Zenodo_dataset/
+    A patient is (Center, Patient_num): the countries count from 1 each.
+    """
+    table = "African_planes_database.csv"
+    folder = _find(Path(root), "Zenodo_dataset", table, "africa")
+    columns = "Plane", "Filename", "Center", "Patient_num", "Train"
+    records = []
+    for where, plane, name, center, patient, train in _rows(folder / table, *columns):
+        path, split = folder / center / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
+        records.append(Record(path, plane, f"africa/{center}/{patient}", split, "africa", center))
+    return records
+
+
+def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
+    """The records that one of the authors' lists names, in the list's order.
+
+    records: the whole dataset
+    The list has columns Image_name (or Filename) and Plane (or category); it may write planes as CODES.
+    """
+    by_name = {record.name: record for record in records}
+    chosen: dict[str, Record] = {}
+    for where, plane, name in _rows(Path(path), "Plane|category", "Image_name|Filename", labels=LABELS | CODES):
+        if name not in by_name:
+            raise DatasetError(f"{where}: {name} is not in the dataset; does the list belong to another one?")
+        if by_name[name].plane is not plane:
+            raise DatasetError(f"{where}: {name} is listed as {plane}, but the dataset says {by_name[name].plane}")
+        if name in chosen:
+            raise DatasetError(f"{where}: {name} is listed twice; remove one line")
+        chosen[name] = by_name[name]
+    return list(chosen.values())
+
+
+def read_synthetic(manifest: str | Path) -> list[Record]:
+    """The images that sample.py made, all for training, each its own patient.
+
+    manifest: the manifest.csv beside them
+    """
+    records = []
+    for _, plane, image, sampler in _rows(Path(manifest), "plane", "image", "sampler"):
+        path = Path(manifest).parent / image
+        records.append(Record(path, plane, f"synthetic/{path.stem}", True, "synthetic", sampler))
+    return records
+
+
+def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
+    """(image, caption) pairs of a folder in which image.txt beside image.png holds its caption; sorted by name."""
+    pairs = []
+    for image in sorted(Path(folder).glob("*")):
+        if image.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
+            continue
+        text = image.with_suffix(".txt")
+        try:
+            caption = text.read_text(encoding="utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError):
+            caption = ""
+        if not caption:
+            raise DatasetError(f"{image}: has no caption; write one into {text.name} beside it, in UTF-8")
+        pairs.append((image, caption))
+    if not pairs:
+        raise DatasetError(f"{folder}: no .png, .jpg, .jpeg, .webp or .bmp images in it")
+    return pairs
+
+
+def require_images(records: Iterable[Record]) -> None:
+    """DatasetError unless the file of every record is there; it says how many are missing and where to get them."""
+    records = list(records)
+    missing = [record for record in records if not record.path.is_file()]
+    if missing:
+        names = ", ".join(record.name for record in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        origins = "; ".join(ORIGINS[source] for source in dict.fromkeys(record.source for record in missing))
+        raise DatasetError(f"{len(missing)} of {len(records)} images are missing ({names}); {origins}")
+
+
+def balanced(records: Iterable[Record], per_plane: int, seed: int) -> list[Record]:
+    """`per_plane` random records of each plane, whatever their order; with the same seed, fewer are a part of more."""
+    records, chosen = list(records), []
+    for index, plane in enumerate(PLANES):
+        pool = _sorted(record for record in records if record.plane is plane)
+        if len(pool) < per_plane:
+            raise DatasetError(f"only {len(pool)} images of {plane}, but {per_plane} of each plane were asked for")
+        chosen += [pool[n] for n in np.random.default_rng([seed, index]).permutation(len(pool))[:per_plane]]
+    return chosen
+
+
+def validation_split(records: Iterable[Record], count: int = 200, *, seed: int) -> tuple[list[Record], list[Record]]:
+    """(train, validation): exactly `count` images of random whole patients are set aside, the others train."""
+    records = _sorted(records)
+    if not 0 < count < len(records):
+        raise DatasetError(f"cannot set {count} of {len(records)} images aside for validation")
+    images, held, total = Counter(record.patient for record in records), set(), 0
+    for patient in np.random.default_rng(seed).permutation(list(images)):
+        if total + images[patient] <= count:  # a patient with more images than still fit trains
+            held.add(patient)
+            total += images[patient]
+    if total < count:
+        raise DatasetError(f"whole patients add up to {total} validation images, not {count}; ask for another number")
+    return [r for r in records if r.patient not in held], [r for r in records if r.patient in held]
+
+
+def _sorted(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: (record.patient, record.name))
+
+
+class Leak(NamedTuple):
+    """A test image and a training image that share a "patient", or are byte for byte the same "file"."""
+
+    kind: str
+    train: Record
+    test: Record
+
+
+def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
+    """For each test image of a training patient one leak, and one for each byte-identical copy of it in training.
+
+    The African set needs it: it repeats images under other patient numbers, across its own split. The images must be
+    there, as for `require_images`.
+    """
+    train, test = list(train), list(test)
+    require_images(train + test)
+    of_patient = {record.patient: record for record in reversed(train)}
+    found = [Leak("patient", of_patient[record.patient], record) for record in test if record.patient in of_patient]
+
+    sizes = {record.path.stat().st_size for record in test}
+    copies = defaultdict(list)
+    for record in train:
+        if record.path.stat().st_size in sizes:  # files of different sizes differ: no need to read them
+            copies[_sha256(record.path)].append(record)
+    return found + [Leak("file", copy, record) for record in test for copy in copies.get(_sha256(record.path), ())]
+
+
+def describe_leaks(found: list[Leak]) -> str:
+    """The leaks in words: for each kind the number of test images concerned, then a line for each leak."""
+    lines = []
+    for kind in dict.fromkeys(leak.kind for leak in found):
+        images = {leak.test for leak in found if leak.kind == kind}
+        lines.append(f"{len(images)} test images share a {kind} with training:")
+        lines += [f"  {b.name} ({b.patient}) with {a.name} ({a.patient})" for k, a, b in found if k == kind]
+    return "\n".join(lines) or "training and test share no patient and no file"
+
+
+def _sha256(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def _find(root: Path, top: str, table: str, source: str) -> Path:
+    """The folder with the table in it: root, or its subfolder `top`, which some unpackers make."""
+    for folder in (root, root / top):
+        if (folder / table).is_file():
+            return folder
+    raise DatasetError(f"{root}: neither {table} nor {top}/{table} is there; {ORIGINS[source]}")
+
+
+def _rows(path: Path, plane: str, *columns: str, labels: dict[str, Plane | None] = LABELS) -> list[tuple]:
+    """(where it stands, plane, a cell for each of `columns`) for each row of a table whose plane is not left out.
+
+    plane, columns: their headers ("this|or that")
+    Takes `;` or `,`, any line ends, a byte order mark, and spaces around headers and cells: the real files have all.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
+        delimiter = max(",;", key=lines[0].count)
+        header, *table = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+    names = [next((name for name in column.split("|") if name in header), None) for column in (plane, *columns)]
+    if None in names:
+        needed, had = ", ".join((plane, *columns)).replace("|", " or "), ", ".join(header) or "none"
+        raise DatasetError(f"{path}: needs the columns {needed}, but has {had}; separate columns by ; or ,")
+    rows = []
+    for line, cells in enumerate(table, start=2):
+        where = f"{path}, line {line}"
+        if not any(cells):
+            continue
+        if len(cells) != len(header):
+            raise DatasetError(f"{where}: {len(cells)} cells under {len(header)} headers")
+        label, *picked = (cells[header.index(name)] for name in names)
+        if "" in picked:
+            raise DatasetError(f"{where}: {names[1 + picked.index('')]} is empty")
+        if found := _meaning(label.lower(), labels, f"{where}, {names[0]}"):
+            rows.append((where, found, *picked))
+    if not rows:
+        raise DatasetError(f"{path}: no images listed in it")
+    return rows
+
+
+def _meaning(cell: str, meanings: dict, where: str):
+    if cell not in meanings:
+        raise DatasetError(f"{where}: {cell!r} is none of {', '.join(meanings)}")
+    return meanings[cell]
