@@ -1,0 +1,63 @@
+"""A network's prediction of noise or velocity as a denoiser D(x; sigma) of the samplers."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from samplers.schedule import Nodes, SamplerError
+
+
+class Denoiser:
+    """denoise(x, sigma) -> x0, with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6).
+
+    model: model(x_vp, t, context) -> (B, C, H, W) eps or v, where x_vp = x / sqrt(1 + sigma^2) has unit variance and
+        context's dtype, and t (B,) is floating-point and may be fractional
+    nodes: says which t belongs to which sigma
+    context: (B, S, D) the condition; negative_context: the same shape, what guidance leads away from
+    guidance_scale: 1 is the condition alone, one row per image; otherwise both go through the model as one batch of 2B
+    prediction_type: what the model predicts, "epsilon" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512)
+
+    Raises SamplerError for an unknown prediction_type, or guidance without a negative_context of context's shape.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        nodes: Nodes,
+        context: Tensor,
+        negative_context: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        prediction_type: str = "epsilon",
+    ):
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise SamplerError(f"unknown prediction_type {prediction_type!r}: choose epsilon or v_prediction")
+        self.guided = guidance_scale != 1
+        if self.guided and negative_context is None:
+            raise SamplerError(f"guidance_scale {guidance_scale:g} needs a negative_context; without one use 1")
+        if self.guided and negative_context.shape != context.shape:
+            shapes = f"{tuple(negative_context.shape)} and {tuple(context.shape)}"
+            raise SamplerError(f"negative_context and context are {shapes}: they must have the same shape")
+        self.model = model
+        self.nodes = nodes
+        self.context = torch.cat([negative_context, context]) if self.guided else context
+        self.guidance_scale = guidance_scale
+        self.prediction_type = prediction_type
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """x0 (B, C, H, W), in x's dtype, of noisy latents x = x0 + sigma * eps of the same shape."""
+        scale = math.hypot(1, sigma)
+        x_vp = (x / scale).to(self.context.dtype)
+        if self.guided:
+            x_vp = torch.cat([x_vp, x_vp])
+        t_dtype = torch.promote_types(x.dtype, torch.float32)  # half precision has no t = 946.42
+        t = torch.full((len(x_vp),), self.nodes.t(sigma), dtype=t_dtype, device=x.device)
+
+        prediction = self.model(x_vp, t, self.context).to(x.dtype)
+        if self.guided:
+            negative, positive = prediction.chunk(2)
+            prediction = negative + self.guidance_scale * (positive - negative)
+        if self.prediction_type == "epsilon":
+            return x - sigma * prediction
+        return x / scale**2 - sigma / scale * prediction

@@ -1,0 +1,101 @@
+"""The denoiser: prediction types, guidance in one call, batches, half precision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
+
+SCHEDULE = NoiseSchedule()
+every_sampler = pytest.mark.parametrize("sample", [sample_euler, sample_unipc], ids=["euler", "unipc"])
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def network(x_vp, t, context):
+    """A stand-in for a U-Net: depends on each of its arguments, row by row."""
+    rows = (-1, 1, 1, 1)
+    return torch.tanh(x_vp * (1 + t.view(rows) / 1000)) + context.mean((1, 2)).view(rows) * torch.cos(x_vp)
+
+
+@every_sampler
+def test_eps_and_v_parameterisations_of_one_denoiser_give_one_trajectory(sample):
+    nodes = unipc_nodes(SCHEDULE, 10)
+    x, context = nodes.init_scale * noise(2, 1, 3, 3), torch.zeros(2, 1, 1, dtype=torch.float64)
+
+    def v_network(x_vp, t, context):
+        sigma = float(np.interp(t[0].item(), nodes.timesteps[::-1], nodes.sigmas[-2::-1]))
+        return (network(x_vp, t, context) + sigma * -x_vp / math.hypot(1, sigma)) * math.hypot(1, sigma)
+
+    eps = Denoiser(network, nodes, context)
+    v = Denoiser(v_network, nodes, context, prediction_type="v_prediction")
+    torch.testing.assert_close(sample(eps, x, nodes.sigmas), sample(v, x, nodes.sigmas), **EXACT)
+
+
+def test_v_prediction_of_a_known_image_and_noise_gives_the_image_back():
+    t, x0, eps = torch.tensor([300]), noise(1, 1, 3, 3, seed=1), noise(1, 1, 3, 3, seed=2)
+    sigma = float(SCHEDULE.sigma(300))
+    nodes = Nodes((300.0,), (sigma, 0.0), sigma)
+    for kind, target in [("epsilon", eps), ("v_prediction", SCHEDULE.velocity(x0, eps, t))]:
+        seen = []
+        denoise = Denoiser(
+            lambda x_vp, t, context, target=target, seen=seen: seen.append(x_vp) or target,
+            nodes,
+            torch.zeros(1, 1, 1, dtype=torch.float64),
+            prediction_type=kind,
+        )
+        torch.testing.assert_close(denoise(x0 + sigma * eps, sigma), x0, **EXACT)
+        torch.testing.assert_close(seen[0], SCHEDULE.add_noise(x0, eps, t), **EXACT)
+
+
+@every_sampler
+def test_a_batch_equals_its_rows_alone(sample):
+    nodes = unipc_nodes(SCHEDULE, 6)
+    x, context = nodes.init_scale * noise(3, 1, 2, 2), noise(3, 2, 4, seed=1)
+    negative = noise(3, 2, 4, seed=2)
+    whole = sample(Denoiser(network, nodes, context, negative, 4.0), x, nodes.sigmas)
+    rows = [
+        sample(Denoiser(network, nodes, context[i : i + 1], negative[i : i + 1], 4.0), x[i : i + 1], nodes.sigmas)
+        for i in range(3)
+    ]
+    torch.testing.assert_close(whole, torch.cat(rows), **EXACT)
+
+
+def counted(calls):
+    def model(x_vp, t, context):
+        calls.append((len(x_vp), t.tolist(), t.dtype))
+        return network(x_vp, t, context)
+
+    return model
+
+
+def test_guidance_is_one_call_of_twice_the_batch_and_scale_1_is_the_condition_alone():
+    nodes, calls = euler_nodes(SCHEDULE, 3), []
+    x, context, negative = nodes.init_scale * noise(2, 1, 2, 2), noise(2, 2, 4, seed=1), noise(2, 2, 4, seed=2)
+    sigma = nodes.sigmas[1]
+    with_, without = (Denoiser(network, nodes, c)(x, sigma) for c in (context, negative))
+    guided = Denoiser(counted(calls), nodes, context, negative, 7.0)(x, sigma)
+    torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
+    torch.testing.assert_close(Denoiser(counted(calls), nodes, context, negative, 1.0)(x, sigma), with_, **EXACT)
+    assert calls == [(4, [499.5] * 4, torch.float64), (2, [499.5] * 2, torch.float64)]
+
+
+@every_sampler
+def test_the_state_stays_in_float32_around_a_network_in_half_precision(sample):
+    nodes, seen = unipc_nodes(SCHEDULE), set()
+    x, context = nodes.init_scale * noise(2, 1, 3, 3, dtype=torch.float32), torch.zeros(2, 1, 1)
+
+    def half(x_vp, t, context):
+        seen.add((x_vp.dtype, t.dtype, context.dtype))
+        return network(x_vp.float(), t, context.float()).half()
+
+    full = sample(Denoiser(network, nodes, context), x, nodes.sigmas)
+    mixed = sample(Denoiser(half, nodes, context.half()), x, nodes.sigmas)
+    assert mixed.dtype == full.dtype == torch.float32
+    assert seen == {(torch.float16, torch.float32, torch.float16)}
+    assert (mixed - full).norm() / full.norm() < 1e-2
