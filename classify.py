@@ -36,6 +36,7 @@ from planes.datasets import (
     DatasetError,
     Record,
     balanced,
+    describe_leaks,
     leaks,
     read_african,
     read_manifest,
@@ -121,7 +122,7 @@ def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
             f"{patients[0].test.patient} is in training and in test, as {len(patients)} test images are"
         )
     copies = {leak.test for leak in found}
-    print(f"leak check: no patient in both; {len(copies)} test images are copies of training images")
+    print(f"leak check: {describe_leaks(found)}")
     if copies:
         print(f"warning: {len(copies)} test images are byte for byte in training; metrics.json also has scores without")
     return copies

@@ -90,6 +90,7 @@ class Stages:
         self.fresh = False  # once a stage has run, everything behind it has to
 
     def run(self, script: str, out: Path, *flags: object) -> Path:
+        """Run script.py with these flags into `out`, unless it has been; returns `out`."""
         argv = [*map(str, flags), "--out", str(out)]
         print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
         module = runpy.run_path(str(HERE / f"{script}.py"), run_name="stage")

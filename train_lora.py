@@ -197,6 +197,7 @@ def main(args):
         done, rows = state["step"], state["rows"]
 
     def save_sheet(step: int) -> None:
+        """Four samples of each caption as they are now, by Euler."""
         folder = args.out / "samples"
         folder.mkdir(exist_ok=True)
         seeds = [args.seed + n for n in range(4)]
@@ -216,6 +217,7 @@ def main(args):
         Image.fromarray(torch.cat(sheet).numpy()).save(folder / f"step{step:06}.png")
 
     def save_state(step: int) -> None:
+        """All that --resume needs; replaced in one go, so that a run killed meanwhile keeps the one before."""
         state = {"identity": identity, "step": step, "rows": rows, "lora": [p.detach().cpu() for p in parameters]}
         state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         torch.save(state, checkpoint.with_suffix(".part"))

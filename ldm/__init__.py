@@ -12,7 +12,7 @@
 | safetensors headers, and what is none | `weights.py` |
 | noise and text to latents, with a sampler | `generate.py` |
 | image files in, images out | `images.py` |
-| the embedded miniature, and how it was trained | `mini/`, `scenes.py`, `pretrain_mini.py` |
+| the embedded miniature, and how it was trained | `mini/`, `scenes.py`, `bpe.py`, `pretrain_mini.py` |
 """
 
 from pathlib import Path

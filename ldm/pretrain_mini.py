@@ -8,14 +8,10 @@ checkpoint in --work as if it had not been. No real image is used: nothing can l
 
 import argparse
 import copy
-import json
 import math
 import multiprocessing
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTokenizer
 
+from ldm.bpe import write_tokenizer
 from ldm.checkpoint import Model, save_folder
 from ldm.generate import generate
 from ldm.images import decode_images
@@ -40,7 +36,6 @@ from samplers.schedule import NoiseSchedule
 
 SIZE = 64  # image side, px
 POSITIONS = 32  # tokens of a prompt, padding included
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})  # one token each, as in CLIP's
 
 VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
@@ -134,36 +129,6 @@ def encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Posterior:
     """The posteriors of all images; a fresh sample of them is drawn at every training step."""
     parts = [vae.encode(to_input(batch.to(device))) for batch in tqdm(images.split(256), desc="latents", unit="batch")]
     return Posterior(torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.logvar.cpu() for p in parts]))
-
-
-def write_tokenizer(folder: Path, captions: list[str]) -> CLIPTokenizer:
-    """Train a byte-pair encoding on the captions and PLAIN_WORDS; write it in the format of CLIP's."""
-    counts = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
-    counts.update(PLAIN_WORDS)
-    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
-    merges = []
-    while pairs := Counter({pair: counts[w] for w, p in pieces.items() for pair in pairwise(p)}):
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        for word, p in pieces.items():
-            k = 0
-            while k < len(p) - 1:
-                if (p[k], p[k + 1]) == best:
-                    p[k : k + 2] = ["".join(best)]
-                k += 1
-            pieces[word] = p
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
-    symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
-    config = special | {"model_max_length": POSITIONS, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return CLIPTokenizer.from_pretrained(folder)
 
 
 def make_text_encoder(vocabulary: int) -> TextEncoder:
@@ -280,7 +245,7 @@ def main(args):
     scaled = Posterior(posterior.mean * factor, posterior.logvar + 2 * math.log(factor))
 
     # the U-Net and the text encoder together, both from nothing
-    tokenizer = write_tokenizer(args.work / "tokenizer", captions)
+    tokenizer = write_tokenizer(args.work / "tokenizer", captions, PLAIN_WORDS, POSITIONS)
     networks = {
         "unet": UNet(UNET).to(args.device, memory_format=torch.channels_last),
         "text": make_text_encoder(len(tokenizer)).to(args.device),
