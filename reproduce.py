@@ -26,12 +26,15 @@ from eval.figures import save, tsne_figure
 from eval.record import record_run, write_atomically
 from eval.report import lora_table, zero_shot_table
 from eval.tsne import tsne
+from ldm.checkpoint import CheckpointError
+from ldm.images import ImageError
+from lora import LoRAError
 from planes import PLANES
-from planes.datasets import DatasetError, Record, read_african, read_spanish, read_synthetic
+from planes.datasets import DatasetError, Record, read_african, read_spanish, read_synthetic, require_images
 from planes.phantom import write_african_layout, write_spanish_layout
+from samplers import SamplerError
 
 HERE = Path(__file__).resolve().parent
-DATA_MODELS = {"ES": (), "ES+DA": ("--augment",), "HB": ("--synthetic",), "HB+DA": ("--synthetic", "--augment")}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,7 @@ PHANTOMS = {"train": 60, "patients": 25}  # images per plane at site A; patients
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--model", type=Path, help="SD 1.5: a .safetensors file or a diffusers folder (default: the embedded miniature)"
-    )
+    add("--model", type=Path, help="SD 1.5: a .safetensors file or a diffusers folder (default: the embedded model)")
     add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
     add("--spanish", type=Path, help="the Spanish dataset (default: phantoms of site A)")
     add("--african", type=Path, help="the African dataset (default: phantoms of site B)")
@@ -86,12 +87,13 @@ def parse_args(argv=None):
 class Stages:
     """Runs scripts one after the other; what is there, made with the same arguments, is not made again."""
 
-    def __init__(self) -> None:
+    def __init__(self, *common: object) -> None:
+        self.common = common  # flags of every stage
         self.fresh = False  # once a stage has run, everything behind it has to
 
     def run(self, script: str, out: Path, *flags: object) -> Path:
         """Run script.py with these flags into `out`, unless it has been; returns `out`."""
-        argv = [*map(str, flags), "--out", str(out)]
+        argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
         print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
         module = runpy.run_path(str(HERE / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
@@ -142,7 +144,7 @@ def source_figure(records: Mapping[str, list[Record]], classifier_file: Path, pa
     return extractor.name
 
 
-def write_report(args: argparse.Namespace, results: Mapping, shares: Mapping, embedded_features: str) -> None:
+def write_report(args: argparse.Namespace, results: Mapping, shares: Mapping, feature_name: str) -> None:
     """report.md: the table, what the LoRA does, the pictures."""
     first = next(iter(results.values()))
     material = "the embedded miniature model" if args.model is None else args.model.name
@@ -181,7 +183,7 @@ Without LoRA, the same prompts:
 
 ## Where the sources lie (figure 3)
 
-Features: {embedded_features}.
+Features: {feature_name}.
 
 ![t-SNE](tsne.png)
 """
@@ -189,19 +191,16 @@ Features: {embedded_features}.
 
 
 def main(args):
-    embedded = args.spanish is None
+    spanish, african = args.spanish, args.african
     scale = EMBEDDED if args.model is None else PAPER
     weights = args.weights or ("imagenet" if args.model else "none")
-    everywhere = ["--seed", args.seed, *(["--device", args.device] if args.device else [])]
-    model = [
-        *(["--model", args.model] if args.model else []),
-        *(["--tokenizer", args.tokenizer] if args.tokenizer else []),
-    ]
-    stages = Stages()
+    stages = Stages("--seed", args.seed, *(["--device", args.device] if args.device else []))
 
     # two sites
-    spanish, african = args.spanish, args.african
-    if embedded:
+    if spanish:
+        real = [r for r in read_spanish(spanish) if r.train] + [r for r in read_african(african) if not r.train]
+        require_images(real)  # hours before the first classifier would miss one
+    else:
         spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
         if not (african / "African_planes_database.csv").exists():
             print("phantoms of two sites", flush=True)
@@ -210,34 +209,31 @@ def main(args):
             stages.fresh = True
 
     # LoRA on a hundred images of the first; synthetic images with it and, to see what it does, without it
-    lora = stages.run(
-        "train_lora", args.out / "lora", *model, "--spanish", spanish, *scale.train_lora.split(), *everywhere
-    )
-    lora_file = ["--lora", lora / "lora.safetensors"]
-    synthetic = stages.run("sample", args.out / "synthetic", *model, *lora_file, *scale.sample.split(), *everywhere)
-    few = [*scale.sample.split(), "--count", "10"]
-    without = stages.run("sample", args.out / "synthetic_without_lora", *model, *few, *everywhere)
+    model = [f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)]
+    fine_tune = [*model, "--spanish", spanish, *scale.train_lora.split(), "--resume"]
+    draw = [*model, *scale.sample.split()]
+    lora = stages.run("train_lora", args.out / "lora", *fine_tune) / "lora.safetensors"
+    synthetic = stages.run("sample", args.out / "synthetic", *draw, "--lora", lora) / "manifest.csv"
+    without = stages.run("sample", args.out / "synthetic_without_lora", *draw, "--count", 10) / "manifest.csv"
 
     # classifiers on four data models, tested on the second site, of which nothing was ever trained on
+    learn = ["--spanish", spanish, "--african", african, *scale.classify.split(), "--weights", weights]
+    es, hb = scale.es.split(), [*scale.hb.split(), "--synthetic", synthetic]
     results = {}
-    for name, flags in DATA_MODELS.items():
-        mix = [f for flag in flags for f in ((flag, synthetic / "manifest.csv") if flag == "--synthetic" else (flag,))]
-        site = ["--spanish", spanish, *(scale.hb if "HB" in name else scale.es).split(), "--african", african]
-        out = args.out / name.replace("+", "_")
-        out = stages.run("classify", out, *site, *mix, *scale.classify.split(), "--weights", weights, *everywhere)
+    for name, mix in {"ES": es, "ES+DA": [*es, "--augment"], "HB": hb, "HB+DA": [*hb, "--augment"]}.items():
+        out = stages.run("classify", args.out / name.replace("+", "_"), *learn, *mix)
         results[name] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
     # figures and report
     judge = args.out / "ES_DA" / "model.safetensors"
-    shares = {"with LoRA": recognised(judge, synthetic / "manifest.csv")}
-    shares["without"] = recognised(judge, without / "manifest.csv")
-    groups = {
-        "spain": [r for r in read_spanish(spanish) if r.train and r.path.is_file()],
-        "africa": [r for r in read_african(african) if not r.train],
-        "synthetic": read_synthetic(synthetic / "manifest.csv"),
+    shares = {"with LoRA": recognised(judge, synthetic), "without": recognised(judge, without)}
+    sources = {
+        "spain": [record for record in read_spanish(spanish) if record.train],
+        "africa": [record for record in read_african(african) if not record.train],
+        "synthetic": read_synthetic(synthetic),
     }
-    embedded_features = source_figure(groups, judge, args.out / "tsne.png", args.seed)
-    write_report(args, results, shares, embedded_features)
+    feature_name = source_figure(sources, judge, args.out / "tsne.png", args.seed)
+    write_report(args, results, shares, feature_name)
     record_run(args.out, args, {})
     print(f"\n{args.out / 'report.md'}")
 
@@ -245,6 +241,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ClassifyError, DatasetError) as error:
+    except (CheckpointError, ClassifyError, DatasetError, ImageError, LoRAError, SamplerError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         sys.exit(2)

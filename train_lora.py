@@ -76,10 +76,6 @@ def parse_args(argv=None):
     return args
 
 
-class TrainingError(RuntimeError):
-    """Training cannot start or go on, for a reason that its user can mend."""
-
-
 def read_training_set(args) -> list[tuple[Path, str]]:
     """(image, caption) pairs, each image there."""
     if args.images:
@@ -146,7 +142,7 @@ def main(args):
     dtype = DTYPES[args.dtype]
     multiple = model.vae.config.downsampling * model.unet.config.multiple
     if size % multiple:
-        raise TrainingError(f"--size {size}: must be a multiple of {multiple}")
+        raise CheckpointError(f"--size {size}: must be a multiple of {multiple}")
 
     # latents and text embeddings once; then the text encoder is dropped and the VAE waits on the CPU for the sheets
     latents = encode_images(model, pairs, size, args)
@@ -189,7 +185,7 @@ def main(args):
         state = torch.load(checkpoint, weights_only=True, map_location=args.device)
         before = state["identity"]
         if changed := [f"{k} was {before.get(k)}, is {v}" for k, v in identity.items() if before.get(k) != v]:
-            raise TrainingError(f"{checkpoint}: other settings ({'; '.join(changed)}): use its own, or another --out")
+            raise LoRAError(f"{checkpoint}: other settings ({'; '.join(changed)}): use its own, or another --out")
         for parameter, saved in zip(parameters, state["lora"], strict=True):
             parameter.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
@@ -254,7 +250,7 @@ def main(args):
         # a GradScaler skips single steps by design; many in a row, or one without it, is a run gone wrong
         bad = 0 if math.isfinite(mean_loss) and math.isfinite(norm) else bad + 1
         if bad > (10 if scaler.is_enabled() else 0):
-            raise TrainingError(
+            raise LoRAError(
                 f"step {step + 1}: the loss or its gradient is not finite; {checkpoint} holds the last good state: "
                 "try a lower --lr or --dtype bf16 or fp32"
             )
@@ -288,6 +284,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, DatasetError, ImageError, LoRAError, TrainingError) as error:
+    except (CheckpointError, DatasetError, ImageError, LoRAError) as error:
         print(f"train_lora.py: {error}", file=sys.stderr)
         sys.exit(2)
