@@ -99,3 +99,20 @@ def test_the_state_stays_in_float32_around_a_network_in_half_precision(sample):
     assert mixed.dtype == full.dtype == torch.float32
     assert seen == {(torch.float16, torch.float32, torch.float16)}
     assert (mixed - full).norm() / full.norm() < 1e-2
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_guidance_combines_the_predictions_of_a_half_precision_network_in_float32(prediction_type):
+    """Not in half precision, where 7 times a difference would be rounded again: exactly the widened numbers."""
+    nodes = euler_nodes(SCHEDULE, 3)
+    x, context, negative = (noise(2, *shape, dtype=torch.float32) for shape in ((1, 2, 2), (2, 4), (2, 4)))
+    negative = negative + 1
+
+    def denoise(widen):
+        def model(x_vp, t, context):
+            prediction = network(x_vp, t, context).half()
+            return prediction.float() if widen else prediction
+
+        return Denoiser(model, nodes, context, negative, 7.0, prediction_type)(x, nodes.sigmas[0])
+
+    torch.testing.assert_close(denoise(widen=False), denoise(widen=True), rtol=0, atol=0)

@@ -1,0 +1,200 @@
+"""Features, t-SNE and the figures: what is measured, how it is drawn, and that equal input gives equal files."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.models as tv
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from PIL import Image
+from torch import nn
+
+from classify import ClassifyError
+from classify.data import PlaneImages, prepare
+from classify.models import build, save
+from eval import figures
+from eval.features import Extractor, classifier, features, inception
+from eval.tsne import tsne
+from planes import PLANES
+from planes.datasets import Record
+
+CLASSES = [str(plane) for plane in PLANES]
+
+
+def noise_records(folder, count):
+    rng = np.random.default_rng(0)
+    records = []
+    for n in range(count):
+        Image.fromarray(rng.integers(0, 255, (40, 50), dtype=np.uint8)).save(folder / f"{n}.png")
+        records.append(Record(folder / f"{n}.png", PLANES[n % 5], str(n), True, "spain", "Spain"))
+    return records
+
+
+# --- features ---
+
+
+def test_features_of_our_own_classifier_are_what_enters_its_head(tmp_path):
+    model = build("mobilenet_v2", "none", 64).eval()
+    save(tmp_path / "model.safetensors", model, {"model": "mobilenet_v2", "size": 64, "input_range": "minus-one-one"})
+    records = noise_records(tmp_path, 5)
+    x = prepare(torch.stack([PlaneImages(records, 64)[n][0] for n in range(5)]), "minus-one-one")
+    with torch.no_grad():
+        pooled, logits = model.features(x).mean(dim=(2, 3)), model(x)
+
+    extractor = classifier(tmp_path / "model.safetensors")
+    assert extractor.name == "mobilenet_v2 trained on the planes, penultimate layer"
+    found = features(extractor, records, batch_size=2)
+    assert found.shape == (5, 1280) and found.dtype == np.float32
+    np.testing.assert_allclose(found, pooled, atol=1e-5)
+    found = features(classifier(tmp_path / "model.safetensors", "logits"), records, batch_size=3)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+def test_taking_features_leaves_no_hook_behind(tmp_path):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).eval()
+    extractor = Extractor(model, 16, "zero-one", "penultimate", "means")
+    found = features(extractor, noise_records(tmp_path, 3))
+    assert found.shape == (3, 3) and 0.4 < found.mean() < 0.6
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("layer", "width"), [("logits", 1000), ("penultimate", 2048)])
+def test_inception_gives_logits_or_pooled_features(tmp_path, layer, width):
+    torch.manual_seed(0)
+    torch.save(tv.inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth")
+    extractor = inception(tmp_path / "inception.pth", layer, size=96)
+    assert features(extractor, noise_records(tmp_path, 2)).shape == (2, width)
+    assert str(width) in extractor.name and "Inception v3" in extractor.name
+    assert extractor.model.transform_input and not extractor.model.training
+
+
+def test_inception_without_weights_is_one_line_with_their_address(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(ClassifyError, match="inception_v3_google") as error:
+        inception()
+    assert "\n" not in str(error.value)
+    with pytest.raises(ClassifyError, match="no such file"):
+        inception(tmp_path / "nowhere.pth")
+
+
+# --- t-SNE ---
+
+
+def test_tsne_keeps_clusters_apart_and_fills_the_unit_square():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.eye(3, 20) * 30, 20, axis=0)
+    points = tsne((groups + rng.normal(size=groups.shape)).astype(np.float32), seed=1)
+    np.testing.assert_allclose([points.min(axis=0), points.max(axis=0)], [[0, 0], [1, 1]], atol=1e-6)
+    distances = np.linalg.norm(points[:, None] - points, axis=2)
+    np.fill_diagonal(distances, np.inf)
+    assert (distances.argmin(axis=1) // 20 == np.arange(60) // 20).all()
+
+
+def test_tsne_is_a_function_of_its_seed_and_takes_few_images():
+    x = np.random.default_rng(0).normal(size=(12, 6)).astype(np.float32)  # fewer than the perplexity
+    assert np.array_equal(tsne(x, seed=3), tsne(x, seed=3))
+    assert tsne(x[:4]).shape == (4, 2)
+    with pytest.raises(ValueError, match="at least 4"):
+        tsne(x[:3])
+
+
+# --- figures ---
+
+MATRIX = np.array([[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]])
+
+
+def sheet():
+    rng = np.random.default_rng(0)
+    grey, colour = rng.integers(0, 255, (20, 30), dtype=np.uint8), rng.integers(0, 255, (30, 20, 3), dtype=np.uint8)
+    rows = [[grey, colour, Image.fromarray(grey)], [colour, None]]
+    return figures.contact_sheet(rows, ["real", "with LoRA"], ["abdomen", "brain", "femur"])
+
+
+def panels():
+    rng = np.random.default_rng(0)
+    sources = ["spain"] * 5 + ["africa"] * 4 + ["synthetic"] * 3
+    panels = {plane: (rng.random((12, 2)), sources) for plane in CLASSES[:4]}
+    return figures.tsne_figure(panels, "t-SNE of Inception v3, 1000 logits")
+
+
+def curves():
+    return figures.loss_figure({"ES": [3.0, 2.0, 1.5], "HB + DA": [2.5, 1.0, 0.5]})
+
+
+DRAWN = [sheet, lambda: figures.confusion_figure(MATRIX, CLASSES, "233 test images"), panels, curves]
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=["sheet", "confusion", "tsne", "loss"])
+def test_a_figure_is_the_same_file_every_time_and_says_nothing_of_when_or_by_what(draw, tmp_path):
+    figures.save(draw(), tmp_path / "a.png")
+    figures.save(draw(), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        image.load()
+        assert set(image.info) <= {"dpi"}
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def visible_texts(figure):
+    """All texts that are drawn; matplotlib also keeps ticks beyond the ends of an axis."""
+    beyond = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    texts = figure.findobj(Text)
+    return [text for text in texts if text.get_text() and text.get_visible() and text not in beyond]
+
+
+@pytest.mark.parametrize("draw", DRAWN, ids=["sheet", "confusion", "tsne", "loss"])
+def test_no_two_labels_overlap_and_none_leaves_the_figure(draw):
+    figure = draw()
+    figure.draw_without_rendering()
+    texts = visible_texts(figure)
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) >= 4
+    for n, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, texts[n]
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, texts[n]
+        for m in range(n):
+            # a slanted label's box is larger than the label
+            if not (texts[n].get_rotation() % 90 or texts[m].get_rotation() % 90):
+                assert not box.overlaps(boxes[m]), (texts[n], texts[m])
+
+
+def test_the_confusion_figure_shows_every_count_and_shades_rows_by_share():
+    axes = figures.confusion_figure(MATRIX, CLASSES).axes[0]
+    counts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert all(counts[j, i] == str(MATRIX[i, j]) for i in range(5) for j in range(5))
+    shade = axes.images[0].get_array()
+    assert shade[1, 1] == pytest.approx(64 / 65) and shade[4].max() == 0
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("target", "prediction")
+
+
+def test_a_source_has_its_colour_and_shape_whatever_else_is_drawn():
+    def marks(sources):
+        points = np.linspace(0, 1, 2 * len(sources)).reshape(-1, 2)
+        found = figures.tsne_figure({"brain": (points, sources)}).axes[0].collections
+        return [(to_hex(mark.get_facecolor()[0]).upper(), len(mark.get_offsets())) for mark in found]
+
+    assert marks(["synthetic", "africa", "africa"]) == [("#D55E00", 2), ("#009E73", 1)]
+    assert marks(["synthetic"]) == [("#009E73", 1)]
+    assert len({marker for _, marker in figures.SOURCES.values()}) == len(figures.SOURCES) == 3
+
+
+def test_a_contact_sheet_puts_images_and_labels_where_they_belong():
+    grid = sheet().axes
+    assert [axes.get_title() for axes in grid[:3]] == ["abdomen", "brain", "femur"]
+    assert [grid[0].get_ylabel(), grid[3].get_ylabel()] == ["real", "with LoRA"]
+    assert [len(axes.images) for axes in grid] == [1, 1, 1, 1, 0, 0]
+    assert grid[0].images[0].get_clim() == (0, 255)  # not stretched to each image's own range
+
+
+def test_a_loss_curve_starts_at_one_and_more_curves_than_colours_are_refused():
+    lines = curves().axes[0].lines
+    assert lines[0].get_xdata().tolist() == [1, 2, 3] and lines[1].get_ydata().tolist() == [2.5, 1.0, 0.5]
+    with pytest.raises(ValueError, match="9 curves"):
+        figures.loss_figure({str(n): [1.0] for n in range(9)})
