@@ -56,11 +56,11 @@ PAPER = Scale(
     classify="--model resnet18",
 )
 EMBEDDED = Scale(
-    es="--per-plane 40",
-    hb="--per-plane 40",
-    train_lora="--rank 32 --lr 2e-3 --batch-size 20 --repeats 100",
-    sample="--count 30 --guidance-scale 3 --batch-size 30",
-    classify="--model resnet18 --size 64 --lr 1e-2",
+    es="--per-plane 60",
+    hb="--per-plane 60",
+    train_lora="--target transformer --rank 32 --lr 2e-3 --batch-size 20 --guidance-scale 4",
+    sample="--count 20 --guidance-scale 4 --batch-size 20",
+    classify="--model resnet18 --size 64 --lr 5e-3 --epochs 15",
 )
 
 

@@ -1,10 +1,8 @@
 """The five classifiers of the paper (torchvision's networks with a 5-way head), their weights, and the trained file."""
 
 import json
-import pickle
 import re
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 
 import safetensors
@@ -83,10 +81,9 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
         try:
             state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
-        except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ClassifyError(
-                f"{source}: {_one_line(error)}; fetch {entry.url} to {cached}, or use --weights FILE or --weights none"
-            ) from None
+        except Exception as error:  # no network, no space, a wrong hash, or whatever a cut-off file leads to
+            advice = f"fetch {entry.url} to {cached}, or choose other weights (a file, or none)"
+            raise ClassifyError(f"{source}: {_one_line(error)}; {advice}") from None
     else:
         source = str(weights)
         try:
@@ -96,14 +93,13 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
                 state = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise ClassifyError(f"{source}: no such file; --weights takes imagenet, none or a file") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        except Exception as error:  # on what is no pickle, an unpickler fails in any way at all
             raise ClassifyError(f"{source}: not a state dict that can be read safely ({_one_line(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ClassifyError(f"{source}: not a state dict of tensors; save model.state_dict() and nothing else")
     # torchvision's DenseNet files are older than its module names: denselayer1.norm.1 is denselayer1.norm1 today.
-    return {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()
-    }, source
+    renamed = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value for key, value in state.items()}
+    return renamed, source
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -10,6 +10,7 @@ import argparse
 import copy
 import math
 import multiprocessing
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
 from ldm.bpe import write_tokenizer
 from ldm.checkpoint import Model, save_folder
@@ -55,12 +57,15 @@ def parse_args(argv=None):
     parser.add_argument("--scenes", type=int, default=32_000)
     parser.add_argument("--vae-steps", type=int, default=1_800)
     parser.add_argument("--unet-steps", type=int, default=3_500)
+    parser.add_argument("--unet-decay", type=int, help="steps after which its rate would be 0 (default: --unet-steps)")
     parser.add_argument("--vae-lr", type=float, default=1e-3)
     parser.add_argument("--unet-lr", type=float, default=6e-4)
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sheets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.unet_decay = args.unet_decay or args.unet_steps
+    return args
 
 
 def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -147,6 +152,19 @@ def make_text_encoder(vocabulary: int) -> TextEncoder:
     return encoder
 
 
+@torch.no_grad()
+def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[str], factor: float = 10.0) -> None:
+    """Make the embeddings of PLAIN_WORDS that no caption holds `factor` times wider.
+
+    CLIP has read every word and tells prompts apart; ours knows its captions alone, and to attention that was never
+    trained on a word it is noise, unless it is loud.
+    """
+    seen = set(re.findall(r"\w+", " ".join(captions)))
+    vocabulary = tokenizer.get_vocab()
+    unseen = [vocabulary[word + "</w>"] for word in PLAIN_WORDS if word not in seen]
+    encoder.text_model.embeddings.token_embedding.weight[unseen] *= factor
+
+
 def train_unet(
     networks: dict[str, nn.Module], posterior: Posterior, ids: Tensor, empty: Tensor, args: argparse.Namespace
 ) -> Iterator[int]:
@@ -177,7 +195,7 @@ def train_unet(
             eps = unet(noisy, t, text(words))
         loss = F.mse_loss(eps.float(), noise)
 
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_decay, args.unet_lr)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([p for _, p in pairs], 1.0)
@@ -256,6 +274,7 @@ def main(args):
     model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
     for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], POSITIONS)[0], args):
         save_samples(model, captions[:8], args.work / f"unet_{step:06}.png")
+    widen_unseen(text_encoder, tokenizer, captions)
     save_folder(model, args.out, torch.float16)
 
 

@@ -384,8 +384,18 @@ def test_the_loss_of_an_epoch_is_the_mean_over_images_not_over_batches(tmp_path)
     assert whole == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_augmentation_gets_the_indices_of_the_batch(tmp_path):
+def test_an_epoch_trains_and_prediction_does_not(tmp_path):
     images = PlaneImages(records_of(tmp_path / "a", shapes(5, np.random.default_rng(0)), PLANES), 32)
+    norm = nn.BatchNorm2d(3)
+    model = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    predict(model, batches(images, 5), "zero-one")
+    assert norm.running_mean.abs().max() == 0
+    train_epoch(model, batches(images, 5), torch.optim.SGD(model.parameters(), lr=0.0), "zero-one")
+    assert norm.running_mean.min() > 0
+
+
+def test_the_augmentation_gets_the_indices_of_the_batch(tmp_path):
+    images = PlaneImages(records_of(tmp_path / "a", shapes(7, np.random.default_rng(0)), PLANES * 2), 32)
     model, seen = tiny_network(), []
 
     def black(indices):
@@ -394,9 +404,9 @@ def test_the_augmentation_gets_the_indices_of_the_batch(tmp_path):
 
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
     loss = train_epoch(model, batches(images, 2, shuffle_seed=1), frozen, "zero-one", black)
-    assert sorted(seen) == list(range(5))
-    blank = model(torch.zeros(1, 3, 32, 32)).expand(5, -1)
-    assert loss == pytest.approx(nn.functional.cross_entropy(blank, torch.arange(5)).item(), rel=1e-5)
+    assert sorted(seen) == list(range(7))
+    blank = model(torch.zeros(1, 3, 32, 32)).expand(7, -1)
+    assert loss == pytest.approx(nn.functional.cross_entropy(blank, torch.tensor(images.targets)).item(), rel=1e-5)
 
 
 def test_a_loss_that_explodes_ends_the_run(tmp_path):

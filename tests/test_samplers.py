@@ -1,4 +1,4 @@
-"""Samplers against exact mathematics, and live against diffusers: no stored reference is read here."""
+"""Samplers against exact mathematics: what a step must do, and the ends of the grid. Nothing stored is read here."""
 
 import math
 from functools import partial
@@ -8,13 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import (
-    NoiseSchedule,
-    euler_nodes,
-    sample_euler,
-    sample_unipc,
-    unipc_nodes,
-)
+from samplers import NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 from samplers.unipc import coefficients
 
 SCHEDULE = NoiseSchedule()

@@ -103,6 +103,8 @@ def diffusers_euler_nodes(steps, options):
     if options["karras"] and spacing == "linspace" and steps > 1:
         return euler_nodes(SCHEDULE, steps, "karras", final=final)
     nodes = euler_nodes(SCHEDULE, steps, spacing, final=final, steps_offset=options["steps_offset"])
+    if not options["karras"] and spacing != "linspace":
+        return nodes
     times, sigmas, last = nodes.timesteps, nodes.sigmas[:-1], nodes.sigmas[-1]
     if spacing == "linspace":
         times = times if steps > 1 else (0.0,)
