@@ -10,6 +10,7 @@ with two more dimensions of 1 where the layer is a 1x1 convolution. Underscores 
 names are looked up in a table made from the model.
 """
 
+import json
 import os
 import re
 import warnings
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lora.layer import LoRAError, LoRALayer, adaptable, lora_layers, unfit
@@ -88,12 +89,22 @@ def save_lora(
         raise LoRAError(f"{path}: its folder does not exist: make it first")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, partial, {key: str(value) for key, value in {**(metadata or {}), **computed}.items()})
+        partial.write_bytes(_serialize(tensors, {**(metadata or {}), **computed}))
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise LoRAError(f"{path}: cannot be written ({error}): choose another place") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _serialize(tensors: dict[str, Tensor], metadata: Mapping[str, object]) -> bytes:
+    """A safetensors file with sorted metadata: the library writes several in an order that changes from run to run."""
+    data = save(tensors)
+    length = int.from_bytes(data[:8], "little")
+    header = {"__metadata__": {key: str(metadata[key]) for key in sorted(metadata)}, **json.loads(data[8 : 8 + length])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def load_lora(path: str | Path, models: Models) -> LoRASummary:

@@ -1,0 +1,56 @@
+"""The embedded miniature model: its size, what its autoencoder keeps of real images, that the peers open it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm import MINI
+from ldm.checkpoint import load
+from ldm.images import read_image
+from ldm.text import encode_prompts
+from planes import PROMPTS
+from planes.datasets import read_manifest, read_spanish
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load(MINI)
+
+
+def test_it_weighs_at_most_16_megabytes():
+    assert sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file()) <= 16_000_000
+
+
+def test_every_prompt_is_whole_words_and_fits(mini):
+    for prompt in PROMPTS.values():
+        assert mini.tokenizer.tokenize(prompt) == [f"{word}</w>" for word in prompt.split()]
+
+
+def test_the_prompts_differ_for_the_text_encoder(mini):
+    context = encode_prompts(mini.tokenizer, mini.text_encoder, [*PROMPTS.values()]).flatten(1)
+    distances = torch.cdist(context, context)[~torch.eye(5, dtype=torch.bool)]
+    assert distances.min() > 0.05 * context.norm(dim=1).mean()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not here (../shared)")
+def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini):
+    spanish = read_spanish(SHARED / "data" / "FETAL_PLANES_ZENODO")
+    records = read_manifest(SHARED / "data" / "manifests" / "lora_train_data.csv", spanish)
+    images = torch.stack([read_image(record.path, 64) for record in records])
+    decoded = mini.vae.decode(mini.vae.to_latents(images)).clamp(-1, 1)
+    psnr = -10 * torch.log10(((images - decoded) / 2).square().mean(dim=(1, 2, 3)))
+    assert len(images) == 100 and psnr.mean() >= 22
+
+
+def test_diffusers_opens_the_folder_and_predicts_the_same_noise(mini):
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(MINI / "unet").eval()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    context = encode_prompts(mini.tokenizer, mini.text_encoder, [*PROMPTS.values()][:2])
+    t = torch.tensor([999, 20])
+    with torch.no_grad():
+        ours, theirs = mini.unet(x, t, context), unet(x, t, context).sample
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
