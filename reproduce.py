@@ -168,8 +168,8 @@ With the plain one-vs-rest AUC:
 
 ## What the LoRA does
 
-Of the synthetic images, the share that ES+DA, which has never seen one, takes for the plane of their prompt
-(chance: {100 / len(PLANES):.0f} %):
+Of the synthetic images, the share that the classifiers of real images alone take for the plane of their prompt, in
+percent (chance: {100 / len(PLANES):.0f}):
 
 {lora_table(shares)}
 
@@ -226,7 +226,11 @@ def main(args):
 
     # figures and report
     judge = args.out / "ES_DA" / "model.safetensors"
-    shares = {"with LoRA": recognised(judge, synthetic), "without": recognised(judge, without)}
+    shares = {
+        f"{name}, {kind}": recognised(args.out / name.replace("+", "_") / "model.safetensors", manifest)
+        for name in ("ES", "ES+DA")
+        for kind, manifest in (("with LoRA", synthetic), ("without", without))
+    }
     sources = {
         "spain": [record for record in read_spanish(spanish) if record.train],
         "africa": [record for record in read_african(african) if not record.train],

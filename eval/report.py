@@ -34,7 +34,7 @@ def zero_shot_table(results: Mapping[str, Mapping], definition: str = "notebook"
 def lora_table(recognised: Mapping[str, Mapping[str, float]]) -> str:
     """How many synthetic images a classifier of real ones takes for the plane of their prompt, by sampler.
 
-    recognised: "with LoRA" and "without" -> sampler -> fraction
+    recognised: row, such as "ES, with LoRA" -> sampler -> fraction
     """
     samplers = list(next(iter(recognised.values())))
     rows = [[name, *(percent(shares[sampler]) for sampler in samplers)] for name, shares in recognised.items()]

@@ -27,7 +27,7 @@ def test_it_goes_from_phantoms_to_a_report_and_does_nothing_twice(tmp_path, caps
 
     script["main"](script["parse_args"](flags))
     report = (tmp_path / "report.md").read_text()
-    for name in ("ES", "ES+DA", "HB", "HB+DA", "with LoRA", "without"):
+    for name in ("ES", "ES+DA", "HB", "HB+DA", "ES, with LoRA", "ES+DA, without"):
         assert f"| {name} |" in report
     for line in report.splitlines():
         if line.startswith("!["):
