@@ -3,7 +3,8 @@
     python sample.py --model v1-5-pruned.safetensors --lora runs/lora/lora.safetensors --count 500 --out runs/synthetic
 
 Writes one PNG per image, manifest.csv, a contact sheet (the paper's figure 2) and args.json. An image depends on its
-own seed and settings alone; what is there already, whole and made with these settings, is not made again.
+own seed and settings alone, whatever its batch (but for the rounding of the last bit); what is there already, whole and
+made with these settings, is not made again.
 """
 
 import argparse

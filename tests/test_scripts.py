@@ -30,6 +30,10 @@ def digests(folder, *names):
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
 @pytest.fixture(scope="module")
 def spanish(tmp_path_factory):
     root = tmp_path_factory.mktemp("spanish")
@@ -69,7 +73,7 @@ def test_training_writes_a_kohya_file_the_losses_and_a_record(trained):
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]  # 10 images x 2 repeats / 4
     assert all(0 < float(row["loss"]) < 10 for row in rows)
     record = json.loads((trained / "args.json").read_text())
-    assert record["arguments"]["rank"] == 4 and record["versions"]["torch"] == torch.__version__
+    assert record["arguments"]["rank"] == 4 and torch.__version__.startswith(record["versions"]["torch"])
     assert (trained / "samples" / "step000005.png").exists()
 
 
@@ -156,12 +160,13 @@ def test_the_same_seed_samples_the_same_files_and_batches_do_not_matter(sampled,
 
 def test_what_is_there_and_whole_is_not_made_again(sampled, trained):
     kept, cut, gone = sorted((sampled / "brain").glob("*.png"))[:3]
-    whole, time = {path: path.read_bytes() for path in (kept, cut, gone)}, kept.stat().st_mtime_ns
-    cut.write_bytes(whole[cut][:300])
+    before, time = {path: pixels(path) for path in (cut, gone)}, kept.stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:300])
     gone.unlink()
     run("sample", *sample_flags(sampled, "--lora", trained / "lora.safetensors"))
     assert kept.stat().st_mtime_ns == time
-    assert cut.read_bytes() == whole[cut] and gone.read_bytes() == whole[gone]
+    for path, image in before.items():  # in a batch of another size, as above
+        assert np.abs(pixels(path) - image).max() <= 1
 
 
 def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
@@ -178,7 +183,7 @@ def test_strength_zero_is_the_model_without_lora(trained, tmp_path):
     run("sample", *sample_flags(tmp_path / "none", *few))
     for path in (tmp_path / "zero").glob("*/*.png"):
         other = tmp_path / "none" / path.relative_to(tmp_path / "zero")
-        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(other)))
+        assert np.array_equal(pixels(path), pixels(other))
 
 
 @pytest.mark.parametrize(
