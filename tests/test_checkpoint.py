@@ -670,6 +670,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_diffusers_loads_what_was_saved(tiny, folder):
     """StableDiffusionPipeline.from_pretrained: the same noise from the same prompt within 1e-5 of its maximum."""
     diffusers = pytest.importorskip("diffusers")

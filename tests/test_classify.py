@@ -514,6 +514,7 @@ def test_the_saved_model_predicts_what_the_table_says(trained, sites):
     torch.testing.assert_close(probabilities, written, atol=2e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_files_whatever_the_number_of_workers(trained, sites, tmp_path):
     out, mix, _ = trained
     run(*flags(sites, tmp_path / "again", *mix[:-1], 3))
@@ -585,6 +586,7 @@ def test_flags_out_of_range_are_refused(sites, tmp_path, more, capsys):
     assert stop.value.code == 2 and more[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2(sites, tmp_path):
     (sites / "african" / "Ghana" / "scan15.png").rename(tmp_path / "away.png")
     try:

@@ -88,6 +88,7 @@ def test_a_phantom_depends_on_its_generators_alone(plane):
     assert np.array_equal(one, two) and not np.array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_planes_can_be_told_apart_at_a_glance():
     """Nearest mean image of 24 x 24 pixels: crude, yet far above the chance of one in five."""
 

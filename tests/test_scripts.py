@@ -174,6 +174,7 @@ def test_what_is_there_and_whole_is_not_made_again(sampled, trained):
         assert np.abs(pixels(path) - image).max() <= 1
 
 
+@pytest.mark.slow
 def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
     run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler"))
     first = next((tmp_path / "brain").glob("*.png"))
