@@ -87,9 +87,10 @@ def parse_args(argv=None):
 class Stages:
     """Runs scripts one after the other; what is there, made with the same arguments, is not made again."""
 
-    def __init__(self, *common: object) -> None:
+    def __init__(self, root: Path, *common: object) -> None:
+        self.root = root  # every stage has a folder in it
         self.common = common  # flags of every stage
-        self.fresh = False  # once a stage has run, everything behind it has to
+        self.done: set[Path] = set()
 
     def run(self, script: str, out: Path, *flags: object) -> Path:
         """Run script.py with these flags into `out`, unless it has been; returns `out`."""
@@ -97,12 +98,19 @@ class Stages:
         print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
         module = runpy.run_path(str(HERE / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        if not self.fresh and self.is_done(out, args):
+        if self.is_done(out, args):
             print("done before")
-            return out
-        self.fresh = True
-        module["main"](args)
+        else:
+            self.forget_the_rest()
+            module["main"](args)
+        self.done.add(out)
         return out
+
+    def forget_the_rest(self) -> None:
+        """What was made behind a stage that runs again is stale, also for a later run if this one is killed."""
+        for record in self.root.glob("*/args.json"):
+            if record.parent not in self.done:
+                record.unlink()
 
     def is_done(self, out: Path, args: argparse.Namespace) -> bool:
         """args.json is what a script writes last."""
@@ -194,7 +202,7 @@ def main(args):
     spanish, african = args.spanish, args.african
     scale = EMBEDDED if args.model is None else PAPER
     weights = args.weights or ("imagenet" if args.model else "none")
-    stages = Stages("--seed", args.seed, *(["--device", args.device] if args.device else []))
+    stages = Stages(args.out, "--seed", args.seed, *(["--device", args.device] if args.device else []))
 
     # two sites
     if spanish:
@@ -204,9 +212,9 @@ def main(args):
         spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
         if not (african / "African_planes_database.csv").exists():
             print("phantoms of two sites", flush=True)
+            stages.forget_the_rest()
             write_spanish_layout(spanish, train=PHANTOMS["train"], test=0, seed=args.seed)
             write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
-            stages.fresh = True
 
     # LoRA on a hundred images of the first; synthetic images with it and, to see what it does, without it
     model = [f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)]

@@ -9,6 +9,7 @@ made with these settings, is not made again.
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import sys
@@ -76,6 +77,7 @@ class Shot:
     sampler: str
     steps: int
     guidance: float
+    clip_skip: int
     seed: int
     size: int
     strength: float
@@ -97,6 +99,7 @@ def plan(args: argparse.Namespace, size: int, lora: str, model: str) -> Iterator
                     sampler=sampler,
                     steps=args.steps,
                     guidance=args.guidance_scale,
+                    clip_skip=args.clip_skip,
                     seed=seed,
                     size=size,
                     strength=args.strength if lora else 0.0,
@@ -159,7 +162,8 @@ def main(args):
             merge(network, args.strength)
     hashes = model.sha256()
     lora_hash = sha256(args.lora) if args.lora else ""
-    groups = list(plan(args, size, lora_hash[:16], hashes[sorted(hashes)[-1]][:16]))
+    model_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()  # of all files
+    groups = list(plan(args, size, lora_hash[:16], model_hash[:16]))
     prompts = sorted({group[0].prompt for group in groups})
     with torch.no_grad():
         embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*prompts, ""], args.clip_skip)

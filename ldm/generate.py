@@ -1,6 +1,6 @@
 """Text to latents: noise from a seed, a sampler over the denoiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ def generate(
     steps: int = 20,
     guidance_scale: float = 7.0,
     prediction_type: str = "epsilon",
-    callback: Callable[..., None] | None = None,
 ) -> Tensor:
     """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho & Salimans 2022).
 
@@ -46,4 +45,4 @@ def generate(
         negative_context = negative_context.expand_as(context)
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
-    return sample(denoise, nodes.init_scale * noise, nodes.sigmas, callback=callback)
+    return sample(denoise, nodes.init_scale * noise, nodes.sigmas)

@@ -70,7 +70,7 @@ def parse_args(argv=None):
 
 def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """The training set, drawn once and kept: images (N, 64, 64) uint8 and their captions."""
-    images, captions = work / "scenes.npy", work / "captions.txt"
+    images, captions = work / f"scenes_{count}_{seed}.npy", work / f"captions_{count}_{seed}.txt"
     if not images.exists():
         with multiprocessing.Pool() as pool:
             jobs = pool.imap(_draw, ((seed, n) for n in range(count)), chunksize=64)

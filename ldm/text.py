@@ -38,7 +38,7 @@ class TextEncoder(nn.Module):
     ids: (B, S) token ids, padded: the attention is causal and sees no padding mask, as SD was trained
     clip_skip: which layer's output, counted as kohya and webui do: 1 the last, 2 the penultimate, ..
     Returns (B, S, D), always behind the final layer norm, whichever the layer.
-    Raises ValueError where the tower has no such layer.
+    Raises CheckpointError where the tower has no such layer.
     """
 
     def __init__(self, config: TextConfig = TextConfig()):
@@ -53,7 +53,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         if not 1 <= clip_skip <= self.config.num_hidden_layers:
-            raise ValueError(
+            raise CheckpointError(
                 f"clip_skip {clip_skip}: this text encoder has layers 1 to {self.config.num_hidden_layers}"
             )
         states = self.text_model(input_ids=ids, output_hidden_states=True).hidden_states

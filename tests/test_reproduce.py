@@ -41,3 +41,13 @@ def test_it_goes_from_phantoms_to_a_report_and_does_nothing_twice(tmp_path, caps
     assert capsys.readouterr().out.count("done before") == 7
     assert (tmp_path / "report.md").read_text() == report
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_a_stage_that_runs_again_makes_those_behind_it_stale_even_if_the_run_is_killed(tmp_path):
+    for name in ("lora", "synthetic", "ES"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text("{}")
+    stages = runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")["Stages"](tmp_path)
+    stages.done.add(tmp_path / "lora")
+    stages.forget_the_rest()
+    assert [path.parent.name for path in tmp_path.glob("*/args.json")] == ["lora"]

@@ -181,6 +181,9 @@ def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
     before = first.read_bytes()
     run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--guidance-scale", 2))
     assert first.read_bytes() != before
+    before = first.read_bytes()
+    run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--clip-skip", 2))
+    assert first.read_bytes() != before
 
 
 def test_strength_zero_is_the_model_without_lora(trained, tmp_path):
@@ -210,6 +213,8 @@ def test_strength_zero_is_the_model_without_lora(trained, tmp_path):
         ("sample", ["--model", "{nowhere}"], "nowhere"),
         ("sample", ["--size", "100"], "100"),
         ("sample", ["--count", "0"], "--count"),
+        ("sample", ["--clip-skip", "9"], "clip_skip 9"),
+        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "2", "--clip-skip", "9"], "clip_skip 9"),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
