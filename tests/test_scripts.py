@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 
 from ldm import MINI
 from planes import PLANES, PROMPTS
@@ -229,3 +230,19 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and message.startswith(f"{script}.py:") and words in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_differs_in_any_file_makes_the_images_again(tmp_path):
+    few = ["--planes", "brain", "--samplers", "euler"]
+    other = tmp_path / "model"
+    shutil.copytree(MINI, other)
+    path = other / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_out.bias"] = weights["conv_out.bias"] + 0.1
+    save_file(weights, path)
+    hashes = []
+    for model in (MINI, other):
+        run("sample", *sample_flags(tmp_path / "out", *few, "--model", model))
+        rows = csv.DictReader((tmp_path / "out" / "manifest.csv").read_text().splitlines())
+        hashes.append({row["model"] for row in rows})
+    assert hashes[0] != hashes[1]
