@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,24 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # what ImageNet weights were trained on
 }
 
-# The paper's augmentation
-MAX_ROTATION = 25.0  # degrees, to either side
-HORIZONTAL_FLIP = 0.5
-VERTICAL_FLIP = 0.1
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are prepared and augmented: the paper's words, or what the authors' published notebook does."""
+
+    size: int  # square side, px; the aspect ratio is not kept
+    input_range: str
+    rotation: float  # degrees, to either side
+    horizontal_flip: float  # probability
+    vertical_flip: float
+    crop: tuple[float, float] | None  # share of the area that a random crop keeps, then stretched to the whole
+
+
+RECIPES = {
+    "paper": Recipe(512, "minus-one-one", rotation=25, horizontal_flip=0.5, vertical_flip=0.1, crop=None),
+    "notebook": Recipe(224, "zero-one", rotation=15, horizontal_flip=0.5, vertical_flip=0.0, crop=(0.08, 1.0)),
+}
+CROP_ASPECT = (3 / 4, 4 / 3)  # of a random crop, in units of the image's own aspect (Szegedy et al. 2015)
 
 MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images of 512 x 512
 
@@ -95,19 +110,39 @@ def batches(images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed
     )
 
 
-def draw_augmentation(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Random rotation and flips as affine matrices, a function of (seed, epoch, index) alone.
+def draw_augmentation(recipe: Recipe, seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Random rotation, crop and flips as one affine matrix, a function of (seed, epoch, index) alone.
 
     indices: (B,) positions in the data set
-    Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them.
+    Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them: one interpolation does it all.
     """
-    dice = np.stack([np.random.default_rng((seed, epoch, index)).random(3) for index in indices.tolist()])
-    angle = np.deg2rad(MAX_ROTATION) * (2 * dice[:, 0] - 1)
-    flip_x = np.where(dice[:, 1] < HORIZONTAL_FLIP, -1, 1)
-    flip_y = np.where(dice[:, 2] < VERTICAL_FLIP, -1, 1)
-    cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros_like(angle)
-    rows = [[cos * flip_x, -sin * flip_y, zero], [sin * flip_x, cos * flip_y, zero]]
-    return torch.from_numpy(np.array(rows)).permute(2, 0, 1).float()
+    return torch.tensor(
+        np.stack([_affine(recipe, np.random.default_rng((seed, epoch, index))) for index in indices.tolist()]),
+        dtype=torch.float32,
+    )
+
+
+def _affine(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """(2, 3): input = rotation (crop (flip (output))); coordinates run from -1 to 1 over the image."""
+    turn, flip_x, flip_y = rng.random(3)
+    angle = np.deg2rad(recipe.rotation) * (2 * turn - 1)
+    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    flip = np.array([-1 if flip_x < recipe.horizontal_flip else 1, -1 if flip_y < recipe.vertical_flip else 1])
+    scale, center = np.ones(2), np.zeros(2)
+    if recipe.crop:
+        scale = _crop_sides(recipe.crop, rng)
+        center = (1 - scale) * rng.uniform(-1, 1, 2)
+    return np.column_stack([rotation * (scale * flip), rotation @ center])
+
+
+def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """Width and height of a random crop in units of the image's: an area from `share`, a logarithmic aspect ratio."""
+    for _ in range(10):  # an aspect that does not fit is drawn anew, as torchvision's RandomResizedCrop does
+        area, aspect = rng.uniform(*share), np.exp(rng.uniform(*np.log(CROP_ASPECT)))
+        sides = np.sqrt([area * aspect, area / aspect])
+        if sides.max() <= 1:
+            return sides
+    return np.ones(2)
 
 
 def prepare(images: Tensor, input_range: str, affine: Tensor | None = None) -> Tensor:
@@ -125,4 +160,4 @@ def prepare(images: Tensor, input_range: str, affine: Tensor | None = None) -> T
 
 
 Augmentation = Callable[[Tensor], Tensor]
-"""indices (B,) -> affine (B, 2, 3): `draw_augmentation` with its seed and epoch filled in."""
+"""indices (B,) -> affine (B, 2, 3): `draw_augmentation` with all else filled in."""

@@ -19,9 +19,10 @@ import torchvision.models as tv
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.transforms import RandomResizedCrop
 
 from classify import ClassifyError
-from classify.data import INPUT_RANGES, PlaneImages, batches, decode, draw_augmentation, prepare
+from classify.data import INPUT_RANGES, RECIPES, PlaneImages, batches, decode, draw_augmentation, prepare
 from classify.models import MODELS, build, find_head, load, read_weights, save
 from classify.train import MOMENTUM, predict, train_epoch
 from planes import PLANES, Plane
@@ -274,7 +275,7 @@ def angle_and_flips(affine):
 
 
 def test_augmentation_has_the_paper_s_statistics():
-    affine = draw_augmentation(3, 0, torch.arange(4000))
+    affine = draw_augmentation(RECIPES["paper"], 3, 0, torch.arange(4000))
     angle, x, y = angle_and_flips(affine)
     assert affine[:, :, 2].abs().max() == 0
     assert 24.9 < angle.max() < 25.001 and -25.001 < angle.min() < -24.9
@@ -286,10 +287,10 @@ def test_augmentation_has_the_paper_s_statistics():
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    whole = draw_augmentation(0, 1, torch.arange(6))
-    assert torch.equal(draw_augmentation(0, 1, torch.tensor([4, 2])), whole[[4, 2]])
-    assert not torch.equal(draw_augmentation(0, 2, torch.arange(6)), whole)
-    assert not torch.equal(draw_augmentation(1, 1, torch.arange(6)), whole)
+    whole = draw_augmentation(RECIPES["paper"], 0, 1, torch.arange(6))
+    assert torch.equal(draw_augmentation(RECIPES["paper"], 0, 1, torch.tensor([4, 2])), whole[[4, 2]])
+    assert not torch.equal(draw_augmentation(RECIPES["paper"], 0, 2, torch.arange(6)), whole)
+    assert not torch.equal(draw_augmentation(RECIPES["paper"], 1, 1, torch.arange(6)), whole)
 
 
 def test_flips_and_rotation_move_the_pixels_as_their_names_say():
@@ -300,11 +301,69 @@ def test_flips_and_rotation_move_the_pixels_as_their_names_say():
     for diagonal, axes in (((-1, 1), [3]), ((1, -1), [2]), ((-1, -1), [2, 3])):
         affine = torch.tensor([[[diagonal[0], 0, 0], [0, diagonal[1], 0]]]).float()
         torch.testing.assert_close(prepare(x, "zero-one", affine), flat.flip(axes), atol=1e-4, rtol=0)
-    affine = draw_augmentation(0, 0, torch.tensor([0]))
+    affine = draw_augmentation(RECIPES["paper"], 0, 0, torch.tensor([0]))
     angle, flip_x, flip_y = angle_and_flips(affine)
     moved = TF.rotate(flat, angle.item(), TF.InterpolationMode.BILINEAR)
     moved = moved.flip([axis for axis, flip in ((3, flip_x), (2, flip_y)) if flip])
     torch.testing.assert_close(prepare(x, "zero-one", affine), moved, atol=1e-3, rtol=0)
+
+
+def test_the_notebook_s_augmentation_crops_what_torchvision_would_and_turns_by_at_most_15_degrees():
+    recipe = RECIPES["notebook"]
+    affine = draw_augmentation(recipe, 0, 0, torch.arange(3000))
+    sides = affine[:, :, :2].norm(dim=1)  # of the crop, in units of the image's
+    angle = torch.rad2deg(torch.asin((affine[:, 1, 0] / sides[:, 0]).clamp(-1, 1)))
+    assert 14.5 < angle.abs().max() < 15.001
+    area, aspect = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
+    assert 0.08 <= area.min() < 0.1 and 0.95 < area.max() <= 1.0001
+    assert aspect.min() > 0.749 and aspect.max() < 1.334
+    corners = torch.tensor([[x, y, 1.0] for x in (-1, 1) for y in (-1, 1)])
+    turn = affine[:, :, 0] / sides[:, :1]  # back to the turned image, in which the crop lies
+    turn = turn * torch.sign(turn[:, :1])
+    back = torch.stack([turn[:, 0], turn[:, 1]], 1), torch.stack([-turn[:, 1], turn[:, 0]], 1)
+    reach = torch.stack([torch.einsum("bi,bij,cj->bc", axis, affine, corners) for axis in back])
+    assert reach.abs().max() <= 1.0001  # no crop sticks out
+    assert abs((affine[:, 0, 0] < 0).float().mean() - 0.5) < 4 * (0.25 / 3000) ** 0.5
+    assert (affine[:, 1, 1] > 0).all()  # never upside down
+
+    theirs = torch.stack(  # the areas that torchvision's own crop draws have the same distribution
+        [
+            torch.tensor(RandomResizedCrop.get_params(torch.empty(1, 400, 400), [0.08, 1.0], [3 / 4, 4 / 3])[2:])
+            for _ in range(3000)
+        ]
+    )
+    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    difference = area.quantile(quantiles) - (theirs.prod(dim=1) / 400**2).quantile(quantiles)
+    assert difference.abs().max() < 0.05  # four standard errors of a quantile of 3000
+
+
+def test_a_notebook_augmentation_is_its_rotation_crop_and_flip_one_after_the_other():
+    rng = np.random.default_rng(0)
+    smooth = torch.from_numpy(rng.integers(0, 255, (1, 3, 4, 4), dtype=np.uint8)).float()
+    x = torch.nn.functional.interpolate(smooth, 256, mode="bicubic").clamp(0, 255).byte()
+    affine = draw_augmentation(RECIPES["notebook"], 0, 0, torch.tensor([1]))
+    sides = affine[0, :, :2].norm(dim=0)
+    flip = bool(affine[0, 0, 0] < 0)
+    angle = torch.rad2deg(torch.atan2(-affine[0, 0, 1], affine[0, 1, 1])).item()
+    cosine, sine = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+    middle = torch.tensor([[cosine, sine], [-sine, cosine]]).float() @ affine[0, :, 2]
+    left, top = ((middle - sides + 1) * 128).round().int().tolist()
+    width, height = (sides * 256).round().int().tolist()
+    turned = TF.rotate(prepare(x, "zero-one"), angle, TF.InterpolationMode.BILINEAR)
+    moved = TF.resized_crop(turned, top, left, height, width, [256, 256], antialias=False)
+    moved = TF.hflip(moved) if flip else moved
+    difference = (prepare(x, "zero-one", affine) - moved).abs()
+    assert difference.mean() < 0.01  # whole pixels of the crop
+
+
+def test_a_recipe_sets_size_and_range_and_flags_override_it():
+    base = ["--african", "x", "--out", "y"]
+    script = runpy.run_path(str(ROOT / "classify.py"), run_name="classify_script")
+    args = script["parse_args"]([*base, "--recipe", "notebook"])
+    assert (args.size, args.input_range) == (224, "zero-one")
+    args = script["parse_args"](base)
+    assert (args.size, args.input_range) == (512, "minus-one-one")
+    assert script["parse_args"]([*base, "--size", "64"]).size == 64
 
 
 def test_what_rotation_brings_in_is_black_in_every_range():
@@ -531,6 +590,16 @@ def test_copies_of_training_images_are_reported_with_scores_without_them(sites, 
     assert metrics["test"]["copies_of_training"] == 1
     assert np.sum(metrics["confusion"]) == 8 and np.sum(metrics["without_copies"]["confusion"]) == 7
     assert metrics["training"]["sources"] == {"spain": 20, "africa": 8}
+
+
+def test_repeated_test_images_are_marked_whatever_was_trained_on(trained):
+    rows = csv.DictReader((trained[0] / "predictions.csv").read_text().splitlines())
+    assert [row["image"] for row in rows if row["copy"] == "1"] == ["scan12"]
+
+
+def test_a_number_of_passes_becomes_whole_epochs(sites, tmp_path):
+    run(*flags(sites, tmp_path / "out")[:-4], "--batch-size", 8, "--passes", 47)
+    assert len((tmp_path / "out" / "train.csv").read_text().splitlines()) == 1 + 2  # 47 of 20 images
 
 
 def test_a_patient_on_both_sides_is_refused(sites, tmp_path):
