@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from scipy.stats import norm, t
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
 
 from eval.metrics import Scores, bootstrap, confusion, score
@@ -145,7 +146,8 @@ def test_a_replicate_is_the_score_of_the_drawn_patients_images(definition):
     definition = "plain" if definition == "probabilities" else definition
     arguments = targets, predictions, patients, definition, probabilities
     slow = drawn_scores(*arguments, replicates=200, seed=5)
-    expected = np.quantile(slow, [0.05, 0.95], axis=0).T
+    tail = norm.cdf(t.ppf(0.05, 19) * np.sqrt(20 / 19))  # of 20 patients
+    expected = np.quantile(slow, [tail, 1 - tail], axis=0).T
     intervals = bootstrap(*arguments, replicates=200, level=0.9, seed=5)
     assert list(intervals) == NAMES
     np.testing.assert_allclose(list(intervals.values()), expected, atol=1e-12)
@@ -155,7 +157,8 @@ def test_replicates_with_a_single_class_do_not_count_for_the_auc():
     targets, predictions = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
     slow = drawn_scores(targets, predictions, targets, "notebook", None, replicates=50, seed=0)
     assert 0 < np.isnan(slow[:, -1]).sum() < 50
-    expected = np.nanquantile(slow, [0.025, 0.975], axis=0).T
+    tail = norm.cdf(t.ppf(0.025, 1) * np.sqrt(2))  # of 2 patients
+    expected = np.nanquantile(slow, [tail, 1 - tail], axis=0).T
     intervals = bootstrap(targets, predictions, targets, replicates=50)
     np.testing.assert_allclose(list(intervals.values()), expected, atol=1e-12)
 
