@@ -1,10 +1,11 @@
 """FU-LoRA end to end: real images -> LoRA -> synthetic images -> classifiers -> a zero-shot test at another site.
 
-    python reproduce.py                                              # the embedded default: minutes on two CPU cores
+    python reproduce.py --quick                                      # the embedded default: minutes on two CPU cores
+    python reproduce.py                                              # with every row of tables 1 and 2: an hour or so
     python reproduce.py --model v1-5-pruned.safetensors --spanish FETAL_PLANES_ZENODO --african Zenodo_dataset
 
-The first takes a miniature Stable Diffusion and phantoms of two sites, the second the paper's own material. Each stage
-is one run of another script; a stage that is done is not done again. The outcome is report.md in --out.
+The first two take a miniature Stable Diffusion and phantoms of two sites, the third the paper's own material. Each
+stage is one run of another script; what is done is not done again. The outcome is report.html (and .md) in --out.
 """
 
 import argparse
@@ -12,25 +13,23 @@ import json
 import runpy
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from classify import ClassifyError
-from classify.data import PlaneImages, batches
-from classify.models import load as load_classifier
-from classify.train import predict
-from eval.features import classifier, features, inception
-from eval.figures import save, tsne_figure
-from eval.record import record_run, write_atomically
-from eval.report import lora_table, zero_shot_table
-from eval.tsne import tsne
+from classify.data import RECIPES
+from eval.plan import BEYOND_ROWS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from eval.preview import Selections, preview
+from eval.record import record_environment, sha256
+from eval.report import Context, build
+from eval.results import ResultError, read_result
+from eval.synthetic import Findings, describe
 from ldm.checkpoint import CheckpointError
 from ldm.images import ImageError
 from lora import LoRAError
 from planes import PLANES
-from planes.datasets import DatasetError, Record, read_african, read_spanish, read_synthetic, require_images
+from planes.datasets import DatasetError, read_synthetic, require_images
 from planes.phantom import write_african_layout, write_spanish_layout
 from samplers import SamplerError
 
@@ -41,30 +40,47 @@ HERE = Path(__file__).resolve().parent
 class Scale:
     """How large each stage is, as the flags of its script; what is not named stands at the paper's setting there."""
 
-    es: str  # real images that ES trains on
-    hb: str  # and HB, beside the synthetic ones
+    per_plane: Mapping[str, int | None]  # Spanish images of each kind (eval.plan.DataModel); None: all there are
     train_lora: str
+    rank: int  # of the LoRA whose images classifiers are trained on
     sample: str
+    count: int  # synthetic images per plane and sampler
     classify: str
+    passes: int = 0  # image passes of a classifier's training, whatever its data; 0: the script's epochs
+
+    def phantoms(self, data: DataModel) -> tuple[int, int]:
+        """How many phantoms of the first and of the second site a data model has."""
+        african = (PHANTOMS["patients"] + 1) // 2 * (3 * 4 + 2 * 3) if data.african else 0  # two countries lack thorax
+        return len(PLANES) * (self.per_plane[data.spanish] or 0) if data.spanish else 0, african
 
 
 PAPER = Scale(
-    es="",  # all 6148
-    hb="--per-plane 230",
-    train_lora="--rank 128",
-    sample="--count 500",
-    classify="--model resnet18",
+    per_plane={"all": None, "balanced": 230, "lora": 20},
+    train_lora="",
+    rank=128,
+    sample="",
+    count=500,
+    classify="",
 )
 EMBEDDED = Scale(
-    es="--per-plane 60",
-    hb="--per-plane 60",
-    train_lora="--target transformer --rank 32 --lr 2e-3 --batch-size 20 --guidance-scale 4",
-    sample="--count 20 --guidance-scale 4 --batch-size 20",
-    classify="--model resnet18 --size 64 --lr 5e-3 --epochs 15",
+    per_plane={"all": 60, "balanced": 60, "lora": 20},
+    train_lora="--target transformer --lr 2e-3 --batch-size 20 --guidance-scale 4",
+    rank=32,
+    sample="--guidance-scale 4 --batch-size 20",
+    count=60,
+    classify="--size 64 --lr 5e-3",
+    passes=3600,
 )
-
-
+QUICK_COUNT = 20  # synthetic images per plane and sampler of --quick
+PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
+MANIFESTS = {  # the authors' lists
+    "all": "all_train_no_cer.csv",
+    "balanced": "spain_train_1150_balanced.csv",
+    "lora": "lora_train_data.csv",
+}
+TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
 PHANTOMS = {"train": 60, "patients": 25}  # images per plane at site A; patients per country at site B
+TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 
 def parse_args(argv=None):
@@ -74,185 +90,221 @@ def parse_args(argv=None):
     add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
     add("--spanish", type=Path, help="the Spanish dataset (default: phantoms of site A)")
     add("--african", type=Path, help="the African dataset (default: phantoms of site B)")
+    add("--manifests", type=Path, help="folder with the authors' lists of images (default: drawn by the same rules)")
+    add("--synthetic", type=Path, help="a list of synthetic images to take instead of making them")
+    add("--recipe", choices=RECIPES, default="paper", help="of the classifiers: the paper's, or its notebook's (paper)")
     add("--weights", help="of the classifiers: imagenet, none or a file (default: imagenet with --model, else none)")
-    add("--seed", type=int, default=0)
+    add("--only", nargs="+", default=[], metavar="ROW", help='some rows: "HB+DA/ResNet18", HB+DA, resnet18, "table 2"')
+    add("--quick", action="store_true", help="ResNet18 on four data models, one LoRA, fewer synthetic images")
+    add("--beyond", action="store_true", help="also detailed prompts, Textual Inversion and DreamBooth")
+    add("--plan", action="store_true", help="print the rows, what they need and what is missing here; run nothing")
+    add("--seeds", type=int, nargs="+", default=[0], help="of the classifiers: each row is run with each (0)")
+    add("--seed", type=int, default=0, help="of selections, phantoms, the LoRAs and the synthetic images (0)")
     add("--device", help="of every stage (default: CUDA where there is one)")
     add("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args(argv)
     if (args.spanish is None) != (args.african is None):
         parser.error("--spanish and --african belong together: give both, or neither for phantoms")
+    if args.manifests and not args.spanish:
+        parser.error("--manifests lists real images: give --spanish and --african too")
+    args.weights = args.weights or ("imagenet" if args.model else "none")
+    try:
+        args.rows = choose((QUICK_ROWS if args.quick else ROWS) + (BEYOND_ROWS if args.beyond else ()), args.only)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
     return args
 
 
 class Stages:
-    """Runs scripts one after the other; what is there, made with the same arguments, is not made again."""
+    """Runs scripts one after the other; what was made with the same arguments from the same things is kept."""
 
-    def __init__(self, root: Path, *common: object) -> None:
-        self.root = root  # every stage has a folder in it
+    def __init__(self, *common: object) -> None:
         self.common = common  # flags of every stage
-        self.done: set[Path] = set()
 
-    def run(self, script: str, out: Path, *flags: object) -> Path:
-        """Run script.py with these flags into `out`, unless it has been; returns `out`."""
+    def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+        """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
+
+        needs: folders of stages whose outputs this one reads
+        """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
         print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
         module = runpy.run_path(str(HERE / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        if self.is_done(out, args):
+        if self.is_done(out, args, needs):
             print("done before")
         else:
-            self.forget_the_rest()
+            (out / "args.json").unlink(missing_ok=True)
             module["main"](args)
-        self.done.add(out)
         return out
 
-    def forget_the_rest(self) -> None:
-        """What was made behind a stage that runs again is stale, also for a later run if this one is killed."""
-        for record in self.root.glob("*/args.json"):
-            if record.parent not in self.done:
-                record.unlink()
-
-    def is_done(self, out: Path, args: argparse.Namespace) -> bool:
-        """args.json is what a script writes last."""
+    def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...]) -> bool:
+        """args.json is what a script writes last: its time is the stage's."""
         try:
             before = json.loads((out / "args.json").read_text(encoding="utf-8"))["arguments"]
+            made = (out / "args.json").stat().st_mtime_ns
+            stale = any((need / "args.json").stat().st_mtime_ns > made for need in needs)
         except (OSError, ValueError, KeyError):
             return False
-        return before == json.loads(json.dumps(vars(args), default=str))
+        return not stale and before == json.loads(json.dumps(vars(args), default=str))
 
 
-def recognised(classifier_file: Path, manifest: Path) -> dict[str, float]:
-    """Share of the synthetic images that the classifier takes for the plane of their prompt, by sampler."""
-    model, description = load_classifier(classifier_file)
-    records = read_synthetic(manifest)
-    images = PlaneImages(records, description["size"])
-    predictions = predict(model, batches(images, 64), description["input_range"]).argmax(dim=1).numpy()
-    hits = predictions == np.array([PLANES.index(record.plane) for record in records])
-    centers = np.array([record.center for record in records])
-    return {str(sampler): float(hits[centers == sampler].mean()) for sampler in dict.fromkeys(centers)}
+def make_phantoms(args) -> tuple[Path, Path]:
+    """Two sites in place of the two datasets; the second's table is written last of all."""
+    spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
+    stamp, settings = args.out / "phantoms" / "args.json", json.dumps(PHANTOMS | {"seed": args.seed})
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
+        print("phantoms of two sites", flush=True)
+        write_spanish_layout(spanish, train=PHANTOMS["train"], test=0, seed=args.seed)
+        write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
+        stamp.write_text(settings, encoding="utf-8")
+    return spanish, african
 
 
-def source_figure(records: Mapping[str, list[Record]], classifier_file: Path, path: Path, seed: int) -> str:
-    """Figure 3: for each plane, t-SNE of 35 images of each source. Returns which features were embedded."""
-    try:
-        extractor = inception()
-    except ClassifyError as error:
-        print(f"t-SNE: {error}; taking the features of our own classifier")
-        extractor = classifier(classifier_file)
-    rng = np.random.default_rng(seed)
-    panels = {}
-    for plane in PLANES[:4]:  # the African set has no Other
-        chosen = []
-        for group in records.values():
-            candidates = [record for record in group if record.plane is plane]
-            chosen += [candidates[n] for n in rng.permutation(len(candidates))[:35]]
-        points = tsne(features(extractor, chosen), seed=seed)
-        panels[str(plane)] = (points, [record.source for record in chosen])
-    save(tsne_figure(panels, caption=f"t-SNE of {extractor.name}"), path)
-    return extractor.name
+def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
+    return out / "rows" / data / classifier / f"seed{seed}"
 
 
-def write_report(args: argparse.Namespace, results: Mapping, shares: Mapping, feature_name: str) -> None:
-    """report.md: the table, what the LoRA does, the pictures."""
-    first = next(iter(results.values()))
+def is_run(out: Path, row: Row, seed: int) -> bool:
+    return (row_folder(out, row.data.name, row.classifier, seed) / "args.json").exists()
+
+
+class Experiment:
+    """The stages of one reproduction, each with its flags; folders are the methods' results."""
+
+    def __init__(self, args, scale: Scale, spanish: Path, african: Path):
+        self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
+        self.stages = Stages(*(["--device", args.device] if args.device else []))
+        self.model = [
+            f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)
+        ]
+        self.phantoms = () if args.spanish else (args.out / "phantoms",)
+        self.count = QUICK_COUNT if args.quick and args.model is None else scale.count
+
+    def images(self, kind: str) -> list[object]:
+        """Flags that choose Spanish images: by the authors' list where there is one, else by the same rule."""
+        if self.args.manifests:
+            return ["--manifest", self.args.manifests / MANIFESTS[kind]]
+        count = self.scale.per_plane[kind]
+        return ["--per-plane", count] if count else []
+
+    def lora(self, rank: int, name: str = "lora", *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+        flags = (*self.model, "--spanish", self.spanish, *self.images("lora"), *self.scale.train_lora.split(), *flags)
+        out = self.args.out / f"{name}_r{rank}"
+        seed = ("--seed", self.args.seed, "--rank", rank, "--resume")
+        return self.stages.run("train_lora", out, *flags, *seed, needs=(*needs, *self.phantoms))
+
+    def draw(self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+        flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
+        return self.stages.run("sample", self.args.out / name, *flags, needs=needs)
+
+    def lora_images(self, rank: int) -> Path:
+        """Synthetic images by the LoRA of this rank: those to train on, or the fewer that figure 3 needs."""
+        lora = self.lora(rank)
+        count = self.count if rank == self.scale.rank else PANEL_COUNT
+        return self.draw(f"synthetic_r{rank}", count, "--lora", lora / "lora.safetensors", needs=(lora,))
+
+    def images_without_lora(self) -> Path:
+        return self.draw("synthetic_without_lora", 10)
+
+    def synthetic(self, kind: str) -> Path:
+        """The list of synthetic images of this kind (eval.plan.DataModel), made if need be."""
+        rank = self.scale.rank
+        if kind == "lora":
+            return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
+        if kind == "prompts":
+            lora, flags = self.lora(rank), ["--prompts", "detailed"]
+        elif kind == "token":
+            lora = self.lora(rank, "token", "--learn-token", TOKEN)
+            flags = ["--embedding", lora / "embedding.safetensors"]
+        else:
+            prior = self.images_without_lora()
+            lora = self.lora(
+                rank, "dreambooth", "--rare-token", RARE_TOKEN, "--prior", prior / "manifest.csv", needs=(prior,)
+            )
+            flags = ["--rare-token", RARE_TOKEN]
+        flags += ["--lora", lora / "lora.safetensors"]
+        return self.draw(f"synthetic_{kind}", self.count, *flags, needs=(lora,)) / "manifest.csv"
+
+    def classify(self, row: Row, seed: int) -> Path:
+        """Train and test one row with one seed."""
+        data, args = row.data, self.args
+        flags = ["--african", self.african, "--model", row.classifier, "--weights", args.weights]
+        flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
+        needs = self.phantoms
+        if data.spanish:
+            flags += ["--spanish", self.spanish, *self.images(data.spanish)]
+            if self.scale is PAPER and args.recipe == "paper":
+                flags += ["--validation", 200]
+        if data.synthetic:
+            manifest = self.synthetic(data.synthetic)
+            flags += ["--synthetic", manifest]
+            needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
+        flags += ["--african-train"] * data.african + ["--augment"] * data.augment
+        if self.scale.passes:
+            flags += ["--passes", self.scale.passes]
+        out = row_folder(args.out, data.name, row.classifier, seed)
+        return self.stages.run("classify", out, *flags, needs=needs)
+
+
+def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
+    """report.html, report.md, results.csv, figures/ and environment.json."""
     material = "the embedded miniature model" if args.model is None else args.model.name
-    sites = "phantoms of two sites" if args.spanish is None else f"{args.spanish.name} and {args.african.name}"
-    text = f"""# FU-LoRA, reproduced
-
-Made with {material} on {sites}, seed {args.seed}. ES: real images of the first site alone; HB: these and synthetic
-ones; DA: augmentation. Tested zero-shot on {first["test"]["images"]} images of {first["test"]["patients"]} patients
-of the second site; recall, precision, F-score and AUC are macro averages over the planes present there. In brackets:
-95 % intervals by bootstrap over patients.
-
-## Zero-shot classification (table 1)
-
-The authors' metrics, with the AUC of their notebook:
-
-{zero_shot_table(results, "notebook")}
-
-With the plain one-vs-rest AUC:
-
-{zero_shot_table(results, "plain")}
-
-## What the LoRA does
-
-Of the synthetic images, the share that the classifiers of real images alone take for the plane of their prompt, in
-percent (chance: {100 / len(PLANES):.0f}):
-
-{lora_table(shares)}
-
-## Samples (figure 2)
-
-![with LoRA](synthetic/contact_sheet.png)
-
-Without LoRA, the same prompts:
-
-![without LoRA](synthetic_without_lora/contact_sheet.png)
-
-## Where the sources lie (figure 3)
-
-Features: {feature_name}.
-
-![t-SNE](tsne.png)
-"""
-    write_atomically(args.out / "report.md", text)
+    sites = f"{args.spanish.name} and {args.african.name}" if args.spanish else "phantoms of two sites"
+    context = Context(material, sites, args.spanish is None, args.recipe, args.seeds, f"python {' '.join(sys.argv)}")
+    found = Findings()
+    if panels:
+        seed = args.seeds[0]
+        files = {name: row_folder(args.out, name, "resnet18", seed) / "model.safetensors" for name in ("ES", "ES+DA")}
+        found = describe(
+            args.out,
+            {"spain": selections.spanish("all"), "africa": selections.african(train=False)},
+            selections.spanish("lora"),
+            {rank: read_synthetic(folder / "manifest.csv") for rank, folder in panels.items()},
+            experiment.scale.rank,
+            {name: file for name, file in files.items() if file.exists()},
+            read_synthetic(without / "manifest.csv"),
+            args.seed,
+        )
+    context = replace(context, notes=found.notes)
+    tables = [root / name for root, name in zip((experiment.spanish, experiment.african), TABLES)]
+    files = [*tables, *selections.manifests.values(), args.model, args.synthetic, Path(args.weights)]
+    record_environment(args.out, args, {str(path): sha256(path) for path in files if path and path.is_file()})
+    build(args.out, results, context, quality=found.quality, recognised=found.recognised or None, figures=found.figures)
 
 
 def main(args):
-    spanish, african = args.spanish, args.african
     scale = EMBEDDED if args.model is None else PAPER
-    weights = args.weights or ("imagenet" if args.model else "none")
-    stages = Stages(args.out, "--seed", args.seed, *(["--device", args.device] if args.device else []))
+    lists = {kind: args.manifests / name for kind, name in MANIFESTS.items()} if args.manifests else {}
+    spanish, african = args.spanish, args.african
+    if args.plan:
+        selections = Selections(spanish, african, lists, scale.per_plane, args.seed) if spanish else None
+        print(preview(args, scale, selections, full=scale is PAPER, done=partial(is_run, args.out)))
+        return
+    if spanish is None:
+        spanish, african = make_phantoms(args)
+    selections = Selections(spanish, african, lists, scale.per_plane, args.seed)
+    kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
+    require_images(record for kind in kinds for record in selections.spanish(kind))  # hours before one would be missed
+    require_images(selections.african(train=True) + selections.african(train=False))
 
-    # two sites
-    if spanish:
-        real = [r for r in read_spanish(spanish) if r.train] + [r for r in read_african(african) if not r.train]
-        require_images(real)  # hours before the first classifier would miss one
-    else:
-        spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
-        if not (african / "African_planes_database.csv").exists():
-            print("phantoms of two sites", flush=True)
-            stages.forget_the_rest()
-            write_spanish_layout(spanish, train=PHANTOMS["train"], test=0, seed=args.seed)
-            write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
-
-    # LoRA on a hundred images of the first; synthetic images with it and, to see what it does, without it
-    model = [f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)]
-    fine_tune = [*model, "--spanish", spanish, *scale.train_lora.split(), "--resume"]
-    draw = [*model, *scale.sample.split()]
-    lora = stages.run("train_lora", args.out / "lora", *fine_tune) / "lora.safetensors"
-    synthetic = stages.run("sample", args.out / "synthetic", *draw, "--lora", lora) / "manifest.csv"
-    without = stages.run("sample", args.out / "synthetic_without_lora", *draw, "--count", 10) / "manifest.csv"
-
-    # classifiers on four data models, tested on the second site, of which nothing was ever trained on
-    learn = ["--spanish", spanish, "--african", african, *scale.classify.split(), "--weights", weights]
-    es, hb = scale.es.split(), [*scale.hb.split(), "--synthetic", synthetic]
-    results = {}
-    for name, mix in {"ES": es, "ES+DA": [*es, "--augment"], "HB": hb, "HB+DA": [*hb, "--augment"]}.items():
-        out = stages.run("classify", args.out / name.replace("+", "_"), *learn, *mix)
-        results[name] = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-
-    # figures and report
-    judge = args.out / "ES_DA" / "model.safetensors"
-    shares = {
-        f"{name}, {kind}": recognised(args.out / name.replace("+", "_") / "model.safetensors", manifest)
-        for name in ("ES", "ES+DA")
-        for kind, manifest in (("with LoRA", synthetic), ("without", without))
-    }
-    sources = {
-        "spain": [record for record in read_spanish(spanish) if record.train],
-        "africa": [record for record in read_african(african) if not record.train],
-        "synthetic": read_synthetic(synthetic),
-    }
-    feature_name = source_figure(sources, judge, args.out / "tsne.png", args.seed)
-    write_report(args, results, shares, feature_name)
-    record_run(args.out, args, {})
-    print(f"\n{args.out / 'report.md'}")
+    # LoRAs of three ranks and their images; then every row, tested on the second site
+    experiment = Experiment(args, scale, spanish, african)
+    panels, without = {}, None
+    if not args.only and not args.synthetic:
+        ranks = (scale.rank,) if args.quick else RANKS
+        panels, without = {rank: experiment.lora_images(rank) for rank in ranks}, experiment.images_without_lora()
+    results = []
+    for row in args.rows:
+        for seed in args.seeds:
+            out = experiment.classify(row, seed)
+            results.append(read_result(out, row.table, row.data.name, row.classifier, seed))
+    write_report(args, experiment, selections, results, panels, without)
+    print(f"\n{args.out / 'report.html'}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, ClassifyError, DatasetError, ImageError, LoRAError, SamplerError) as error:
+    except (CheckpointError, ClassifyError, DatasetError, ImageError, LoRAError, ResultError, SamplerError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -2,12 +2,17 @@
 
 | concept | where |
 |---|---|
-| accuracy, recall, precision, F-score, AUC; confusion matrix; intervals by patient (tables 1 and 2) | `metrics.py` |
+| the rows of tables 1 and 2, the ranks of figure 3, as data | `plan.py`; what they need and what is missing: `preview.py` |
+| accuracy, recall, precision, F-score, AUC; confusion matrix; intervals by patient | `metrics.py` |
+| two data models on the same images: McNemar, paired bootstrap | `compare.py` |
+| FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |
 | image features: Inception v3 or a classifier of our own | `features.py` |
 | t-SNE of features | `tsne.py` |
-| contact sheets, confusion matrices, t-SNE panels, loss curves (figures 2 and 3) | `figures.py` |
-| tables in Markdown | `report.py` |
-| arguments, versions and input hashes beside a run's outputs | `record.py` |
+| contact sheets, confusion matrices, t-SNE panels, intervals, loss curves | `figures.py` |
+| finished rows; figures 2 and 3 and all that is said of the synthetic images | `results.py`, `synthetic.py` |
+| the paper's own numbers | `published.py` |
+| the report: its sections, its tables, Markdown and HTML | `report.py`, `tables.py`, `document.py` |
+| arguments, versions, machine and input hashes beside a run's outputs | `record.py` |
 
 Python has a builtin `eval`: always `from eval.metrics import score`, never `import eval`.
 """

@@ -1,4 +1,4 @@
-"""The figures: contact sheets, confusion matrices, t-SNE panels, loss curves. Equal input gives equal PNG bytes.
+"""The figures: image sheets, confusion matrices, t-SNE panels, accuracies, losses. Equal input gives equal PNG bytes.
 
 Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched; `save` writes it.
 """
@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from planes import PLANES
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as well.
 SOURCES: dict[str, tuple[str, str]] = {
@@ -53,6 +56,14 @@ def contact_sheet(
     return figure
 
 
+def samples_figure(rows: Mapping[str, Mapping[str, object]]) -> Figure:
+    """Figure 2: a row for each sampler and each site, a column for each plane.
+
+    rows: label, such as "UniPC" or "Africa" -> plane -> image as for `contact_sheet`; a plane left out stays empty
+    """
+    return contact_sheet([[images.get(plane) for plane in PLANES] for images in rows.values()], list(rows), PLANES)
+
+
 def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> Figure:
     """Confusion matrix: counts as numbers, the share of each row (a true class) as shade.
 
@@ -73,29 +84,126 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = ""
     return figure
 
 
-def tsne_figure(panels: Mapping[str, tuple[np.ndarray, Sequence[str]]], caption: str = "", columns: int = 4) -> Figure:
-    """A scatter plot per panel (a plane in the paper), points marked by where the image comes from.
+def confusion_grid(
+    matrices: Mapping[tuple[str, str], np.ndarray], rows: Sequence[str], columns: Sequence[str], classes: Sequence[str]
+) -> Figure:
+    """Confusion matrices side by side: the share of each row (a true class) in percent, as number and as shade.
 
-    panels: title -> (points (N, 2) in [0, 1], the source of each point: a key of SOURCES)
+    matrices: (row, column) -> (K, K) counts, row = target, column = prediction; a missing one is said to be missing
+    classes: names of the K classes; a class that no target has is left out of the matrices' rows
+    """
+    figure = Figure(figsize=(1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    seen = sum(np.asarray(matrix).sum(axis=1) for matrix in matrices.values()) > 0
+    present = [name for name, is_seen in zip(classes, seen) if is_seen]
+    for i, j in np.ndindex(grid.shape):
+        axes = grid[i, j]
+        axes.set_xticks(range(len(classes)), classes if i == len(rows) - 1 else [], rotation=90, fontsize=7)
+        axes.set_yticks(range(len(present)), present if j == 0 else [], fontsize=7)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set(xlim=(-0.5, len(classes) - 0.5), ylim=(len(present) - 0.5, -0.5))
+        axes.set_aspect("equal")
+        if i == 0:
+            axes.set_title(columns[j], fontsize=9)
+        if j == 0:
+            axes.set_ylabel(rows[i], fontsize=9, fontweight="bold", rotation=0, ha="right", va="center", labelpad=8)
+        if (rows[i], columns[j]) not in matrices:
+            middle = (len(classes) - 1) / 2, (len(present) - 1) / 2
+            axes.text(*middle, "missing", ha="center", va="center", fontsize=8, color="0.5")
+            continue
+        counts = np.asarray(matrices[rows[i], columns[j]])[seen]
+        share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (y, x), value in np.ndenumerate(share):
+            colour = "white" if value > 0.6 else "black"
+            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    figure.supxlabel("prediction", fontsize=9)
+    return figure
+
+
+def interval_figure(
+    groups: Mapping[str, Mapping[str, tuple[float, float, float, float | None] | None]], xlabel: str
+) -> Figure:
+    """Values with their intervals, one line each, in groups; what was published beside them as an open diamond.
+
+    groups: group (a data model) -> label (a classifier) -> (value, low, high, published or None) in the unit of the
+        axis; None for a row that is missing
+    """
+    lines = [(group, label, entry) for group, entries in groups.items() for label, entry in entries.items()]
+    figure = Figure(figsize=(7, 0.9 + 0.24 * (len(lines) + len(groups))), layout="constrained")
+    axes = figure.subplots()
+    labels, ticks, group_ticks = [], [], []
+    y = 0.0
+    for n, (group, label, entry) in enumerate(lines):
+        if n == 0 or group != lines[n - 1][0]:
+            y += 1
+            group_ticks.append(y + (len(groups[group]) - 1) / 2)
+            if n:
+                axes.axhline(y - 1, color="0.85", linewidth=0.8)
+        labels.append(label if entry else f"{label} (missing)")
+        ticks.append(y)
+        if entry:
+            value, low, high, published = entry
+            ours = axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=LINES[0], ms=5, lw=1.4)
+            ours.set_label("here, with 95 % interval")
+            if published is not None:
+                axes.plot(published, y, "D", mfc="none", mec=LINES[1], ms=5, mew=1.3, label="published")
+        y += 1
+    axes.set_yticks(ticks, labels, fontsize=8)
+    axes.set(ylim=(y, 0), xlabel=xlabel)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    names = axes.secondary_yaxis("right")
+    names.set_yticks(group_ticks, list(groups), fontsize=9, fontweight="bold")
+    names.tick_params(length=0)
+    names.spines[:].set_visible(False)
+    handles = dict(sorted(dict(zip(*reversed(axes.get_legend_handles_labels()))).items()))  # one of each
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+Points = tuple[np.ndarray, Sequence[str]]
+"""(N, 2) in [0, 1], and the source of each point: a key of SOURCES."""
+
+
+def tsne_grid(rows: Mapping[str, Mapping[str, Points]], caption: str = "") -> Figure:
+    """Figure 3: scatter plots in a grid, points marked by where the image comes from.
+
+    rows: row label, such as "r = 8" -> column title, a plane -> its points; every row has the same columns
     caption: one line under the panels; say which features were embedded
     """
-    columns = min(columns, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(max(2.6 * columns, 5), 2.6 * lines + 0.8), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    titles = list(next(iter(rows.values())))
+    figure = Figure(figsize=(max(2.3 * len(titles), 5), 2.2 * len(rows) + 1.0), layout="constrained")
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
     marks = {}
-    for axes, (title, (points, sources)) in zip(grid, panels.items()):
-        for source, (colour, marker) in SOURCES.items():
-            chosen = np.asarray(points)[[name == source for name in sources]]
-            if len(chosen):
-                marks[source] = axes.scatter(*chosen.T, s=16, color=colour, marker=marker, alpha=0.8, linewidths=0)
-        axes.set(title=title, xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-        axes.set_box_aspect(1)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
+    for (label, panels), line in zip(rows.items(), grid):
+        for title, axes in zip(titles, line):
+            marks |= _scatter(axes, *panels[title])
+        line[0].set_ylabel(label, fontsize=11)
+    for title, axes in zip(titles, grid[0]):
+        axes.set_title(title)
+    for axes in grid.ravel():
+        axes.label_outer()
+    marks = {source: marks[source] for source in SOURCES if source in marks}
     figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=len(SOURCES), frameon=False)
     figure.supxlabel(caption, fontsize=9)
     return figure
+
+
+def _scatter(axes: Axes, points: np.ndarray, sources: Sequence[str]) -> dict[str, object]:
+    """Points of each source in its own colour and shape; returns what a legend needs."""
+    marks = {}
+    for source, (colour, marker) in SOURCES.items():
+        chosen = np.asarray(points)[[name == source for name in sources]]
+        if len(chosen):
+            marks[source] = axes.scatter(*chosen.T, s=16, color=colour, marker=marker, alpha=0.8, linewidths=0)
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    axes.set_box_aspect(1)
+    return marks
 
 
 def loss_figure(losses: Mapping[str, Sequence[float]], xlabel: str = "epoch", ylabel: str = "loss") -> Figure:

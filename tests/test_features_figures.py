@@ -119,17 +119,51 @@ def panels():
     rng = np.random.default_rng(0)
     sources = ["spain"] * 5 + ["africa"] * 4 + ["synthetic"] * 3
     panels = {plane: (rng.random((12, 2)), sources) for plane in CLASSES[:4]}
-    return figures.tsne_figure(panels, "t-SNE of Inception v3, 1000 logits")
+    return figures.tsne_grid({"": panels}, "t-SNE of Inception v3, 1000 logits")
 
 
 def curves():
     return figures.loss_figure({"ES": [3.0, 2.0, 1.5], "HB + DA": [2.5, 1.0, 0.5]})
 
 
-DRAWN = [sheet, lambda: figures.confusion_figure(MATRIX, CLASSES, "233 test images"), panels, curves]
+def grid():
+    matrices = {(data, name): MATRIX for data in ("ES+DA", "HB+DA") for name in ("DenseNet169", "EfficientNet b0")}
+    del matrices["HB+DA", "EfficientNet b0"]
+    return figures.confusion_grid(matrices, ["ES+DA", "HB+DA"], ["DenseNet169", "EfficientNet b0"], CLASSES)
 
 
-@pytest.mark.parametrize("draw", DRAWN, ids=["sheet", "confusion", "tsne", "loss"])
+def intervals():
+    entries = {"EfficientNet b0": (70.0, 64.5, 75.0, 72.96), "ResNet18": None, "ViT b16": (82.0, 77.0, 86.5, 81.97)}
+    return figures.interval_figure({"HB": entries, "HB-all": {"ViT b16": (78.0, 72.0, 83.0, None)}}, "accuracy, %")
+
+
+def ranks():
+    rng = np.random.default_rng(0)
+    sources = ["spain"] * 5 + ["africa"] * 4 + ["synthetic"] * 3
+    rows = {f"r = {r}": {plane: (rng.random((12, 2)), sources) for plane in CLASSES[:4]} for r in (8, 32, 128)}
+    return figures.tsne_grid(rows, "t-SNE of Inception v3, 1000 logits")
+
+
+def samples():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (20, 30), dtype=np.uint8)
+    rows = {name: dict.fromkeys(CLASSES, image) for name in ("Euler", "UniPC", "Spain")}
+    return figures.samples_figure(rows | {"Africa": dict.fromkeys(CLASSES[:4], image)})
+
+
+DRAWN = {
+    "sheet": sheet,
+    "confusion": lambda: figures.confusion_figure(MATRIX, CLASSES, "233 test images"),
+    "tsne": panels,
+    "loss": curves,
+    "confusion-grid": grid,
+    "intervals": intervals,
+    "tsne-grid": ranks,
+    "samples": samples,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
 def test_a_figure_is_the_same_file_every_time_and_says_nothing_of_when_or_by_what(draw, tmp_path):
     figures.save(draw(), tmp_path / "a.png")
     figures.save(draw(), tmp_path / "b.png")
@@ -150,7 +184,7 @@ def visible_texts(figure):
     return [text for text in texts if text.get_text() and text.get_visible() and text not in beyond]
 
 
-@pytest.mark.parametrize("draw", DRAWN, ids=["sheet", "confusion", "tsne", "loss"])
+@pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
 def test_no_two_labels_overlap_and_none_leaves_the_figure(draw):
     figure = draw()
     figure.draw_without_rendering()
@@ -178,7 +212,7 @@ def test_the_confusion_figure_shows_every_count_and_shades_rows_by_share():
 def test_a_source_has_its_colour_and_shape_whatever_else_is_drawn():
     def marks(sources):
         points = np.linspace(0, 1, 2 * len(sources)).reshape(-1, 2)
-        found = figures.tsne_figure({"brain": (points, sources)}).axes[0].collections
+        found = figures.tsne_grid({"": {"brain": (points, sources)}}).axes[0].collections
         return [(to_hex(mark.get_facecolor()[0]).upper(), len(mark.get_offsets())) for mark in found]
 
     assert marks(["synthetic", "africa", "africa"]) == [("#D55E00", 2), ("#009E73", 1)]
@@ -192,6 +226,43 @@ def test_a_contact_sheet_puts_images_and_labels_where_they_belong():
     assert [grid[0].get_ylabel(), grid[3].get_ylabel()] == ["real", "with LoRA"]
     assert [len(axes.images) for axes in grid] == [1, 1, 1, 1, 0, 0]
     assert grid[0].images[0].get_clim() == (0, 255)  # not stretched to each image's own range
+
+
+def test_the_confusion_grid_shows_shares_of_the_planes_that_occur_and_says_what_is_missing():
+    axes = grid().axes
+    shown = {text.get_position(): text.get_text() for text in axes[0].texts}
+    assert len(shown) == 4 * 5 and (shown[0, 0], shown[4, 0], shown[1, 1]) == ("57", "38", "98")
+    assert [text.get_text() for text in axes[3].texts] == ["missing"] and not axes[3].images
+    assert [a.get_title() for a in axes[:2]] == ["DenseNet169", "EfficientNet b0"]
+    assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["ES+DA", "HB+DA"]
+
+
+def test_the_interval_figure_draws_values_intervals_and_published_numbers_where_there_are_any():
+    axes = intervals().axes[0]
+    ours = [container.lines for container in axes.containers]
+    assert [line[0].get_xdata().tolist() for line in ours] == [[70.0], [82.0], [78.0]]
+    segments = [line[2][0].get_segments()[0][:, 0].tolist() for line in ours]
+    assert segments == [[64.5, 75.0], [77.0, 86.5], [72.0, 83.0]]
+    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[72.96], [81.97]]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["EfficientNet b0", "ResNet18 (missing)", "ViT b16", "ViT b16"]
+    heights = [line[0].get_ydata()[0] for line in ours]
+    assert heights == [axes.get_yticks()[n] for n in (0, 2, 3)]
+
+
+def test_the_rank_panel_has_a_row_for_each_rank_and_a_column_for_each_plane():
+    axes = ranks().axes
+    assert len(axes) == 12 and [a.get_title() for a in axes[:4]] == CLASSES[:4]
+    assert [a.get_ylabel() for a in axes[::4]] == ["r = 8", "r = 32", "r = 128"]
+    colours = {tuple(to_hex(mark.get_facecolor()[0]).upper() for mark in a.collections) for a in axes}
+    assert colours == {tuple(colour for colour, _ in figures.SOURCES.values())}
+
+
+def test_figure_two_leaves_the_plane_empty_that_africa_does_not_have():
+    axes = samples().axes
+    assert [a.get_title() for a in axes[:5]] == CLASSES
+    assert [a.get_ylabel() for a in axes[::5]] == ["Euler", "UniPC", "Spain", "Africa"]
+    assert [len(a.images) for a in axes] == [1] * 19 + [0]
 
 
 def test_a_loss_curve_starts_at_one_and_more_curves_than_colours_are_refused():

@@ -1,53 +1,129 @@
-"""reproduce.py from end to end on the embedded default, every stage as small as it goes."""
+"""reproduce.py: from end to end on the embedded default, every stage as small as it goes, also when it is killed."""
 
 import json
+import os
 import runpy
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TINY = {
-    "es": "--per-plane 3",
-    "hb": "--per-plane 3",
-    "train_lora": "--rank 4 --batch-size 10 --repeats 1 --per-plane 2",
-    "sample": "--count 2 --steps 2",
-    "classify": "--model resnet18 --size 64 --epochs 1 --batch-size 6",
-}
+# Runs reproduce.py with a scale that takes seconds; its arguments are those of the script.
+TINY = """
+import runpy, sys
+script = runpy.run_path("reproduce.py", run_name="reproduce")
+space = script["main"].__globals__
+space["EMBEDDED"] = script["Scale"](
+    per_plane={"all": 3, "balanced": 3, "lora": 2},
+    train_lora="--target transformer --batch-size 10 --repeats 2 --save-every 1",
+    rank=32,
+    sample="--steps 2",
+    count=2,
+    classify="--size 64 --batch-size 6",
+    passes=15,
+)
+space["PHANTOMS"] = {"train": 4, "patients": 4}
+space["QUICK_COUNT"], space["PANEL_COUNT"] = 3, 2
+script["main"](script["parse_args"](sys.argv[1:]))
+"""
+
+
+def command(*flags):
+    return [sys.executable, "-c", TINY, "--device", "cpu", *map(str, flags)]
+
+
+def numbers(out: Path) -> dict[str, bytes]:
+    """What a report says in numbers: its tables, the rows' metrics, its pictures."""
+    files = [out / "results.csv", *out.glob("rows/*/*/*/metrics.json"), *out.glob("figures/*.png")]
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(files)}
 
 
 @pytest.mark.slow
-def test_it_goes_from_phantoms_to_a_report_and_does_nothing_twice(tmp_path, capsys, monkeypatch):
-    script = runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")
-    space = script["main"].__globals__  # what main looks its names up in
-    monkeypatch.setitem(space, "EMBEDDED", script["Scale"](**TINY))
-    monkeypatch.setitem(space, "PHANTOMS", {"train": 4, "patients": 4})
-    flags = ["--out", str(tmp_path), "--device", "cpu"]
+def test_a_run_that_is_killed_three_times_ends_with_the_numbers_of_one_that_is_not(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start = time.monotonic()
+    subprocess.run(command("--quick", "--out", whole), cwd=ROOT, check=True, capture_output=True)
+    duration = time.monotonic() - start
 
-    script["main"](script["parse_args"](flags))
-    report = (tmp_path / "report.md").read_text()
+    deaths = 0
+    for share in (0.3, 0.45, 0.6):  # each time it gets a little further
+        with subprocess.Popen(
+            command("--quick", "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            time.sleep(share * duration)
+            os.killpg(process.pid, signal.SIGKILL)
+        deaths += process.wait() == -signal.SIGKILL
+    assert deaths == 3
+    subprocess.run(command("--quick", "--out", killed), cwd=ROOT, check=True, capture_output=True)
+    assert numbers(killed) == numbers(whole)
+    assert len(numbers(whole)) > 8
+
+    again = subprocess.run(command("--quick", "--out", whole), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 7  # LoRA, two sets of images, four rows
+    assert numbers(killed) == numbers(whole)
+
+    report = (whole / "report.md").read_text(encoding="utf-8")
     for name in ("ES", "ES+DA", "HB", "HB+DA", "ES, with LoRA", "ES+DA, without"):
         assert f"| {name} |" in report
     for line in report.splitlines():
         if line.startswith("!["):
-            assert (tmp_path / line.split("(")[1].rstrip(")")).exists()
-    metrics = json.loads((tmp_path / "HB_DA" / "metrics.json").read_text())
-    assert metrics["training"]["sources"] == {"spain": 15, "synthetic": 20}
-
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    capsys.readouterr()
-    script["main"](script["parse_args"](flags))
-    assert capsys.readouterr().out.count("done before") == 7
-    assert (tmp_path / "report.md").read_text() == report
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+            assert (whole / line.split("(")[-1].rstrip(")")).exists()
+    html = (whole / "report.html").read_text(encoding="utf-8")
+    assert "src=" in html and html.count("src=") == html.count('src="data:image/png;base64,')
+    metrics = json.loads((whole / "rows/HB+DA/resnet18/seed0/metrics.json").read_text())
+    assert metrics["training"]["sources"] == {"spain": 15, "synthetic": 30}
+    environment = json.loads((whole / "environment.json").read_text())
+    assert environment["inputs"] and environment["machine"]["cpus"] == os.cpu_count()
 
 
-def test_a_stage_that_runs_again_makes_those_behind_it_stale_even_if_the_run_is_killed(tmp_path):
-    for name in ("lora", "synthetic", "ES"):
+@pytest.mark.slow
+def test_some_rows_are_run_with_several_seeds_and_with_what_goes_beyond_the_paper(tmp_path):
+    flags = ("--only", "AF/ViT b16", "beyond/ResNet18", "--beyond", "--seeds", 0, 1, "--out", tmp_path)
+    refused = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 2 and "no row is called 'beyond/ResNet18'" in refused.stderr
+    flags = ("--only", "ES/MobileNet v2", "table beyond", "--beyond", "--seeds", 0, 1, "--out", tmp_path)
+    subprocess.run(command(*flags), cwd=ROOT, check=True, capture_output=True)
+    rows = {str(path.parent.relative_to(tmp_path / "rows")) for path in tmp_path.glob("rows/*/*/*/metrics.json")}
+    names = ("HB-prompts+DA/resnet18", "HB-token+DA/resnet18", "HB-dreambooth+DA/resnet18", "ES/mobilenet_v2")
+    assert rows == {f"{name}/seed{seed}" for name in names for seed in (0, 1)}
+    assert "<fetal-us>" in (tmp_path / "synthetic_token" / "manifest.csv").read_text()
+    assert " sks " in (tmp_path / "synthetic_dreambooth" / "manifest.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")
+
+
+def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path, script):
+    stages, args = script["Stages"](), script["argparse"].Namespace(steps=3, out=tmp_path / "b")
+    for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "args.json").write_text("{}")
-    stages = runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")["Stages"](tmp_path)
-    stages.done.add(tmp_path / "lora")
-    stages.forget_the_rest()
-    assert [path.parent.name for path in tmp_path.glob("*/args.json")] == ["lora"]
+        (tmp_path / name / "args.json").write_text(json.dumps({"arguments": {"steps": 3, "out": str(tmp_path / "b")}}))
+        os.utime(tmp_path / name / "args.json", ns=(0, 10 + (name == "b")))
+    assert stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
+    assert not stages.is_done(tmp_path / "b", script["argparse"].Namespace(steps=4, out=tmp_path / "b"), ())
+    os.utime(tmp_path / "a" / "args.json", ns=(0, 12))  # made again
+    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
+    (tmp_path / "a" / "args.json").unlink()  # or being made at the moment
+    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--spanish", "x"], "--spanish and --african belong together"),
+        (["--manifests", "x"], "--manifests lists real images"),
+        (["--only", "HB/ResNet50"], "no row is called 'HB/ResNet50'"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_one_line(script, capsys, flags, line):
+    with pytest.raises(SystemExit) as refused:
+        script["parse_args"](flags)
+    assert refused.value.code == 2
+    assert line in capsys.readouterr().err

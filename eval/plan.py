@@ -1,0 +1,87 @@
+"""The paper's experiments as data: tables 1 and 2, and what this project adds; which images, which classifier.
+
+A row is a data model and a classifier. Nothing here runs: reproduce.py turns rows into runs of classify.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+CLASSIFIERS = {  # as classify.py calls them, and as the paper does
+    "densenet169": "DenseNet169",
+    "mobilenet_v2": "MobileNet v2",
+    "efficientnet_b0": "EfficientNet b0",
+    "resnet18": "ResNet18",
+    "vit_b_16": "ViT b16",
+}
+RANKS = (8, 32, 128)  # of the LoRAs in figure 3; alpha = rank
+
+
+@dataclass(frozen=True)
+class DataModel:
+    """What a classifier is trained on.
+
+    spanish: "all" training images (6148), the "balanced" ones (1150), or none
+    synthetic: how the synthetic images were made: "lora" (the paper), "prompts", "token", "dreambooth", or none
+    african: with the African training images, which is no longer zero-shot
+    augment: random rotation, flips and crops
+    """
+
+    name: str
+    spanish: str = ""
+    synthetic: str = ""
+    african: bool = False
+    augment: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. Rows of two tables with the same data and classifier are one run."""
+
+    table: str  # "1", "2" or "beyond"
+    data: DataModel
+    classifier: str  # a key of CLASSIFIERS
+
+    @property
+    def name(self) -> str:
+        return f"{self.data.name}/{CLASSIFIERS[self.classifier]}"
+
+
+ES, ES_DA = DataModel("ES", "all"), DataModel("ES+DA", "all", augment=True)
+HB, HB_DA = DataModel("HB", "balanced", "lora"), DataModel("HB+DA", "balanced", "lora", augment=True)
+TABLE_2 = (
+    DataModel("AF", african=True),
+    ES,
+    DataModel("ES+AF", "all", african=True),
+    DataModel("HB-all", "all", "lora"),
+)
+BEYOND = (  # what the paper names as future work, each in the place of HB+DA
+    DataModel("HB-prompts+DA", "balanced", "prompts", augment=True),
+    DataModel("HB-token+DA", "balanced", "token", augment=True),
+    DataModel("HB-dreambooth+DA", "balanced", "dreambooth", augment=True),
+)
+ROWS = (
+    *(Row("1", data, classifier) for data in (ES, ES_DA, HB, HB_DA) for classifier in CLASSIFIERS),
+    *(Row("2", data, "vit_b_16") for data in TABLE_2),
+)
+BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
+QUICK_ROWS = tuple(row for row in ROWS if row.table == "1" and row.classifier == "resnet18")
+
+
+def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
+    """The rows called so, in the plan's order; a data model, a classifier or a table ("table 1") names all of its own.
+
+    Case and spaces do not count. ValueError for a name that fits none.
+    """
+
+    def fits(row: Row, name: str) -> bool:
+        known = (row.name, f"{row.data.name}/{row.classifier}", row.data.name, row.classifier, f"table {row.table}")
+        return _plain(name) in map(_plain, (*known, CLASSIFIERS[row.classifier]))
+
+    for name in names:
+        if not any(fits(row, name) for row in rows):
+            raise ValueError(f"no row is called {name!r}; there are {', '.join(dict.fromkeys(r.name for r in rows))}")
+    return tuple(row for row in rows if not names or any(fits(row, name) for name in names))
+
+
+def _plain(name: str) -> str:
+    return "".join(name.lower().split())

@@ -1,0 +1,200 @@
+"""What a reproduction would run, what that needs and takes, and what is missing on this machine."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torchvision.models import get_model_weights
+
+from classify.data import RECIPES
+from classify.models import MODELS
+from eval.plan import RANKS, Row
+from eval.record import write_atomically
+from planes import PLANES
+from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish, read_synthetic
+
+# Seconds on two CPU cores at 64 pixels, measured: one image of a classifier's training, one of a LoRA's, one sampled.
+CPU_PASS = {
+    "densenet169": 0.014,
+    "mobilenet_v2": 0.0034,
+    "efficientnet_b0": 0.0067,
+    "resnet18": 0.0059,
+    "vit_b_16": 0.060,
+}
+CPU_LORA, CPU_SAMPLE = 0.014, 0.31
+# Multiply-adds per image, forward: classifiers at 224 pixels, the U-Net of SD 1.5 at 512.
+GMACS = {"densenet169": 3.4, "mobilenet_v2": 0.3, "efficientnet_b0": 0.4, "resnet18": 1.8, "vit_b_16": 17.6}
+UNET_GMACS = 400.0
+GPU_FLOPS = 2e13  # assumed to be sustained
+PAPER_COUNTS = {"all": 6148, "balanced": 1150, "": 0}  # what to reckon with where the table is not there
+SHOWN = 5  # names of missing images that are printed
+
+
+class Selections:
+    """The images that rows are made of, read from the datasets' tables alone."""
+
+    def __init__(
+        self,
+        spanish: Path | None,
+        african: Path | None,
+        manifests: Mapping[str, Path],
+        per_plane: Mapping[str, int | None],
+        seed: int,
+    ):
+        self.roots, self.manifests, self.per_plane, self.seed = (spanish, african), manifests, per_plane, seed
+        self.known: dict[str, list[Record]] = {}
+
+    def spanish(self, kind: str) -> list[Record]:
+        """The images of this kind ("all", "balanced", "lora"): the authors' list, or drawn by the same rule."""
+        if kind not in self.known:
+            records = read_spanish(self.roots[0])
+            train = [record for record in records if record.train]
+            if kind in self.manifests:
+                self.known[kind] = read_manifest(self.manifests[kind], records)
+            else:
+                count = self.per_plane[kind]
+                self.known[kind] = balanced(train, count, self.seed) if count else train
+        return self.known[kind]
+
+    def african(self, train: bool) -> list[Record]:
+        if "african" not in self.known:
+            self.known["african"] = read_african(self.roots[1])
+        return [record for record in self.known["african"] if record.train is train]
+
+    def counts(self, row: Row) -> tuple[int | None, int | None]:
+        """Spanish and African training images of a row; None where the table is not there."""
+        counts = []
+        for wanted, images in (
+            (row.data.spanish, lambda: self.spanish(row.data.spanish)),
+            (row.data.african, lambda: self.african(train=True)),
+        ):
+            try:
+                counts.append(len(images()) if wanted else 0)
+            except DatasetError:
+                counts.append(None)
+        return counts[0], counts[1]
+
+
+def missing_images(records: Iterable[Record]) -> list[Record]:
+    return [record for record in dict.fromkeys(records) if not record.path.is_file()]
+
+
+def missing_weights(names: Iterable[str]) -> list[str]:
+    """A line for each network whose ImageNet weights are not in torch's cache: what, from where, to where."""
+    lines = []
+    for name in names:
+        url = get_model_weights(name).IMAGENET1K_V1.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        if not path.is_file():
+            lines.append(f"ImageNet weights of {name}: downloaded when needed, or put {url} at {path}")
+    return lines
+
+
+def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> list[str]:
+    """A line for each dataset: is it whole? The names of all missing images go to missing_*.txt in `out`."""
+    lines = []
+    sources = {
+        "Spanish": lambda: [record for kind in kinds for record in selections.spanish(kind)],
+        "African": lambda: selections.african(train=True) + selections.african(train=False),
+    }
+    for name, images in sources.items():
+        fetch = f"python -m planes.download --only {name.lower()} --to DIR, then --{name.lower()} DIR/<its folder>"
+        try:
+            records = list(dict.fromkeys(images()))
+        except DatasetError as error:
+            lines.append(f"{name} dataset: {error}; get it: {fetch}")
+            continue
+        if lost := missing_images(records):
+            path = out / f"missing_{name.lower()}.txt"
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(f"{record.path}\n" for record in lost))
+            first = ", ".join(record.path.name for record in lost[:SHOWN])
+            lines.append(
+                f"{name} images: {len(lost):,} of {len(records):,} are missing: {first}{', ...' * (len(lost) > SHOWN)} "
+                f"(all names: {path}); get them: {fetch}"
+            )
+        else:
+            lines.append(f"{name} images: all {len(records):,} are there")
+    return lines
+
+
+def describe_time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> float:
+    if full:
+        return passes * 6e9 * GMACS[classifier] * (size / 224) ** 2 / GPU_FLOPS
+    return passes * CPU_PASS[classifier] * (size / 64) ** 2
+
+
+def preview(args, scale, selections: Selections | None, *, full: bool, done) -> str:
+    """The plan as text.
+
+    args, scale: reproduce.py's
+    selections: None for phantoms
+    full: at the paper's scale, on a GPU, and not the embedded one
+    done: (row, seed) -> whether that run's outcome is there
+    """
+    size = RECIPES[args.recipe].size if full else 64
+    images = 2 * len(PLANES) * scale.count
+    lines, seconds, disk = [], 0.0, 0
+    for n, row in enumerate(args.rows):
+        synthetic = images if row.data.synthetic else 0
+        spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
+        guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
+        passes = scale.passes or 20 * (guess + synthetic + (217 * row.data.african if african is None else african))
+        twin = any((row.data, row.classifier) == (other.data, other.classifier) for other in args.rows[:n])
+        left = 0 if twin else sum(not done(row, seed) for seed in args.seeds)
+        seconds += left * classifier_seconds(row.classifier, passes, size, full)
+        with torch.device("meta"):
+            disk += left * 4 * sum(p.numel() for p in MODELS[row.classifier]().parameters())
+        cells = ["?" if count is None else f"{count:,}" for count in (spanish, synthetic, african)]
+        lines.append([f"{row.name} (table {row.table})", *cells, f"{passes:,}", "as above" if twin else left or "done"])
+
+    state = ["phantoms of two sites stand in for the datasets"]
+    if selections:
+        kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
+        state = needed_datasets(selections, kinds, args.out)
+    if args.synthetic:
+        lost = missing_images(read_synthetic(args.synthetic))
+        state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
+    elif any(row.data.synthetic for row in args.rows):
+        ranks = (scale.rank,) if args.quick or args.only else RANKS
+        lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
+        unit = 1 / GPU_FLOPS if full else 1
+        seconds += (len(ranks) * 10_000 * lora + (images + 10 * 36 * (len(ranks) - 1)) * sample) * unit
+        disk += images * (512 if full else 64) ** 2 * 3
+        state.append(f"LoRAs to train: rank {', '.join(map(str, ranks))}; synthetic images to make: {images:,}")
+    if args.model:
+        found = "there" if args.model.exists() else "missing; SD 1.5 is v1-5-pruned.safetensors, 7.7 GB, on model hubs"
+        state.append(f"{args.model}: {found}")
+    if args.weights == "imagenet":
+        state += missing_weights(dict.fromkeys(row.classifier for row in args.rows))
+    elif args.weights != "none":
+        state.append(f"{args.weights}: {'there' if Path(args.weights).is_file() else 'missing'}")
+    state += [f"{line} (without it, features of our own classifier)" for line in missing_weights(["inception_v3"])]
+
+    machine = f"one GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s (assumed)" if full else "two CPU cores"
+    header = ["Row", "# Spanish", "# synthetic", "# African", "image passes", "runs left"]
+    return "\n".join(
+        [
+            f"{len(args.rows)} rows x {len(args.seeds)} seeds, recipe {args.recipe}",
+            "",
+            table(header, lines),
+            "",
+            *(f"- {line}" for line in state),
+            "",
+            f"about {describe_time(seconds)} on {machine}; at most {disk / 1e9:.1f} GB of disk",
+        ]
+    )
+
+
+def table(header: list[str], rows: list[list[object]]) -> str:
+    """Columns as wide as their widest cell; the first is text, the others are numbers."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        for row in cells
+    )

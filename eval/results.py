@@ -1,0 +1,123 @@
+"""Finished rows of the paper's tables: what classify.py left behind, read back, and scores averaged over seeds."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from eval.metrics import Definition, Scores, _draw, _interval, _weighted_scores, confusion
+from planes import PLANES
+
+METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+
+
+class ResultError(Exception):
+    """A row that cannot be read or does not belong with the others; one line that says which."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One classifier trained once: a row of a table, for one seed.
+
+    table, data, classifier: as in eval.plan ("1", "HB+DA", "resnet18")
+    training: images, patients, and how many images of each source
+    targets, predictions: (N,) class indices of the test images
+    probabilities: (N, K)
+    patients, centers, images: (N,) names
+    copies: (N,) bool, whether the image's bytes occur earlier in the test list or among the African training images
+    """
+
+    table: str
+    data: str
+    classifier: str
+    seed: int
+    training: dict
+    targets: np.ndarray
+    predictions: np.ndarray
+    probabilities: np.ndarray
+    patients: np.ndarray
+    centers: np.ndarray
+    images: np.ndarray
+    copies: np.ndarray
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.classifier}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric of one row: a fraction for each seed, and the interval of their mean by bootstrap over patients."""
+
+    values: tuple[float, ...]
+    low: float
+    high: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    def covers(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def read_result(folder: Path, table: str, data: str, classifier: str, seed: int) -> Result:
+    """The row that classify.py wrote into `folder`.
+
+    Raises ResultError for files that are missing, broken, or of two different runs.
+    """
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        targets, predictions = (np.array([PLANES.index(row[key]) for row in rows]) for key in ("target", "prediction"))
+        columns = {f"{key}s": np.array([row[key] for row in rows]) for key in ("patient", "center", "image")}
+        probabilities = np.array([[float(row[plane]) for plane in PLANES] for row in rows])
+        copies = np.array([row.get("copy", "0") == "1" for row in rows])
+        training, counts = metrics["training"], metrics["confusion"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResultError(f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again") from None
+    if not rows or confusion(targets, predictions).tolist() != counts:
+        raise ResultError(f"{folder}: metrics.json and predictions.csv are of different runs; run the row again")
+    return Result(
+        table, data, classifier, seed, training, targets, predictions, probabilities, copies=copies, **columns
+    )
+
+
+def require_same_test(results: Sequence[Result]) -> None:
+    """ResultError unless all rows were tested on the same images in the same order."""
+    for result in results:
+        for key in ("images", "targets", "patients", "centers", "copies"):
+            if not np.array_equal(getattr(result, key), getattr(results[0], key)):
+                raise ResultError(
+                    f"{result.name}: its test {key} are not those of {results[0].name}; run one of the two again"
+                )
+
+
+def estimate(
+    seeds: Sequence[Result],
+    definition: Definition = "notebook",
+    distinct: bool = False,
+    *,
+    replicates: int = 1000,
+    level: float = 0.95,
+) -> dict[str, Estimate]:
+    """Scores of one row over its seeds: metric's name -> Estimate.
+
+    seeds: the row's results, all of the same test images
+    distinct: leave out the test images that are copies
+    Every replicate draws the same patients for all seeds and averages the seeds' scores, so the interval speaks of the
+    test set: how far the mean would move with other patients. With one seed it is that of eval.metrics.bootstrap.
+    """
+    kept = ~seeds[0].copies if distinct else np.full(len(seeds[0].copies), True)
+    weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), replicates, seed=0)
+    weights = np.concatenate([np.ones((1, kept.sum())), weights])  # row 0: the test set itself
+    runs = ((r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds)
+    scores = np.stack([_weighted_scores(weights, *run) for run in runs])
+    low, high = _interval(scores[:, 1:].mean(axis=0), clusters, level)
+    return {
+        name: Estimate(tuple(scores[:, 0, n].tolist()), float(low[n]), float(high[n])) for n, name in enumerate(METRICS)
+    }

@@ -1,0 +1,120 @@
+"""The paper's rows as data, and the preview of what a reproduction needs."""
+
+import runpy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from eval.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
+from eval.preview import Selections, missing_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def test_the_plan_is_twenty_rows_of_table_1_and_four_of_table_2():
+    assert Counter(row.table for row in ROWS) == {"1": 20, "2": 4}
+    assert len({(row.data, row.classifier) for row in ROWS}) == 23  # ES with ViT is in both
+    assert [row.name for row in ROWS if row.table == "2"] == [
+        f"{data}/ViT b16" for data in ("AF", "ES", "ES+AF", "HB-all")
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("HB+DA/ResNet18", 1),
+        ("hb+da/resnet18", 1),
+        ("HB+DA", 5),
+        ("MobileNet v2", 4),
+        ("vit_b_16", 8),
+        ("table 2", 4),
+        ("table beyond", 3),
+    ],
+)
+def test_rows_are_chosen_by_row_data_model_classifier_or_table(name, count):
+    assert len(choose(ROWS + BEYOND_ROWS, [name])) == count
+
+
+def test_no_name_chooses_all_and_an_unknown_one_is_an_error():
+    assert choose(QUICK_ROWS, []) == QUICK_ROWS
+    with pytest.raises(ValueError, match="no row is called 'ES/VGG'"):
+        choose(ROWS, ["ES", "ES/VGG"])
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")
+
+
+def plan(script, capsys, *flags) -> str:
+    script["main"](script["parse_args"](["--plan", *map(str, flags)]))
+    return capsys.readouterr().out
+
+
+def test_the_embedded_default_needs_nothing_and_says_how_long_it_takes(script, capsys, tmp_path):
+    text = plan(script, capsys, "--out", tmp_path / "runs")
+    assert "phantoms of two sites stand in" in text and "on two CPU cores" in text
+    assert text.count("(table 1)") == 20 and "as above" in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real datasets are not beside the checkout")
+def test_missing_images_are_counted_and_named(script, capsys, tmp_path):
+    sites = ("--spanish", DATA / "FETAL_PLANES_ZENODO", "--african", DATA / "Zenodo_dataset")
+    text = plan(
+        script, capsys, "--model", "v1-5.safetensors", *sites, "--manifests", DATA / "manifests", "--out", tmp_path
+    )
+    assert "6,048 of 6,148 are missing" in text and "African images: all 450 are there" in text
+    names = (tmp_path / "missing_spanish.txt").read_text().splitlines()
+    assert len(names) == 6048 and not any(Path(name).exists() for name in names)
+    assert "v1-5.safetensors: missing" in text
+
+
+def test_an_empty_machine_is_told_what_to_download_and_where_to_put_it(script, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    sites = ("--spanish", tmp_path / "spain", "--african", tmp_path / "africa")
+    text = plan(script, capsys, "--model", tmp_path / "sd.safetensors", *sites, "--out", tmp_path / "runs")
+    for needed in ("records/3904280", "records/7540448", "planes.download --only spanish", "sd.safetensors: missing"):
+        assert needed in text
+    for network in ("densenet169", "vit_b_16", "inception_v3"):
+        assert f"weights of {network}: downloaded when needed, or put https://" in text
+    assert str(tmp_path / "torch") in text
+
+
+def test_weights_that_are_in_the_cache_are_not_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (line,) = missing_weights(["resnet18"])
+    path = Path(line.rsplit(" at ", 1)[1])
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert missing_weights(["resnet18"]) == []
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real datasets are not beside the checkout")
+def test_selections_follow_the_authors_lists_or_the_same_rule():
+    roots = DATA / "FETAL_PLANES_ZENODO", DATA / "Zenodo_dataset"
+    lists = {"balanced": DATA / "manifests" / "spain_train_1150_balanced.csv"}
+    theirs = Selections(*roots, lists, {"balanced": 230}, seed=0).spanish("balanced")
+    ours = Selections(*roots, {}, {"balanced": 230}, seed=0).spanish("balanced")
+    assert theirs != ours
+    for records in (theirs, ours):
+        assert set(Counter(record.plane for record in records).values()) == {230}
+        assert all(record.train for record in records)
+
+
+def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path):
+    from planes.datasets import read_african
+    from planes.phantom import write_african_layout
+
+    space = script["main"].__globals__
+    before = space["PHANTOMS"]
+    space["PHANTOMS"] = {"train": 1, "patients": 3}
+    try:
+        af = next(row.data for row in ROWS if row.data.name == "AF")
+        write_african_layout(tmp_path, patients=3, seed=0)
+        counted = script["EMBEDDED"].phantoms(af)
+    finally:
+        space["PHANTOMS"] = before
+    assert counted == (0, sum(record.train for record in read_african(tmp_path)))
