@@ -10,20 +10,20 @@ stage is one run of another script; what is done is not done again. The outcome 
 
 import argparse
 import json
-import runpy
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
-from eval.plan import BEYOND_ROWS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from eval.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
 from eval.preview import Selections, preview
 from eval.record import record_environment, sha256
 from eval.report import Context, build
 from eval.results import ResultError, read_result
+from eval.stages import Stages
 from eval.synthetic import Findings, describe
 from ldm.checkpoint import CheckpointError
 from ldm.images import ImageError
@@ -32,8 +32,6 @@ from planes import PLANES
 from planes.datasets import DatasetError, read_synthetic, require_images
 from planes.phantom import write_african_layout, write_spanish_layout
 from samplers import SamplerError
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Scale:
     sample: str
     count: int  # synthetic images per plane and sampler
     classify: str
-    passes: int = 0  # image passes of a classifier's training, whatever its data; 0: the script's epochs
+    passes: Mapping[str, int] = field(default_factory=dict)  # of each classifier, whatever its data; else by epochs
 
     def phantoms(self, data: DataModel) -> tuple[int, int]:
         """How many phantoms of the first and of the second site a data model has."""
@@ -69,7 +67,7 @@ EMBEDDED = Scale(
     sample="--guidance-scale 4 --batch-size 20",
     count=60,
     classify="--size 64 --lr 5e-3",
-    passes=3600,
+    passes=dict.fromkeys(CLASSIFIERS, 3600) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
 )
 QUICK_COUNT = 20  # synthetic images per plane and sampler of --quick
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
@@ -113,39 +111,6 @@ def parse_args(argv=None):
     except ValueError as error:
         parser.error(f"--only: {error}")
     return args
-
-
-class Stages:
-    """Runs scripts one after the other; what was made with the same arguments from the same things is kept."""
-
-    def __init__(self, *common: object) -> None:
-        self.common = common  # flags of every stage
-
-    def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
-        """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
-
-        needs: folders of stages whose outputs this one reads
-        """
-        argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
-        print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
-        module = runpy.run_path(str(HERE / f"{script}.py"), run_name="stage")
-        args = module["parse_args"](argv)
-        if self.is_done(out, args, needs):
-            print("done before")
-        else:
-            (out / "args.json").unlink(missing_ok=True)
-            module["main"](args)
-        return out
-
-    def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...]) -> bool:
-        """args.json is what a script writes last: its time is the stage's."""
-        try:
-            before = json.loads((out / "args.json").read_text(encoding="utf-8"))["arguments"]
-            made = (out / "args.json").stat().st_mtime_ns
-            stale = any((need / "args.json").stat().st_mtime_ns > made for need in needs)
-        except (OSError, ValueError, KeyError):
-            return False
-        return not stale and before == json.loads(json.dumps(vars(args), default=str))
 
 
 def make_phantoms(args) -> tuple[Path, Path]:
@@ -240,8 +205,8 @@ class Experiment:
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
         flags += ["--african-train"] * data.african + ["--augment"] * data.augment
-        if self.scale.passes:
-            flags += ["--passes", self.scale.passes]
+        if row.classifier in self.scale.passes:
+            flags += ["--passes", self.scale.passes[row.classifier]]
         out = row_folder(args.out, data.name, row.classifier, seed)
         return self.stages.run("classify", out, *flags, needs=needs)
 

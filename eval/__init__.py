@@ -2,7 +2,8 @@
 
 | concept | where |
 |---|---|
-| the rows of tables 1 and 2, the ranks of figure 3, as data | `plan.py`; what they need and what is missing: `preview.py` |
+| the rows of tables 1 and 2, the ranks of figure 3, as data; what they need | `plan.py`; `preview.py` |
+| running scripts one after the other | `stages.py` |
 | accuracy, recall, precision, F-score, AUC; confusion matrix; intervals by patient | `metrics.py` |
 | two data models on the same images: McNemar, paired bootstrap | `compare.py` |
 | FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |

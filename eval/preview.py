@@ -143,7 +143,8 @@ def preview(args, scale, selections: Selections | None, *, full: bool, done) -> 
         synthetic = images if row.data.synthetic else 0
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
-        passes = scale.passes or 20 * (guess + synthetic + (217 * row.data.african if african is None else african))
+        guess += synthetic + (217 * row.data.african if african is None else african)
+        passes = scale.passes.get(row.classifier) or 20 * guess
         twin = any((row.data, row.classifier) == (other.data, other.classifier) for other in args.rows[:n])
         left = 0 if twin else sum(not done(row, seed) for seed in args.seeds)
         seconds += left * classifier_seconds(row.classifier, passes, size, full)

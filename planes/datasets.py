@@ -19,7 +19,7 @@ from planes import PLANES, Plane
 ORIGINS: dict[str, str] = {
     "spain": "download https://zenodo.org/records/3904280",
     "africa": "download https://zenodo.org/records/7540448",
-    "synthetic": "make them with sample.py",
+    "synthetic": "make them with sample.py, or download https://zenodo.org/records/13228158",
 }
 """Source of a record -> where its images come from."""
 
@@ -114,15 +114,22 @@ def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
 
 
 def read_synthetic(manifest: str | Path) -> list[Record]:
-    """The images that sample.py made, all for training, each its own patient.
+    """Synthetic images, all for training, each its own patient.
 
-    manifest: the manifest.csv beside them
+    manifest: the manifest.csv of sample.py beside its images, or the authors' list of those they published (Zenodo
+        13228158), put into the folder that holds them at any depth
     """
-    records = []
-    for _, plane, image, sampler in _rows(Path(manifest), "plane", "image", "sampler"):
-        path = Path(manifest).parent / image
-        records.append(Record(path, plane, f"synthetic/{path.stem}", True, "synthetic", sampler))
-    return records
+    path = Path(manifest)
+    try:
+        made = _rows(path, "plane", "image", "sampler")
+        rows = [(plane, path.parent / image, sampler) for _, plane, image, sampler in made]
+    except DatasetError:
+        if not path.is_file() or "Image_name" not in path.read_text(encoding="utf-8-sig", errors="replace"):
+            raise
+        files = {file.stem: file for file in path.parent.rglob("*.png")}
+        names = _rows(path, "Plane", "Image_name")
+        rows = [(plane, files.get(name, path.parent / f"{name}.png"), "published") for _, plane, name in names]
+    return [Record(file, plane, f"synthetic/{file.stem}", True, "synthetic", sampler) for plane, file, sampler in rows]
 
 
 def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:

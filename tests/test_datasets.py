@@ -196,6 +196,19 @@ def test_a_list_that_does_not_fit_the_dataset_is_refused(tmp_path, rows, complai
         read_manifest(tmp_path / "list.csv", read_spanish(spanish(tmp_path)))
 
 
+def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path):
+    (tmp_path / "femur" / "unipc").mkdir(parents=True)
+    there = tmp_path / "femur" / "unipc" / "00001-2671683619.png"
+    there.touch()
+    lines = ["Image_name,Plane,Train", "00001-2671683619,Fetal femur,1", "00002-77,Other,1"]
+    (tmp_path / "list.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    found, lost = read_synthetic(tmp_path / "list.csv")
+    assert found == Record(there, Plane.FEMUR, f"synthetic/{there.stem}", True, "synthetic", "published")
+    assert lost.plane is Plane.OTHER
+    with pytest.raises(DatasetError, match="1 of 2 images are missing .00002-77.*13228158"):
+        require_images([found, lost])
+
+
 def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     header = "image,plane,prompt,sampler,steps,guidance,seed,lora,model"
     row = 'femur/unipc_12.png,femur,"a photo, of fetal femur",unipc,20,7.0,12,,sd'

@@ -1,5 +1,6 @@
 """reproduce.py: from end to end on the embedded default, every stage as small as it goes, also when it is killed."""
 
+import argparse
 import json
 import os
 import runpy
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from eval.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +28,7 @@ space["EMBEDDED"] = script["Scale"](
     sample="--steps 2",
     count=2,
     classify="--size 64 --batch-size 6",
-    passes=15,
+    passes=dict.fromkeys(script["CLASSIFIERS"], 15),
 )
 space["PHANTOMS"] = {"train": 4, "patients": 4}
 space["QUICK_COUNT"], space["PANEL_COUNT"] = 3, 2
@@ -100,14 +103,14 @@ def script():
     return runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")
 
 
-def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path, script):
-    stages, args = script["Stages"](), script["argparse"].Namespace(steps=3, out=tmp_path / "b")
+def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path):
+    stages, args = Stages(), argparse.Namespace(steps=3, out=tmp_path / "b")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps({"arguments": {"steps": 3, "out": str(tmp_path / "b")}}))
         os.utime(tmp_path / name / "args.json", ns=(0, 10 + (name == "b")))
     assert stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
-    assert not stages.is_done(tmp_path / "b", script["argparse"].Namespace(steps=4, out=tmp_path / "b"), ())
+    assert not stages.is_done(tmp_path / "b", argparse.Namespace(steps=4, out=tmp_path / "b"), ())
     os.utime(tmp_path / "a" / "args.json", ns=(0, 12))  # made again
     assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
     (tmp_path / "a" / "args.json").unlink()  # or being made at the moment

@@ -1,0 +1,41 @@
+"""Runs scripts one after the other, each into its own folder, and does not do again what is done."""
+
+import argparse
+import json
+import runpy
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[1]
+
+
+class Stages:
+    """Runs scripts one after the other; what was made with the same arguments from the same things is kept."""
+
+    def __init__(self, *common: object) -> None:
+        self.common = common  # flags of every stage
+
+    def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+        """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
+
+        needs: folders of stages whose outputs this one reads
+        """
+        argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
+        print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
+        module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
+        args = module["parse_args"](argv)
+        if self.is_done(out, args, needs):
+            print("done before")
+        else:
+            (out / "args.json").unlink(missing_ok=True)
+            module["main"](args)
+        return out
+
+    def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...]) -> bool:
+        """args.json is what a script writes last: its time is the stage's."""
+        try:
+            before = json.loads((out / "args.json").read_text(encoding="utf-8"))["arguments"]
+            made = (out / "args.json").stat().st_mtime_ns
+            stale = any((need / "args.json").stat().st_mtime_ns > made for need in needs)
+        except (OSError, ValueError, KeyError):
+            return False
+        return not stale and before == json.loads(json.dumps(vars(args), default=str))
