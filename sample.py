@@ -26,12 +26,15 @@ from eval.figures import contact_sheet, save
 from eval.record import record_run, sha256, write_atomically
 from ldm import MINI
 from ldm.checkpoint import CheckpointError, load
+from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate
 from ldm.images import decode_images
 from ldm.text import encode_prompts
 from lora.files import load_lora
 from lora.layer import LoRAError, merge
-from planes import PLANES, PROMPTS
+from planes import PLANES, Plane
+from planes.captions import choose_prompt, read_prompts, with_token
+from planes.datasets import DatasetError
 from samplers import SamplerError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -45,6 +48,10 @@ def parse_args(argv=None):
     add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
     add("--lora", type=Path, help="a LoRA in kohya's format, merged into the U-Net (and the text encoder) first")
     add("--strength", type=float, default=1.0, help="weight of the LoRA (1.0)")
+    add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
+    add("--token", help="another name for the token of --embedding (default: the file's)")
+    add("--rare-token", help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
+    add("--prompts", default="paper", help="paper, detailed, or a JSON file of a list of prompts per plane (paper)")
     add("--planes", nargs="+", choices=[*PLANES], default=[*PLANES], help="planes whose prompts are sampled (all five)")
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
     add("--count", type=int, default=500, help="images per plane and sampler (500)")
@@ -62,6 +69,10 @@ def parse_args(argv=None):
     for name in ("steps", "batch_size", "count"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.embedding and args.rare_token:
+        parser.error("give --embedding FILE or --rare-token WORD, not both: a prompt names one token")
+    if args.token and not args.embedding:
+        parser.error(f"--token {args.token}: names the token of an --embedding FILE, which is not given")
     if args.count > SEEDS_APART:
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
     return args
@@ -85,8 +96,13 @@ class Shot:
     model: str
 
 
-def plan(args: argparse.Namespace, size: int, lora: str, model: str) -> Iterator[list[Shot]]:
-    """The images of each (plane, sampler), in order; seeds do not depend on which planes or samplers were asked for."""
+def plan(
+    args: argparse.Namespace, prompts: dict[Plane, tuple[str, ...]], size: int, lora: str, model: str
+) -> Iterator[list[Shot]]:
+    """The images of each (plane, sampler), in order; seeds do not depend on which planes or samplers were asked for.
+
+    prompts: of each plane; an image's seed chooses among them
+    """
     for plane in args.planes:
         for sampler in args.samplers:
             group = PLANES.index(plane) * len(SAMPLERS) + [*SAMPLERS].index(sampler)
@@ -95,7 +111,7 @@ def plan(args: argparse.Namespace, size: int, lora: str, model: str) -> Iterator
                 Shot(
                     image=f"{plane}/{sampler}_{seed}.png",
                     plane=str(plane),
-                    prompt=PROMPTS[plane],
+                    prompt=choose_prompt(prompts[plane], seed),
                     sampler=sampler,
                     steps=args.steps,
                     guidance=args.guidance_scale,
@@ -150,6 +166,7 @@ def save_contact_sheet(path: Path, groups: list[list[Shot]], folder: Path, args:
 
 
 def main(args):
+    prompts_of = read_prompts(args.prompts)
     model = load(args.model, tokenizer=args.tokenizer, device=args.device, dtype=DTYPES[args.dtype])
     model.vae.float()  # SD's VAE can overflow in fp16
     factor = model.vae.config.downsampling
@@ -160,11 +177,15 @@ def main(args):
         load_lora(args.lora, {"lora_unet": model.unet, "lora_te": model.text_encoder})
         for network in (model.unet, model.text_encoder):
             merge(network, args.strength)
-    hashes = model.sha256()
+    hashes, token = model.sha256(), args.rare_token
+    if args.embedding:
+        token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
+        hashes[args.embedding.name] = sha256(args.embedding)  # one more row of the text encoder: part of the model
+    prompts_of = {plane: tuple(with_token(prompt, token) for prompt in prompts_of[plane]) for plane in prompts_of}
     lora_hash = sha256(args.lora) if args.lora else ""
     model_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()  # of all files
-    groups = list(plan(args, size, lora_hash[:16], model_hash[:16]))
-    prompts = sorted({group[0].prompt for group in groups})
+    groups = list(plan(args, prompts_of, size, lora_hash[:16], model_hash[:16]))
+    prompts = sorted({shot.prompt for group in groups for shot in group})
     with torch.no_grad():
         embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*prompts, ""], args.clip_skip)
 
@@ -175,7 +196,7 @@ def main(args):
         for group in missing:
             for start in range(0, len(group), args.batch_size):
                 batch = group[start : start + args.batch_size]
-                context = embeddings[prompts.index(batch[0].prompt)].expand(len(batch), -1, -1)
+                context = embeddings[[prompts.index(shot.prompt) for shot in batch]]
                 latents = generate(
                     model.unet,
                     context,
@@ -199,6 +220,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, LoRAError, SamplerError) as error:
+    except (CheckpointError, DatasetError, LoRAError, SamplerError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

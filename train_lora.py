@@ -5,6 +5,9 @@
 Each step predicts the noise that was added to a batch of latents (Ho et al. 2020, eq. 14), and AdamW moves A and B of
 h = W0 x + (alpha/r) B A x (the paper's eq. 2). Writes lora.safetensors, loss.csv, args.json, sample sheets and a
 checkpoint that --resume goes on from.
+
+--learn-token trains the embedding of one new token besides, or with --rank 0 instead (Textual Inversion, Gal et al.
+2022, eq. 2), and writes embedding.safetensors. --rare-token and --prior are DreamBooth (Ruiz et al. 2023, eq. 2).
 """
 
 import argparse
@@ -20,14 +23,16 @@ from tqdm import tqdm
 
 from eval.record import record_run, sha256, write_atomically
 from ldm import MINI
-from ldm.checkpoint import CheckpointError, Model, load
-from ldm.generate import generate, seeded_noise
-from ldm.images import ImageError, decode_images, read_image
+from ldm.checkpoint import CheckpointError, load
+from ldm.embedding import add_token, save_embedding, word_embedding
+from ldm.generate import generate
+from ldm.images import ImageError, decode_images, encode_images
 from ldm.text import encode_prompts
 from lora.files import save_lora
 from lora.layer import TARGETS, LoRAError, inject, lora_parameters
-from planes import PROMPTS
-from planes.datasets import DatasetError, balanced, read_captioned, read_manifest, read_spanish, require_images
+from lora.training import images_of_step, load_checkpoint, make_optimizer, save_checkpoint
+from planes.captions import prior_pairs, training_pairs, with_token
+from planes.datasets import DatasetError
 from samplers.schedule import NoiseSchedule
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,10 +48,16 @@ def parse_args(argv=None):
     add("--per-plane", type=int, default=20, help="how many images of a plane to draw from --spanish (20)")
     add("--images", type=Path, help="instead of --spanish: a folder of images with captions in .txt files beside them")
     add("--out", type=Path, required=True)
-    add("--rank", type=int, default=128, help="r, the inner width of B A (128)")
+    add("--rank", type=int, default=128, help="r, the inner width of B A; 0: no LoRA (128)")
     add("--alpha", type=float, help="the update is scaled by alpha / r (default: the rank)")
     add("--target", default="cross-attention", help=f"{', '.join(TARGETS)}, or a regular expression for module paths")
     add("--init", choices=("gaussian", "kaiming"), default="gaussian", help="of A: the paper's, or kohya's (gaussian)")
+    add("--learn-token", help="a new token, such as <fetal-us>, that captions name and whose embedding is trained")
+    add("--init-word", default="ultrasound", help="whose embedding --learn-token begins at (ultrasound)")
+    add("--token-lr", type=float, default=5e-3, help="learning rate of --learn-token (5e-3)")
+    add("--rare-token", help="a word that captions then name: a photo of sks fetal femur")
+    add("--prior", type=Path, help="a manifest.csv of sample.py: images of the base model, to be held on to")
+    add("--prior-weight", type=float, default=1.0, help="of the loss on a batch of --prior in each step (1)")
     add("--size", type=int, help="square side in px (default: the model's own, 512 for SD 1.5)")
     add("--resize", choices=("squash", "crop"), default="squash", help="the whole frame, or its middle square (squash)")
     add("--repeats", type=int, default=100, help="times an image is seen per epoch (100)")
@@ -70,72 +81,22 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if (args.spanish is None) == (args.images is None):
         parser.error("give --spanish DIR or --images DIR, one of the two")
+    if args.learn_token and args.rare_token:
+        parser.error("give --learn-token or --rare-token, not both: a caption names one token")
+    if args.rank == 0 and (args.prior or not args.learn_token):
+        parser.error("--rank 0: no LoRA is trained, so give --learn-token, and no --prior: its captions lack the token")
+    if not 0 <= args.prior_weight < math.inf:
+        parser.error(f"--prior-weight {args.prior_weight}: at least 0")
     for name in ("per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     return args
 
 
-def read_training_set(args) -> list[tuple[Path, str]]:
-    """(image, caption) pairs, each image there."""
-    if args.images:
-        return read_captioned(args.images)
-    records = read_spanish(args.spanish)
-    if args.manifest:
-        records = read_manifest(args.manifest, records)
-    else:
-        records = balanced([r for r in records if r.train], args.per_plane, args.seed)
-    require_images(records)
-    return [(record.path, PROMPTS[record.plane]) for record in records]
-
-
-@torch.no_grad()
-def encode_images(model: Model, pairs: list[tuple[Path, str]], size: int, args) -> Tensor:
-    """Latents (N, 4, size/8, size/8), scaled, on the CPU: each image is encoded once, with its own noise (as kohya)."""
-    latents = []
-    for n, (path, _) in enumerate(tqdm(pairs, desc="latents", unit="image")):
-        image = read_image(path, size, args.resize)[None].to(args.device)
-        side = size // model.vae.config.downsampling
-        noise = seeded_noise([args.seed * 1_000_003 + n], (model.vae.config.latent_channels, side, side))
-        latents.append(model.vae.to_latents(image, noise.to(args.device)).cpu())
-    return torch.cat(latents)
-
-
-def make_optimizer(parameters: list[Tensor], args) -> torch.optim.Optimizer:
-    """8-bit AdamW where bitsandbytes runs, else torch's, with a line that says so."""
-    settings = {"lr": args.lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": args.weight_decay}
-    if args.optimizer == "adamw8bit":
-        reason = "no CUDA device"
-        if args.device.startswith("cuda"):
-            try:
-                from bitsandbytes.optim import AdamW8bit
-
-                return AdamW8bit(parameters, **settings)
-            except (ImportError, OSError, RuntimeError) as error:
-                reason = f"bitsandbytes does not load: {str(error).splitlines()[0]}"
-        print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
-    return torch.optim.AdamW(parameters, **settings)
-
-
-def images_of_step(step: int, steps_per_epoch: int, count: int, args) -> Tensor:
-    """Indices of the images of optimizer step `step`: a function of (seed, step) alone.
-
-    An epoch is every image `repeats` times, shuffled.
-    """
-    epoch, within = divmod(step, steps_per_epoch)
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    order = torch.randperm(count * args.repeats, generator=generator) % count
-    return order.split(args.batch_size * args.accumulate)[within]
-
-
-def save_loss(path: Path, rows: list[tuple]) -> None:
-    """One row per optimizer step."""
-    lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in rows)]
-    write_atomically(path, "\n".join(lines) + "\n")
-
-
 def main(args):
-    pairs = read_training_set(args)
+    pairs = training_pairs(args.spanish, args.images, args.manifest, args.per_plane, args.seed)
+    pairs = [(path, with_token(caption, args.learn_token or args.rare_token)) for path, caption in pairs]
+    prior = prior_pairs(args.prior) if args.prior else []
     model = load(args.model, tokenizer=args.tokenizer, device=args.device)
     size = args.size or model.sample_size * model.vae.config.downsampling
     side = size // model.vae.config.downsampling  # of the latents
@@ -144,24 +105,46 @@ def main(args):
     if size % multiple:
         raise CheckpointError(f"--size {size}: must be a multiple of {multiple}")
 
-    # latents and text embeddings once; then the text encoder is dropped and the VAE waits on the CPU for the sheets
-    latents = encode_images(model, pairs, size, args)
-    captions = sorted({caption for _, caption in pairs})
+    def encode(texts: list[str]) -> Tensor:
+        """Text embeddings (B, S, D)."""
+        return encode_prompts(model.tokenizer, model.text_encoder, texts, args.clip_skip)
+
+    # latents once; text embeddings too, unless a token is learned; the VAE waits on the CPU for the sheets
+    learned = None
+    if args.learn_token:
+        vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
+        learned = add_token(model.tokenizer, model.text_encoder, args.learn_token, vector)
+    paths = [path for path, _ in pairs + prior]
+    latents = encode_images(model.vae, tqdm(paths, desc="latents", unit="image"), size, args.resize, args.seed)
+    shown = sorted({caption for _, caption in pairs})
+    captions = shown + sorted({caption for _, caption in prior} - {*shown})
+    caption_of = torch.tensor([captions.index(caption) for _, caption in pairs + prior])
     with torch.no_grad():
-        embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*captions, ""], args.clip_skip)
+        embeddings = encode([*captions, ""])
     contexts, empty = embeddings[:-1], embeddings[-1:]
-    caption_of = torch.tensor([captions.index(caption) for _, caption in pairs])
-    model.text_encoder = None
+    if learned is None:
+        model.text_encoder = None
     model.vae.to("cpu")
 
-    # the frozen base, and float32 A and B inside it
+    def context_of(numbers: Tensor) -> Tensor:
+        """Embeddings (B, S, D) of captions by number: anew at each step where they depend on the learned token."""
+        return contexts[numbers] if learned is None else encode([captions[n] for n in numbers])
+
+    # the frozen base, and what is trained: float32 A and B inside it, the new token's embedding
     unet = model.unet.to(args.device, dtype)
     unet.gradient_checkpointing = args.gradient_checkpointing
     generator = torch.Generator().manual_seed(args.seed)
-    paths = inject(unet, args.rank, args.alpha, args.target, init=args.init, generator=generator)
-    parameters = lora_parameters(unet)
+    groups = []
+    if args.rank:
+        layers = inject(unet, args.rank, args.alpha, args.target, init=args.init, generator=generator)
+        groups.append({"params": lora_parameters(unet), "lr": args.lr})
+    if learned:
+        groups.append({"params": [learned.vector], "lr": args.token_lr})
+    parameters = [parameter for group in groups for parameter in group["params"]]
     args.out.mkdir(parents=True, exist_ok=True)
-    optimizer = make_optimizer(parameters, args)
+    optimizer, reason = make_optimizer(groups, args.weight_decay, args.optimizer == "adamw8bit")
+    if reason:
+        print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     schedule = NoiseSchedule()
 
@@ -169,8 +152,11 @@ def main(args):
     passes = len(pairs) * args.repeats
     steps_per_epoch = math.ceil(passes / (args.batch_size * args.accumulate))
     steps = args.epochs * steps_per_epoch
-    trained = sum(p.numel() for p in parameters)
-    print(f"{len(paths)} layers of the U-Net get LoRA of rank {args.rank}: {trained:,} parameters")
+    if args.rank:
+        trained = sum(parameter.numel() for parameter in lora_parameters(unet))
+        print(f"{len(layers)} layers of the U-Net get LoRA of rank {args.rank}: {trained:,} parameters")
+    if learned:
+        print(f"the token {args.learn_token} begins at {args.init_word}: {learned.vector.numel()} parameters")
     print(
         f"{len(pairs)} images x {args.repeats} repeats x {args.epochs} epochs = {args.epochs * passes:,} image passes; "
         f"batch {args.batch_size} x {args.accumulate} accumulated -> {steps:,} optimizer steps"
@@ -179,67 +165,67 @@ def main(args):
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
     same = ("rank", "alpha", "target", "init", "batch_size", "accumulate", "repeats", "lr", "weight_decay", "seed")
+    for flag, more in {"learn_token": ("init_word", "token_lr"), "rare_token": (), "prior": ("prior_weight",)}.items():
+        same += (flag, *more) if getattr(args, flag) else ()
     model_hashes = model.sha256()
     identity = {key: str(getattr(args, key)) for key in same} | {"size": str(size)} | model_hashes
     if args.resume and checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
-        before = state["identity"]
-        if changed := [f"{k} was {before.get(k)}, is {v}" for k, v in identity.items() if before.get(k) != v]:
-            raise LoRAError(f"{checkpoint}: other settings ({'; '.join(changed)}): use its own, or another --out")
+        state = load_checkpoint(checkpoint, identity, args.device)
         for parameter, saved in zip(parameters, state["lora"], strict=True):
             parameter.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         done, rows = state["step"], state["rows"]
 
+    @torch.no_grad()
     def save_sheet(step: int) -> None:
         """Four samples of each caption as they are now, by Euler."""
         folder = args.out / "samples"
         folder.mkdir(exist_ok=True)
         seeds = [args.seed + n for n in range(4)]
+        settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
         sheet = []
-        for context in contexts[:8].to(dtype):
+        for number in range(len(shown))[:8]:
+            context = context_of(torch.tensor([number])).to(dtype).expand(len(seeds), -1, -1)
             with torch.autocast(args.device.split(":")[0], dtype, enabled=dtype != torch.float32):
-                x0 = generate(
-                    unet,
-                    context.expand(len(seeds), -1, -1),
-                    empty.to(dtype),
-                    seeds,
-                    (side, side),
-                    guidance_scale=args.guidance_scale,
-                    prediction_type=model.prediction_type,
-                )
+                x0 = generate(unet, context, empty.to(dtype), seeds, (side, side), **settings)
             sheet.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
         Image.fromarray(torch.cat(sheet).numpy()).save(folder / f"step{step:06}.png")
 
     def save_state(step: int) -> None:
-        """All that --resume needs; replaced in one go, so that a run killed meanwhile keeps the one before."""
-        state = {"identity": identity, "step": step, "rows": rows, "lora": [p.detach().cpu() for p in parameters]}
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        torch.save(state, checkpoint.with_suffix(".part"))
-        checkpoint.with_suffix(".part").replace(checkpoint)
-        save_loss(args.out / "loss.csv", rows)
+        """All that --resume needs, and the losses as a table."""
+        states = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        moved = [parameter.detach().cpu() for parameter in parameters]
+        save_checkpoint(checkpoint, identity, step=step, rows=rows, lora=moved, **states)
+        lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in rows)]
+        write_atomically(args.out / "loss.csv", "\n".join(lines) + "\n")
 
-    bad = 0
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
-    for step in progress:
-        images = images_of_step(step, steps_per_epoch, len(pairs), args)
-        draw = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_009 + step)
+    def backward(images: Tensor, weight: float, draw: torch.Generator) -> float:
+        """The gradients of weight times the loss, the mean over all the images however they are cut into batches."""
         noise = torch.randn(latents[images].shape, generator=draw)
         t = torch.randint(schedule.num_train_timesteps, images.shape, generator=draw)
         noisy = schedule.add_noise(latents[images], noise, t)
         target = noise if model.prediction_type == "epsilon" else schedule.velocity(latents[images], noise, t)
-
-        # the loss is the mean over all images of the step, however they are cut into batches
-        mean_loss = 0.0
-        context = contexts[caption_of[images]].to(dtype)
-        parts = zip(*(tensor.split(args.batch_size) for tensor in (noisy, t, context, target)))
-        for x, times, text, wanted in parts:
+        total = 0.0
+        parts = zip(*(tensor.split(args.batch_size) for tensor in (noisy, t, caption_of[images], target)))
+        for x, times, numbers, wanted in parts:
+            text = context_of(numbers).to(dtype)
             with torch.autocast(args.device.split(":")[0], dtype, enabled=dtype != torch.float32):
                 prediction = unet(x.to(args.device, dtype), times.to(args.device), text)
-            loss = F.mse_loss(prediction.float(), wanted.to(args.device)) * len(x) / len(images)
+            loss = F.mse_loss(prediction.float(), wanted.to(args.device)) * len(x) / len(images) * weight
             scaler.scale(loss).backward()
-            mean_loss += loss.item()
+            total += loss.item()
+        return total
+
+    bad = 0
+    progress = tqdm(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
+    for step in progress:
+        images = images_of_step(step, len(pairs), args.repeats, args.batch_size * args.accumulate, args.seed)
+        draw = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_009 + step)
+        mean_loss = backward(images, 1.0, draw)
+        if prior:  # as many of them as images in the step, so that both losses weigh alike
+            held = len(pairs) + torch.randint(len(prior), images.shape, generator=draw)
+            mean_loss += backward(held, args.prior_weight, draw)
 
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -254,7 +240,7 @@ def main(args):
                 f"step {step + 1}: the loss or its gradient is not finite; {checkpoint} holds the last good state: "
                 "try a lower --lr or --dtype bf16 or fp32"
             )
-        rows.append((step + 1, len(images), f"{mean_loss:.6f}", f"{norm:.6f}", args.lr))
+        rows.append((step + 1, len(images), f"{mean_loss:.6f}", f"{norm:.6f}", groups[0]["lr"]))
         progress.set_postfix(loss=f"{mean_loss:.4f}")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             save_sheet(step + 1)
@@ -274,9 +260,12 @@ def main(args):
         "ss_resolution": f"({size}, {size})",
         "ss_sd_model_name": args.model.name,
     }
-    save_lora(args.out / "lora.safetensors", {"lora_unet": unet}, metadata, torch.float16)
+    if args.rank:
+        save_lora(args.out / "lora.safetensors", {"lora_unet": unet}, metadata, torch.float16)
+    if learned:
+        save_embedding(args.out / "embedding.safetensors", args.learn_token, learned.vector)
     save_state(steps)
-    record_run(args.out, args, model_hashes | {str(path.name): sha256(path) for path, _ in pairs})
+    record_run(args.out, args, model_hashes | {str(path.name): sha256(path) for path in paths})
     if args.device.startswith("cuda"):
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 

@@ -11,6 +11,7 @@
 | tables of tensor names | `keys.py` |
 | safetensors headers, and what is none | `weights.py` |
 | noise and text to latents, with a sampler | `generate.py` |
+| Textual Inversion: one learned token and its file | `embedding.py` |
 | image files in, images out | `images.py` |
 | the embedded miniature, and how it was trained | `mini/`, `scenes.py`, `bpe.py`, `pretrain_mini.py` |
 """

@@ -1,11 +1,13 @@
 """Pixels in and out: image files as the VAE takes them, latents as images."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.generate import seeded_noise
 from ldm.vae import AutoencoderKL
 
 
@@ -30,6 +32,21 @@ def read_image(path: Path, size: int, resize: str = "squash") -> Tensor:
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, paths: Iterable[Path], size: int, resize: str, seed: int) -> Tensor:
+    """Scaled latents (N, 4, size/8, size/8) of image files, on the CPU; each is drawn once, with its own noise.
+
+    size, resize: as for read_image; seed: of the noise
+    """
+    weight, side = vae.post_quant_conv.weight, size // vae.config.downsampling
+    latents = []
+    for n, path in enumerate(paths):
+        noise = seeded_noise([seed * 1_000_003 + n], (vae.config.latent_channels, side, side))
+        image = read_image(path, size, resize)[None]
+        latents.append(vae.to_latents(image.to(weight.device), noise.to(weight.device)).cpu())
+    return torch.cat(latents)
 
 
 @torch.no_grad()

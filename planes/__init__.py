@@ -2,8 +2,10 @@
 
 | concept | where |
 |---|---|
-| the five planes in class-index order, one prompt per plane | this file |
+| the five planes in class-index order, one prompt per plane, and lists of more detailed ones | this file |
+| prompts from a file, captions of training images, a token in either | `captions.py` |
 | the Spanish and African datasets, manifests, selections, leak checks | `datasets.py` |
+| fetching both datasets | `download.py` |
 | procedural ultrasound: two sites of phantoms in the datasets' own layouts | `phantom.py` |
 | the scanner behind them: tissue, probe, speckle, shadows, scan conversion | `scanner.py` |
 """
@@ -32,3 +34,42 @@ PROMPTS: dict[Plane, str] = {
     Plane.OTHER: "a photo of fetal ultrasound",
 }
 """One text per plane, the training caption and the sampling prompt alike (the authors' repository)."""
+
+PROMPT_LISTS: dict[Plane, tuple[str, ...]] = {
+    Plane.ABDOMEN: (
+        "a photo of fetal abdomen, a round cross-section with the stomach bubble",
+        "a photo of fetal abdomen with the stomach and the umbilical vein, as measured for its circumference",
+        "a photo of fetal abdomen, the umbilical vein curving into the portal sinus of the liver",
+        "a photo of fetal abdomen, a bright ring of skin and ribs around the liver, the spine at one side",
+        "a photo of fetal abdomen, transverse, the dark stomach bubble and the shadow of the spine",
+    ),
+    Plane.BRAIN: (
+        "a photo of fetal brain, an oval skull with the midline echo",
+        "a photo of fetal brain, transthalamic, with the thalami and the cavum septi pellucidi",
+        "a photo of fetal brain, transventricular, with the lateral ventricle and its choroid plexus",
+        "a photo of fetal brain, transcerebellar, with the cerebellum and the cisterna magna",
+        "a photo of fetal brain, the bright oval of the skull, as measured for the head circumference",
+    ),
+    Plane.FEMUR: (
+        "a photo of fetal femur, one bright straight bone with a shadow below it",
+        "a photo of fetal femur, the whole shaft lying level, as measured for its length",
+        "a photo of fetal femur, the bright shaft in the soft tissue of the thigh",
+        "a photo of fetal femur, a long bone with both ends in view",
+        "a photo of fetal femur, slightly curved, the shadow of the bone beneath",
+    ),
+    Plane.THORAX: (
+        "a photo of fetal thorax, a round cross-section with the heart",
+        "a photo of fetal thorax with the four chambers of the heart between the lungs",
+        "a photo of fetal thorax, the heart pointing to the left, the ribs around the lungs",
+        "a photo of fetal thorax, the two atria and the two ventricles around the crux of the heart",
+        "a photo of fetal thorax, transverse, the dark chambers of the heart and the shadow of the spine",
+    ),
+    Plane.OTHER: (
+        "a photo of fetal ultrasound, the face in profile",
+        "a photo of fetal ultrasound, the spine lengthwise",
+        "a photo of fetal ultrasound, a hand or a foot in the fluid",
+        "a photo of fetal ultrasound, the placenta on the wall of the uterus",
+        "a photo of fetal ultrasound, a pocket of amniotic fluid and loops of the cord",
+    ),
+}
+"""More detailed prompts for sampling: what the standard views show (ISUOG's guidelines on biometry and screening)."""

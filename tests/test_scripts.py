@@ -216,6 +216,29 @@ def test_strength_zero_is_the_model_without_lora(trained, tmp_path):
         ("sample", ["--count", "0"], "--count"),
         ("sample", ["--clip-skip", "9"], "clip_skip 9"),
         ("train_lora", ["--spanish", "{spanish}", "--per-plane", "2", "--clip-skip", "9"], "clip_skip 9"),
+        ("train_lora", ["--spanish", "{spanish}", "--rank", "0"], "--learn-token"),
+        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "ultrasound"], "has it already"),
+        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "two words"], "one word"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "<x>", "--init-word", "vein"],
+            "'vein'",
+        ),
+        ("train_lora", ["--spanish", "{spanish}", "--learn-token", "<x>", "--rare-token", "sks"], "not both"),
+        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{empty}"], "no images"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{lost}"],
+            "1 of 1 images are missing",
+        ),
+        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{nowhere}"], "nowhere"),
+        ("train_lora", ["--spanish", "{spanish}", "--prior-weight", "-1"], "--prior-weight -1.0"),
+        ("sample", ["--embedding", "{wide}"], "1024 wide"),
+        ("sample", ["--embedding", "{several}"], "[3, 96]"),
+        ("sample", ["--embedding", "{empty}"], "safetensors"),
+        ("sample", ["--embedding", "{known}"], "has it already"),
+        ("sample", ["--token", "<x>"], "--embedding"),
+        ("sample", ["--prompts", "{nowhere}"], "nowhere"),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
@@ -223,6 +246,12 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
 ):
     weights = MINI / "vae" / "diffusion_pytorch_model.safetensors"
     places = {"nowhere": tmp_path / "nowhere", "spanish": spanish, "weights": weights}
+    for name, content in {"empty": "image,prompt\n", "lost": "image,prompt\nlost.png,a photo\n"}.items():
+        places[name] = tmp_path / name
+        places[name].write_text(content)
+    for name, token, shape in [("wide", "<x>", (1, 1024)), ("several", "<x>", (3, 96)), ("known", "ultrasound", (96,))]:
+        places[name] = tmp_path / name
+        save_file({token: torch.zeros(shape)}, places[name])
     flags = ["--out", str(tmp_path / "out"), "--device", "cpu", *(flag.format(**places) for flag in flags)]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     with pytest.raises(SystemExit) as stop:

@@ -1,0 +1,103 @@
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): one more token, whose embedding alone is trained.
+
+The file holds one tensor, {token: (1, D)}, as diffusers writes it; webui opens it too, and names the token after the
+file. Webui's own key, emb_params, is read as well.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from ldm.text import TextEncoder
+from ldm.weights import CheckpointError
+
+WEBUI_KEY = "emb_params"  # stands for the file's name
+
+
+class LearnedToken(nn.Module):
+    """A frozen table of token embeddings with one row v* beside it, float32 and the only parameter (Gal et al., eq. 2).
+
+    table: (V, D) the frozen rows
+    token_id: whose embedding v* is, within the table or beyond its end
+    vector: (D,) where v* begins
+
+    forward: ids (B, S) -> (B, S, D) in the table's dtype.
+    """
+
+    def __init__(self, table: nn.Embedding, token_id: int, vector: Tensor):
+        super().__init__()
+        self.table, self.token_id = table.requires_grad_(False), token_id
+        self.vector = nn.Parameter(vector.detach().to(table.weight.device, torch.float32, copy=True))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        is_token = ids == self.token_id
+        rows = self.table(ids.masked_fill(is_token, 0))  # any row that exists: it is replaced
+        return torch.where(is_token[..., None], self.vector.to(rows.dtype), rows)
+
+
+def add_token(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, token: str, vector: Tensor) -> LearnedToken:
+    """Teach tokenizer and text encoder a new token with the embedding `vector` (D,); both are changed in place.
+
+    Raises CheckpointError where the token is no single word, is one token already, or `vector` has another width.
+    """
+    if not token or re.search(r"\s", token):
+        raise CheckpointError(f"token {token!r}: must be one word, such as <fetal-us>")
+    if len(tokenizer.tokenize(token)) == 1:
+        raise CheckpointError(f"token {token!r}: the tokenizer has it already; choose another name, such as <{token}>")
+    embeddings = text_encoder.text_model.embeddings
+    width = text_encoder.config.hidden_size
+    if vector.shape != (width,):
+        raise CheckpointError(
+            f"token {token!r}: its embedding is {vector.numel()} wide, the text encoder's are {width}; it was made for "
+            "another model"
+        )
+    tokenizer.add_tokens([AddedToken(token, single_word=True)])
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    embeddings.token_embedding = LearnedToken(embeddings.token_embedding, token_id, vector)
+    return embeddings.token_embedding
+
+
+def word_embedding(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, word: str) -> Tensor:
+    """The embedding (D,) of a word, for a new token to begin at. Raises CheckpointError unless it is one token."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise CheckpointError(f"word {word!r}: is {len(ids)} tokens; a new token begins at the embedding of one")
+    return text_encoder.text_model.embeddings.token_embedding.weight[ids[0]]
+
+
+def save_embedding(path: Path, token: str, vector: Tensor) -> None:
+    """Write {token: (1, D)} in float32; the file appears whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    save_file({token: vector.detach()[None].to("cpu", torch.float32)}, part)
+    part.replace(path)
+
+
+def load_embedding(
+    path: Path, tokenizer: CLIPTokenizer, text_encoder: TextEncoder, token: str | None = None
+) -> tuple[str, LearnedToken]:
+    """Teach tokenizer and text encoder the token of a file, and return its name and embedding.
+
+    token: another name for it; default: the file's key, or the file's own name where the key is webui's
+
+    Raises CheckpointError, with the path, where the file is not one embedding or does not fit.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); pass an embedding's") from None
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path}: holds {len(tensors)} tensors; an embedding of one token is one")
+    ((key, vectors),) = tensors.items()
+    if vectors.ndim not in (1, 2) or vectors.shape[:-1].numel() != 1:
+        raise CheckpointError(f"{path}: {key} has shape {list(vectors.shape)}; one token's is (D,) or (1, D)")
+    token = token or (path.stem if key == WEBUI_KEY else key)
+    try:
+        return token, add_token(tokenizer, text_encoder, token, vectors.flatten())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -1,0 +1,85 @@
+"""The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a token in either."""
+
+import csv
+import json
+import random
+import re
+from pathlib import Path
+
+from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
+from planes.datasets import DatasetError, balanced, read_captioned, read_manifest, read_spanish, require_images
+
+
+def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
+    """The prompts of each plane: "paper" (PROMPTS, one each), "detailed" (PROMPT_LISTS), or a JSON file of such lists.
+
+    Raises DatasetError unless the file is an object that has a list of at least one prompt for each plane, and no more.
+    """
+    if source == "paper":
+        return {plane: (prompt,) for plane, prompt in PROMPTS.items()}
+    if source == "detailed":
+        return PROMPT_LISTS
+    try:
+        lists = json.loads(Path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{source}: cannot be read as JSON in UTF-8 ({error})") from None
+    if not isinstance(lists, dict) or set(lists) != {*PLANES}:
+        had = ", ".join(lists) or "none" if isinstance(lists, dict) else "no object"
+        raise DatasetError(f"{source}: needs a list of prompts for each of {', '.join(PLANES)}; it has {had}")
+    for plane, prompts in lists.items():
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+            raise DatasetError(f"{source}: {plane} needs a list of one or more prompts, in quotation marks")
+    return {plane: tuple(lists[plane]) for plane in PLANES}
+
+
+def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:
+    """One of the prompts at random: a function of the image's seed alone."""
+    return random.Random(seed).choice(prompts)
+
+
+def with_token(text: str, token: str | None) -> str:
+    """A prompt or caption that names a token: "a photo of fetal femur" becomes "a photo of sks fetal femur".
+
+    Another beginning gets it in front; a text that has it already, and every text where it is None, stays as it is.
+    """
+    if token is None or re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text):
+        return text
+    start = "a photo of "
+    return f"{start}{token} {text[len(start) :]}" if text.startswith(start) else f"{token} {text}"
+
+
+def training_pairs(
+    spanish: Path | None, images: Path | None, manifest: Path | None, per_plane: int, seed: int
+) -> list[tuple[Path, str]]:
+    """(image, caption) pairs, each image there: the folder `images` with its captions, or images of `spanish`.
+
+    manifest: the list of images to take from `spanish`; None: `per_plane` of each plane, drawn by `seed`
+    """
+    if images:
+        return read_captioned(images)
+    records = read_spanish(spanish)
+    if manifest:
+        records = read_manifest(manifest, records)
+    else:
+        records = balanced([r for r in records if r.train], per_plane, seed)
+    require_images(records)
+    return [(record.path, PROMPTS[record.plane]) for record in records]
+
+
+def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
+    """(image, prompt) pairs of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et al. 2023).
+
+    Raises DatasetError where there are none, or their files are missing.
+    """
+    try:
+        with open(manifest, encoding="utf-8", newline="") as file:
+            pairs = [(manifest.parent / row["image"], row["prompt"]) for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"{manifest}: cannot be read as CSV in UTF-8 ({error})") from None
+    except KeyError as error:
+        raise DatasetError(f"{manifest}: has no column {error.args[0]}; pass a manifest.csv of sample.py") from None
+    if not pairs:
+        raise DatasetError(f"{manifest}: no images listed in it")
+    if missing := [path for path, _ in pairs if not path.is_file()]:
+        raise DatasetError(f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}")
+    return pairs
