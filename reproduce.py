@@ -138,7 +138,7 @@ class Experiment:
 
     def __init__(self, args, scale: Scale, spanish: Path, african: Path):
         self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
-        self.stages = Stages(*(["--device", args.device] if args.device else []))
+        self.stages = Stages(partial(print, flush=True), *(["--device", args.device] if args.device else []))
         self.model = [
             f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)
         ]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -11,7 +12,8 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 class Stages:
     """Runs scripts one after the other; what was made with the same arguments from the same things is kept."""
 
-    def __init__(self, *common: object) -> None:
+    def __init__(self, say: Callable[[str], object], *common: object) -> None:
+        self.say = say  # is told each command before it runs
         self.common = common  # flags of every stage
 
     def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
@@ -20,11 +22,11 @@ class Stages:
         needs: folders of stages whose outputs this one reads
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
-        print(f"\n$ python {script}.py {' '.join(argv)}", flush=True)
+        self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
         if self.is_done(out, args, needs):
-            print("done before")
+            self.say("done before")
         else:
             (out / "args.json").unlink(missing_ok=True)
             module["main"](args)

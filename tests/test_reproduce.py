@@ -104,7 +104,7 @@ def script():
 
 
 def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path):
-    stages, args = Stages(), argparse.Namespace(steps=3, out=tmp_path / "b")
+    stages, args = Stages(print), argparse.Namespace(steps=3, out=tmp_path / "b")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps({"arguments": {"steps": 3, "out": str(tmp_path / "b")}}))
