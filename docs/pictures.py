@@ -1,0 +1,284 @@
+"""The pictures of docs/walkthrough.md, drawn from the package itself: a minute on one CPU core, no download.
+
+    python docs/pictures.py              # writes docs/walkthrough/*.png and prints the numbers that the text quotes
+
+Equal versions give equal files: every draw has its own seed, and torch runs on one thread.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))  # a script sees its own folder, not the repository
+
+from eval.figures import LINES, contact_sheet, save  # noqa: E402
+from ldm import MINI  # noqa: E402
+from ldm.checkpoint import Model, load  # noqa: E402
+from ldm.generate import seeded_noise  # noqa: E402
+from ldm.images import decode_images  # noqa: E402
+from ldm.text import encode_prompts  # noqa: E402
+from lora import LoRALayer  # noqa: E402
+from planes import Plane  # noqa: E402
+from planes.phantom import SITE_A, phantom  # noqa: E402
+from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
+
+SCHEDULE = NoiseSchedule()
+CAPTION = "a photo of large bright ring middle, wide fine clear"  # in the words of ldm/scenes.py
+GUIDANCE_SCALE = 4.0
+RANKS = (1, 4, 8)
+STEPS = (5, 10, 20, 40, 80, 160)
+
+
+@cache
+def mini() -> Model:
+    return load(MINI)
+
+
+def phantom_image(size: int) -> Tensor:
+    """A brain phantom, (size, size) in [-1, 1]."""
+    pixels = phantom(Plane.BRAIN, SITE_A, np.random.default_rng(3), np.random.default_rng(4))
+    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).float() / 127.5 - 1
+
+
+def to_bytes(image: Tensor) -> np.ndarray:
+    """uint8 of an image in [-1, 1], for `contact_sheet`."""
+    return ((image.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+
+
+def plot(axes, lines: dict[str, tuple], **labels) -> None:
+    """Lines in eval.figures' colours, with a marker for each so that colour is not alone."""
+    for (label, (x, y)), colour, marker in zip(lines.items(), LINES, "os^Dv"):
+        axes.plot(x, y, color=colour, label=label, marker=marker if len(x) < 50 else None, ms=4, lw=1.5)
+    axes.set(**labels)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=8)
+
+
+# --- the pictures, one function each ---
+
+
+def noise_schedule() -> Figure:
+    """What is left of x_0 and how much noise there is at time t; sigma(t) with the nodes of both samplers."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    t, alphas_cumprod = np.arange(len(SCHEDULE)), SCHEDULE.alphas_cumprod.numpy()
+    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    weights = {r"signal $\sqrt{\bar\alpha_t}$": (t, signal), r"noise $\sqrt{1-\bar\alpha_t}$": (t, noise)}
+    plot(left, weights | {r"$\bar\alpha_t$": (t, alphas_cumprod)}, xlabel="t", ylabel="weight")
+
+    right.plot(t, SCHEDULE.sigma(t), color="0.6", lw=1, zorder=0)
+    euler, unipc = euler_nodes(SCHEDULE), unipc_nodes(SCHEDULE)
+    nodes = {"Euler's 20 nodes": euler, "UniPC's 20 nodes": unipc}
+    nodes = {label: (n.timesteps, n.sigmas[:-1]) for label, n in nodes.items()}
+    plot(right, nodes, xlabel="t", ylabel=r"$\sigma(t)$", yscale="log")
+    for line in right.lines[1:]:
+        line.set_linestyle("none")
+    right.lines[1].set_markerfacecolor("none")
+    right.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def forward_process() -> Figure:
+    """One phantom at six times: the formula applied to pixels, and to latents, as Stable Diffusion does it."""
+    times = torch.tensor([0, 100, 250, 500, 750, 999])
+    image, vae = phantom_image(64).expand(1, 3, -1, -1), mini().vae
+    with torch.no_grad():
+        latents = vae.to_latents(image)
+
+    def noisy(x: Tensor, seed: int) -> Tensor:
+        noise = seeded_noise([seed], x.shape[1:]).expand(len(times), -1, -1, -1)
+        return SCHEDULE.add_noise(x.expand_as(noise), noise, times)
+
+    pixels = [to_bytes(x) for x in noisy(image[:, :1], 1)[:, 0]]
+    decoded = list(decode_images(vae, noisy(latents, 2)))
+    return contact_sheet([pixels, decoded], ["in pixels", "in latents,\ndecoded"], [f"t = {t}" for t in times])
+
+
+def denoising() -> Figure:
+    """Euler from noise to an image: the noisy latents and the denoiser's estimate of x_0 at six of twenty nodes."""
+    model, nodes, seen = mini(), euler_nodes(SCHEDULE, 20), {}
+    side = model.sample_size
+    with torch.no_grad():
+        context, negative = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""]).split(1)
+        denoise = Denoiser(model.unet, nodes, context, negative, GUIDANCE_SCALE)
+        x = nodes.init_scale * seeded_noise([3], (4, side, side))
+        sample_euler(denoise, x, nodes.sigmas, callback=lambda i, x, x0: seen.update({i: (x, x0)}))
+    shown = (0, 4, 8, 12, 16, 19)
+    x_vp = torch.cat([seen[i][0] / math.hypot(1, nodes.sigmas[i]) for i in shown])
+    x0 = torch.cat([seen[i][1] for i in shown])
+    labels = [f"step {i + 1}\nσ = {nodes.sigmas[i]:.2f}" for i in shown]
+    rows = [list(decode_images(model.vae, latents)) for latents in (x_vp, x0)]
+    return contact_sheet(rows, ["noisy x", "D(x; σ)"], labels)
+
+
+@cache
+def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
+    """A weight's true update (64, 64), a phantom's picture, and rank -> the B A that a LoRALayer learns of it.
+
+    The task is linear regression: y = (W0 + dW) x for random x, of which the layer knows W0 and sees x and y.
+    """
+    torch.manual_seed(0)  # of nn.Linear's W0
+    truth = (phantom_image(64) + 1) / 2
+    base = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
+    y = x @ (base.weight + truth).T
+    learned = {}
+    for rank in RANKS:
+        layer = LoRALayer(base, rank, alpha=rank)
+        optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.02)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+        for _ in range(1000):
+            loss = (layer(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+        learned[rank] = (layer.B @ layer.A).detach()
+    return truth, learned
+
+
+def update_errors() -> dict[int, tuple[float, float]]:
+    """Rank -> relative error of B A, and that of the best matrix of this rank (Eckart and Young 1936)."""
+    truth, learned = lora_updates()
+    squares = torch.linalg.svdvals(truth).square()
+    best = {rank: (squares[rank:].sum() / squares.sum()).sqrt().item() for rank in RANKS}
+    return {rank: ((BA - truth).norm() / truth.norm()).item() for rank, BA in learned.items()}, best
+
+
+def lora_rank() -> Figure:
+    """A weight update that is known, and what LoRA of rank 1, 4 and 8 learns of it."""
+    truth, learned = lora_updates()
+    errors, _ = update_errors()
+    titles = ["true ΔW\n4096 numbers"]
+    titles += [f"B A, r = {r}\n{128 * r} numbers, error {100 * errors[r]:.0f} %" for r in RANKS]
+    return contact_sheet([[to_bytes(2 * m - 1) for m in (truth, *learned.values())]], column_labels=titles, cell=2)
+
+
+class Mixture:
+    """Data sum_i w_i N(mu_i, s^2), whose denoiser and whose flow are known exactly.
+
+    The probability-flow ODE of one variable keeps the value of the cumulative distribution; bisection inverts it.
+    """
+
+    w, mu, s = torch.tensor([0.3, 0.45, 0.25]).double(), torch.tensor([-1.2, 0.4, 1.6]).double(), 0.35
+
+    def denoise(self, x: Tensor, sigma: float) -> Tensor:
+        """The mean of x0 given x."""
+        variance = self.s**2 + sigma**2
+        share = torch.softmax(self.w.log() - (x[:, None] - self.mu) ** 2 / (2 * variance), dim=1)
+        return (share * (self.s**2 * x[:, None] + sigma**2 * self.mu)).sum(1) / variance
+
+    def flow(self, x: Tensor, sigma: float, target: float) -> Tensor:
+        level, low, high = self._cdf(x, sigma), torch.full_like(x, -100), torch.full_like(x, 100)
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = self._cdf(middle, target) < level
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def _cdf(self, x: Tensor, sigma: float) -> Tensor:
+        return (self.w * torch.special.ndtr((x[:, None] - self.mu) / math.hypot(self.s, sigma))).sum(1)
+
+
+def even_log_sigmas(steps: int) -> list[float]:
+    return np.geomspace(SCHEDULE.sigma_max, SCHEDULE.sigma_min, steps + 1).tolist()
+
+
+SOLVERS = {"Euler": sample_euler} | {f"UniPC-{p}": partial(sample_unipc, order=p) for p in (1, 2, 3)}
+
+
+@cache
+def mixture_errors(even: str, steps: int) -> dict[str, float]:
+    """Solver -> mean distance from the exact flow, for 1001 starts. even: what nodes are even in, "t" or "log σ"."""
+    data, errors = Mixture(), {}
+    unit = torch.special.ndtri((torch.arange(1001, dtype=torch.float64) + 0.5) / 1001)
+    for name, sample in SOLVERS.items():
+        make_nodes = euler_nodes if name == "Euler" else unipc_nodes
+        sigmas = make_nodes(SCHEDULE, steps).sigmas if even == "t" else even_log_sigmas(steps)
+        x = unit * sigmas[0]
+        exact = data.flow(x, sigmas[0], sigmas[-1])  # at the solver's own last sigma
+        errors[name] = (sample(data.denoise, x, sigmas) - exact).abs().mean().item()
+    return errors
+
+
+@cache
+def network_errors() -> dict[str, list[float]]:
+    """Solver -> for each of STEPS the relative rms distance of four images' latents from those of 640 even steps."""
+    model = mini()
+    side = model.sample_size
+    sigmas = even_log_sigmas(640)
+    nodes = Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0])
+    with torch.no_grad():
+        context, negative = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""]).split(1)
+        denoise = Denoiser(model.unet, nodes, context.expand(4, -1, -1), negative.expand(4, -1, -1), GUIDANCE_SCALE)
+        x = sigmas[0] * seeded_noise(range(4), (4, side, side))
+        exact = sample_unipc(denoise, x, sigmas)
+        exact = {sigmas[-1]: exact, 0.0: denoise(exact, sigmas[-1])}
+        errors = {}
+        for name, sample, make_nodes in (("Euler", sample_euler, euler_nodes), ("UniPC-3", sample_unipc, unipc_nodes)):
+            errors[name] = []
+            for steps in STEPS:
+                path = make_nodes(SCHEDULE, steps).sigmas
+                end = exact[0.0 if path[-1] == 0 else sigmas[-1]]
+                errors[name].append(((sample(denoise, x, path) - end).norm() / end.norm()).item())
+    return errors
+
+
+def sampler_error() -> Figure:
+    """Distance from the exact end of the flow by number of steps."""
+    figure = Figure(figsize=(10, 3.3), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, even in zip(panels, ("t", "log σ")):
+        lines = {name: (STEPS, [mixture_errors(even, n)[name] for n in STEPS]) for name in SOLVERS}
+        plot(axes, lines, title=f"mixture, nodes even in {even}", ylabel="mean |x − exact|")
+    lines = {name: (STEPS, values) for name, values in network_errors().items()}
+    plot(panels[2], lines, title="embedded network, even in t", ylabel="relative distance")
+    panels[2].lines[1].set(color=LINES[3], marker="D")  # as in the other panels
+    for axes in panels:
+        axes.set(xscale="log", yscale="log", xlabel="steps = calls of the model")
+        axes.set_xticks(STEPS, STEPS)
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "noise_schedule.png": noise_schedule,
+    "forward_process.png": forward_process,
+    "denoising.png": denoising,
+    "lora_rank.png": lora_rank,
+    "sampler_error.png": sampler_error,
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder = DOCS / "walkthrough"
+    folder.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        save(draw(), folder / name, dpi=110)
+
+    errors, best = update_errors()
+    for rank in RANKS:
+        print(f"LoRA of rank {rank}: error {100 * errors[rank]:.1f} %, the best of this rank {100 * best[rank]:.1f} %")
+    for even in ("t", "log σ"):
+        for steps in STEPS:
+            row = "  ".join(f"{name} {error:.2g}" for name, error in mixture_errors(even, steps).items())
+            print(f"mixture, nodes even in {even}, {steps} steps: {row}")
+    for name, values in network_errors().items():
+        print(f"network, {name}: " + "  ".join(f"{n} {value:.3f}" for n, value in zip(STEPS, values)))
+
+
+if __name__ == "__main__":
+    main()
