@@ -15,6 +15,7 @@ class Stages:
     def __init__(self, say: Callable[[str], object], *common: object) -> None:
         self.say = say  # is told each command before it runs
         self.common = common  # flags of every stage
+        self.seen: set[tuple[str, ...]] = set()  # commands of this run, which several others may need
 
     def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
@@ -22,6 +23,9 @@ class Stages:
         needs: folders of stages whose outputs this one reads
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
+        if (script, *argv) in self.seen:
+            return out
+        self.seen.add((script, *argv))
         self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
