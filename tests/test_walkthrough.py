@@ -24,7 +24,7 @@ def defined(path: Path) -> set[str]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-            inner = ast.walk(node) if isinstance(node, ast.FunctionDef) else node.body
+            inner = list(ast.walk(node)) if isinstance(node, ast.FunctionDef) else node.body
             names |= {f"{node.name}.{item.name}" for item in inner if isinstance(item, ast.FunctionDef)}
             names |= {item.name for item in inner if isinstance(item, ast.FunctionDef)}
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
@@ -43,6 +43,13 @@ def test_a_name_is_defined_in_the_file_that_the_text_says(name, path):
     assert name in defined(ROOT / path)
 
 
+def test_every_other_name_is_defined_or_an_attribute_in_a_file_that_the_text_names():
+    known = set().union(*(defined(ROOT / path) for path in FILES))
+    attributes = {a for path in FILES for a in re.findall(r"self\.(\w+)", (ROOT / path).read_text(encoding="utf-8"))}
+    names = {name for name in re.findall(NAME, TEXT) if not name.endswith(".py")}
+    assert {name for name in names if name not in known and name.removesuffix(".0") not in attributes} == set()
+
+
 @pytest.mark.parametrize(("path", "quote"), QUOTES)
 def test_a_quoted_line_stands_in_the_file_named_last(path, quote):
     assert quote in (ROOT / path).read_text(encoding="utf-8")
@@ -54,6 +61,7 @@ def test_every_picture_is_there_and_drawn_by_the_script_and_none_is_left_over():
     there = {path.name for path in (ROOT / "docs" / "walkthrough").glob("*.png")}
     assert set(shown) == there == set(re.findall(r'"(\w+\.png)":', script))
     assert len(shown) >= 5
+    assert max((ROOT / "docs" / "walkthrough" / name).stat().st_size for name in shown) < 150_000
 
 
 def test_the_text_names_and_quotes_enough_for_these_tests_to_mean_something():
