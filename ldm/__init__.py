@@ -9,7 +9,8 @@
 | a model from a single file or a diffusers folder, and back | `checkpoint.py` |
 | the folder's files and configs | `folder.py` |
 | tables of tensor names | `keys.py` |
-| safetensors headers, and what is none | `weights.py` |
+| single files: which family, whose text tower, which prediction | `single_file.py` |
+| tensors of a file, safetensors or a safe pickle, and what is none | `weights.py` |
 | noise and text to latents, with a sampler | `generate.py` |
 | Textual Inversion: one learned token and its file | `embedding.py` |
 | image files in, images out | `images.py` |

@@ -1,24 +1,34 @@
-"""Stable Diffusion to and from safetensors: SD 1 as a CompVis/webui single file, SD 1 and 2 as a diffusers folder."""
+"""Stable Diffusion 1 and 2 to and from weight files: a CompVis/webui single file, a diffusers folder."""
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ldm.folder import WEIGHTS, Config, read_config, weight_files, write_config
-from ldm.keys import FOLDER, SINGLE_FILE, Table, rename
+from ldm.folder import WEIGHTS, Config, network_files, read_config, read_vae_config, weight_files, write_config
+from ldm.keys import FOLDER, VAE_FILE
+from ldm.single_file import (
+    config_of,
+    fit,
+    is_sd_2,
+    locate_single_file,
+    probe_prediction,
+    refuse_other_families,
+    single_file_tensors,
+    stated_prediction,
+    with_prediction,
+)
 from ldm.text import TextEncoder, load_tokenizer, save_tokenizer
 from ldm.unet import UNet
-from ldm.vae import AutoencoderKL
-from ldm.weights import CheckpointError, Header, read_header, refuse_other_families
+from ldm.vae import AutoencoderKL, VAEConfig
+from ldm.weights import CheckpointError, Stored, Weights, locate, named, open_weights
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may return
@@ -52,14 +62,6 @@ class Model:
         return digests
 
 
-class _Stored(NamedTuple):
-    """Where a parameter lies."""
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-
-
 def load(
     path: Path | str,
     *,
@@ -67,55 +69,75 @@ def load(
     dtype: torch.dtype = torch.float32,
     tokenizer: Path | str | None = None,
     config: Config | None = None,
+    prediction_type: str | None = None,
+    ema: bool = False,
+    vae: Path | str | None = None,
 ) -> Model:
-    """Read a checkpoint: a single .safetensors file or a diffusers folder. Networks come frozen, in eval mode.
+    """Read a checkpoint: a single file or a diffusers folder. Networks come frozen, in eval mode.
 
     tokenizer: folder with CLIP's vocab.json and merges.txt; default: the checkpoint's own, then the local hub cache
     config: instead of the folder's json files; of a single file, what the shapes do not tell, such as SD 1.5's 8 heads
+    prediction_type: what the U-Net returns; default: what the checkpoint says, or a probe of an SD 2 file
+    ema: take the U-Net's running average, which v1-5-pruned and training runs keep beside it in the single file
+    vae: a VAE's file (CompVis's or diffusers' names) or folder, instead of the checkpoint's own
 
-    Raises CheckpointError, one line, where the checkpoint is broken, incomplete, of another family or a pickle.
-    An averaged U-Net beside the trained one (EMA) is ignored. Nothing is ever fetched from the network.
+    Raises CheckpointError, one line, where the checkpoint is broken, incomplete, of another family or an unsafe pickle.
+    Nothing is ever fetched from the network.
     """
     root = Path(path)
     is_folder = root.is_dir()
-    files = list(weight_files(root)) if is_folder else [("", root)]
-    headers = [read_header(file) for _, file in files]
+    probed = False
     if is_folder:
-        tensors = _locate(files, headers, FOLDER)
+        if ema:
+            raise CheckpointError(f"{root}: a folder holds one U-Net, mostly the averaged one; load it without `ema`")
+        parts = [(name, file) for name, file in weight_files(root) if vae is None or name != "vae"]
+        tensors = locate([(name, open_weights(file)) for name, file in parts], FOLDER)
         config = config or read_config(root)
     else:
-        refuse_other_families(root, list(headers[0].shapes))
-        tensors = _locate(files, headers, SINGLE_FILE)
-        stated = headers[0].metadata.get("modelspec.prediction_type", "epsilon")
-        config = _fit(config or Config(prediction_type="v_prediction" if stated == "v" else stated), tensors)
+        weights = open_weights(root)
+        refuse_other_families(weights)
+        tensors = locate_single_file(weights, ema)
+        shapes = {name: stored.shape for name, stored in tensors.items()}
+        if config is None:
+            stated = prediction_type or stated_prediction(weights)
+            probed = stated is None
+            config = with_prediction(config_of(is_sd_2(weights), shapes), stated or "epsilon")
+        else:
+            config = fit(config, shapes)
+    if vae is not None:
+        own, others = _locate_vae(Path(vae), config.vae)
+        config = replace(config, vae=own)
+        tensors = {name: stored for name, stored in tensors.items() if not name.startswith("vae.")} | others
+    config = replace(config, prediction_type=prediction_type or config.prediction_type)
     _check_config(root, config)
 
     # networks without storage first: whatever does not fit is found before any weight is read
     with torch.device("meta"):
         networks = {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
-    shapes = {f"{name}.{key}": v.shape for name, net in networks.items() for key, v in net.state_dict().items()}
-    _check_tensors(root, shapes, tensors)
+    wanted = {f"{name}.{key}": v.shape for name, net in networks.items() for key, v in net.state_dict().items()}
+    _check_tensors(dict.fromkeys(NETWORKS, root) | ({"vae": Path(vae)} if vae else {}), wanted, tensors)
     tokens = load_tokenizer(root / "tokenizer" if tokenizer is None and is_folder else tokenizer, config.text_encoder)
 
     states: dict[str, dict[str, Tensor]] = {name: {} for name in NETWORKS}
-    for _, file in files:
-        with safe_open(file, "pt") as source:
-            for name, stored in tensors.items():
-                if stored.file == file:
-                    network, _, key = name.partition(".")
-                    # copied even where nothing is cast: a mapped file could be replaced under the model
-                    weight = source.get_tensor(stored.key).to(device, dtype, copy=True)
-                    states[network][key] = weight.reshape(shapes[name])
+    for weights, names in _by_file(tensors):
+        for key, tensor in weights.read(names):
+            for name in names[key]:
+                third = tensors[name].third
+                part = tensor if third is None else tensor.chunk(3)[third]
+                network, _, parameter = name.partition(".")
+                # copied even where nothing is cast: a mapped file could be replaced under the model
+                states[network][parameter] = part.to(device, dtype, copy=True).reshape(wanted[name])
     for name, network in networks.items():
         network.load_state_dict(states.pop(name), strict=True, assign=True)
         network.to(device).eval().requires_grad_(False)
-    paths = {str(file.relative_to(root)) if is_folder else root.name: file for _, file in files}
+    if probed:
+        config = with_prediction(config, probe_prediction(networks["unet"], root))
     return Model(
         **networks,
         tokenizer=tokens,
         prediction_type=config.prediction_type,
         sample_size=config.sample_size,
-        files=paths,
+        files={_name(weights.path, root): weights.path for weights, _ in _by_file(tensors)},
     )
 
 
@@ -138,36 +160,85 @@ def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float
         root.rename(path)
 
 
-def _locate(files: list[tuple[str, Path]], headers: list[Header], table: Table) -> dict[str, _Stored]:
-    """Parameter name, behind its network's -> where it lies; dropped tensors are left out."""
-    tensors: dict[str, _Stored] = {}
-    for (prefix, file), header in zip(files, headers):
-        for key, shape in header.shapes.items():
-            try:
-                name = rename(f"{prefix}.{key}" if prefix else key, table)
-            except KeyError:
-                raise CheckpointError(f"{file}: unknown tensor {key}") from None
-            if name in tensors:
-                raise CheckpointError(f"{file}: {key} and {tensors[name].key} are both {name}")
-            if name is not None:
-                tensors[name] = _Stored(file, key, shape)
-    return tensors
+def save_single(path: Path | str, model: Model, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model as one file in webui's CompVis layout, all at once or not at all.
+
+    The file says what the U-Net predicts; the tokenizer has no place in it.
+    Raises CheckpointError where the path exists already, or the model has sizes that a single file does not tell.
+    """
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(f"{path}: exists already; remove it first or choose another name")
+    state = {f"{name}.{key}": value for name in NETWORKS for key, value in getattr(model, name).state_dict().items()}
+    try:
+        tensors = single_file_tensors(model.config, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        whole = Path(scratch) / path.name
+        predicts = "v" if model.prediction_type == "v_prediction" else "epsilon"
+        save_file(tensors, whole, metadata={"format": "pt", "modelspec.prediction_type": predicts})
+        whole.rename(path)
 
 
-def _check_tensors(root: Path, shapes: dict[str, torch.Size], tensors: dict[str, _Stored]) -> None:
+def _locate_vae(path: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Stored]]:
+    """The config of a VAE alone and where its parameters lie.
+
+    config: the VAE's that it replaces; CheckpointError where its latents are scaled otherwise
+    """
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        own, files = read_vae_config(folder), list(network_files(folder, WEIGHTS["vae"]))
+        if own.scaling_factor != config.scaling_factor:
+            raise CheckpointError(
+                f"{folder}: latents scaled by {own.scaling_factor}, the model's by {config.scaling_factor}; "
+                "this VAE is of another family"
+            )
+        return own, locate([("vae", open_weights(file)) for file in files], VAE_FILE)
+    weights = open_weights(path)
+    alone = not any(key.startswith("model.diffusion_model.") for key in weights.shapes)
+    if not alone or not any(re.match(r"(first_stage_model\.)?encoder\.conv_in\.", key) for key in weights.shapes):
+        what = "a VAE alone, a whole checkpoint" if not alone else "a VAE: no tensor encoder.conv_in.*"
+        raise CheckpointError(f"{path}: not {what}; give a VAE's own file or folder")
+    tensors = locate([("vae", weights)], VAE_FILE)
+    return fit(Config(vae=config), {name: stored.shape for name, stored in tensors.items()}).vae, tensors
+
+
+def _by_file(tensors: dict[str, Stored]) -> list[tuple[Weights, dict[str, list[str]]]]:
+    """Each file with its tensors' keys -> the parameters that they hold."""
+    files: dict[Path, tuple[Weights, dict[str, list[str]]]] = {}
+    for name, stored in tensors.items():
+        _, names = files.setdefault(stored.weights.path, (stored.weights, {}))
+        names.setdefault(stored.key, []).append(name)
+    return list(files.values())
+
+
+def _name(file: Path, root: Path) -> str:
+    """What a weight file is called among the model's files."""
+    if file == root:
+        return root.name
+    return str(file.relative_to(root)) if file.is_relative_to(root) else f"vae/{file.name}"
+
+
+def _check_tensors(places: dict[str, Path], shapes: dict[str, torch.Size], tensors: dict[str, Stored]) -> None:
     """Every parameter there, nothing else, all of the right shape."""
     if missing := [name for name in shapes if name not in tensors]:
         counts = Counter(name.partition(".")[0] for name in missing)
         of = Counter(name.partition(".")[0] for name in shapes)
         lost = ", ".join(f"{counts[network]} of {of[network]} {network} tensors" for network in counts)
         more = ", .." if len(missing) > 5 else ""
-        raise CheckpointError(f"{root}: {lost} missing: {', '.join(missing[:5])}{more}")
+        place = places[next(iter(counts))]
+        raise CheckpointError(f"{place}: {lost} missing: {', '.join(missing[:5])}{more}; fetch it again, whole")
+    if unknown := [stored for name, stored in tensors.items() if name not in shapes]:
+        keys = list(dict.fromkeys(stored.key for stored in unknown if stored.weights.path == unknown[0].weights.path))
+        raise CheckpointError(f"{unknown[0].weights.path}: {named(keys, 'unknown')}")
     for name, stored in tensors.items():
-        if name not in shapes:
-            raise CheckpointError(f"{stored.file}: unknown tensor {stored.key}")
         if stored.shape not in (shapes[name], (*shapes[name], 1, 1)):  # a linear layer may come as a 1x1 convolution
             raise CheckpointError(
-                f"{stored.file}: {stored.key} has shape {list(stored.shape)}, the network wants {list(shapes[name])}"
+                f"{stored.weights.path}: {stored.key} has shape {list(stored.shape)}, "
+                f"the network wants {list(shapes[name])}"
             )
 
 
@@ -192,46 +263,3 @@ def _check_config(root: Path, config: Config) -> None:
             raise CheckpointError(
                 f"{root}: {width} channels do not divide into {parts} {what}; pass the right `config`"
             )
-
-
-def _fit(config: Config, tensors: dict[str, _Stored]) -> Config:
-    """The config with every size that the shapes tell; where a tensor is missing, its size stays as it was."""
-
-    def size(name: str, axis: int, default: int) -> int:
-        shape = tensors[name].shape if name in tensors else ()
-        return shape[axis] if axis < len(shape) else default
-
-    def widths(prefix: str, defaults: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(size(f"{prefix}.{n}.resnets.0.conv2.bias", 0, default) for n, default in enumerate(defaults))
-
-    unet, vae, text = config.unet, config.vae, config.text_encoder
-    attention = "unet.down_blocks.0.attentions.0"
-    tower = "text_encoder.text_model"
-    layers = {name.split(".")[4] for name in tensors if name.startswith(f"{tower}.encoder.layers.")}
-    return replace(
-        config,
-        unet=replace(
-            unet,
-            in_channels=size("unet.conv_in.weight", 1, unet.in_channels),
-            out_channels=size("unet.conv_out.weight", 0, unet.out_channels),
-            block_out_channels=widths("unet.down_blocks", unet.block_out_channels),
-            cross_attention_dim=size(
-                f"{attention}.transformer_blocks.0.attn2.to_k.weight", 1, unet.cross_attention_dim
-            ),
-        ),
-        vae=replace(
-            vae,
-            latent_channels=size("vae.post_quant_conv.weight", 0, vae.latent_channels),
-            block_out_channels=widths("vae.encoder.down_blocks", vae.block_out_channels),
-        ),
-        text_encoder=replace(
-            text,
-            vocab_size=size(f"{tower}.embeddings.token_embedding.weight", 0, text.vocab_size),
-            hidden_size=size(f"{tower}.embeddings.token_embedding.weight", 1, text.hidden_size),
-            intermediate_size=size(f"{tower}.encoder.layers.0.mlp.fc1.weight", 0, text.intermediate_size),
-            num_hidden_layers=len(layers) or text.num_hidden_layers,
-            max_position_embeddings=size(
-                f"{tower}.embeddings.position_embedding.weight", 0, text.max_position_embeddings
-            ),
-        ),
-    )

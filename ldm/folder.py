@@ -20,6 +20,13 @@ Json = dict[str, Any]
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
 
+_VARIANTS = ("", ".fp16", ".bf16")
+_FAMILIES = {  # how a pipeline's class is called -> what the model is
+    "StableDiffusionXL": "an SDXL",
+    "StableDiffusion3": "an SD 3",
+    "Flux": "a Flux",
+}
+
 # settings that leave no trace in the weights and that our networks and the noise schedule take for granted
 _FIXED: dict[str, Json] = {
     "unet": {
@@ -143,23 +150,41 @@ def write_config(root: Path, config: Config) -> None:
     )
 
 
-def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """(network, file) of every safetensors file that holds weights; a shard counts like a whole file.
+def read_vae_config(folder: Path) -> VAEConfig:
+    """The config of a VAE's own folder."""
+    return VAEConfig(**_pick(_read(folder / "config.json", _FIXED["vae"]), VAEConfig))
 
-    The plain file comes before a `.fp16` one. CheckpointError where a network has none.
+
+def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """(network, file) of every file that holds weights.
+
+    CheckpointError where the folder is another family's pipeline, or a network has no weights.
     """
+    if (root / "model_index.json").is_file():
+        pipeline = str(_read(root / "model_index.json", {}).get("_class_name"))
+        for mark, family in _FAMILIES.items():
+            if pipeline.startswith(mark):
+                raise CheckpointError(f"{root}: {family} model ({pipeline}), only SD 1 and SD 2 can be read")
     for network, stem in WEIGHTS.items():
-        folder = root / network
-        names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-        fp16 = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json")
-        found = next((folder / name for name in names + fp16 if (folder / name).exists()), None)
-        if found is None:
-            pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
-            raise CheckpointError(f"{folder}: no {names[0]} or {fp16[0]}, whole or in shards{pickles}")
-        if found.suffix == ".json":
-            yield from ((network, folder / name) for name in sorted(set(_read(found, {})["weight_map"].values())))
-        else:
-            yield network, found
+        yield from ((network, file) for file in network_files(root / network, stem))
+
+
+def network_files(folder: Path, stem: str) -> Iterator[Path]:
+    """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and `.bf16`."""
+    whole = [f"{stem}{variant}.safetensors" for variant in _VARIANTS]
+    names = [name for v, file in zip(_VARIANTS, whole) for name in (file, f"{stem}.safetensors.index{v}.json")]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
+        raise CheckpointError(f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}")
+    if found.suffix != ".json":
+        yield found
+        return
+    shards = _read(found, {}).get("weight_map")
+    # a shard lies beside its index: a path would reach out of the folder
+    if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
+        raise CheckpointError(f"{found}: no weight_map of tensors to shards beside it; fetch the index again")
+    yield from (folder / name for name in sorted(set(shards.values())))
 
 
 def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
@@ -180,6 +205,8 @@ def _read(path: Path, fixed: Json) -> Json:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: no JSON object; fetch it again")
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise CheckpointError(f"{path}: {name} is {values[name]!r}; only {value!r} is implemented")

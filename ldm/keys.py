@@ -9,6 +9,8 @@ from functools import cache
 
 Table = dict[str, str | None]
 
+FUSED = "qkv_proj"  # OpenCLIP keeps an attention's q, k and v in one tensor, one third each
+
 
 def rename(key: str, table: Table) -> str | None:
     """The parameter that a file's key is, or None where the table drops it; KeyError where no row matches."""
@@ -16,6 +18,20 @@ def rename(key: str, table: Table) -> str | None:
         if found := _pattern(source).match(key):
             return None if target is None else target.format(*found.groups()) + key[found.end() :]
     raise KeyError(key)
+
+
+def thirds(name: str) -> list[str]:
+    """The parameters that a renamed tensor holds: itself, or q, k and v where it is all three of an attention."""
+    return [name.replace(FUSED, f"{part}_proj") for part in "qkv"] if FUSED in name else [name]
+
+
+def inverse(table: Table) -> Table:
+    """The table from our names to the files'; where several files' names are one of ours, the first of them."""
+    result: Table = {}
+    for source, target in table.items():
+        if target is not None:
+            result.setdefault(target, source)
+    return result
 
 
 @cache
@@ -147,13 +163,34 @@ _TEXT: Table = {
     "final_layer_norm": "text_model.final_layer_norm",
 }
 
-SINGLE_FILE: Table = (
+# OpenCLIP's tower, of SD 2; the U-Net reads the penultimate layer, so the last is as useless as the projection
+_OPEN_CLIP: Table = {
+    "transformer.resblocks.23": None,
+    "text_projection": None,
+    "logit_scale": None,
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "ln_final": "text_model.final_layer_norm",
+} | _each(
+    {"transformer.resblocks.{}": "text_model.encoder.layers.{}"},
+    {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "attn.in_proj_weight": f"self_attn.{FUSED}.weight",
+        "attn.in_proj_bias": f"self_attn.{FUSED}.bias",
+        "attn.out_proj": "self_attn.out_proj",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    },
+)
+
+_BESIDE: Table = (
     _under("model.diffusion_model", "unet", _UNET)
     | _under("first_stage_model", "vae", _VAE)
-    | _under("cond_stage_model.transformer", "text_encoder", _TEXT)
     | dict.fromkeys(
         (
-            "model_ema",  # a second U-Net, averaged; the one under `model` is what kohya trains and webui samples
+            "model_ema",  # a second U-Net, averaged; its names have lost their dots, see single_file.averaged
+            "v_pred",  # a mark of v-prediction
             "betas",
             "alphas_cumprod",
             "alphas_cumprod_prev",
@@ -169,12 +206,22 @@ SINGLE_FILE: Table = (
         )
     )
 )
-"""CompVis and webui: all three networks in one file, beside the schedule's buffers and the U-Net's average."""
+SINGLE_FILE: Table = _under("cond_stage_model.transformer", "text_encoder", _TEXT) | _BESIDE
+"""CompVis and webui, SD 1: all three networks in one file, beside the schedule's buffers and the U-Net's average."""
 
-FOLDER: Table = (
-    {"unet": "unet"}
-    | _each({"vae.{}.mid_block.attentions.0": "vae.{}.mid_block.attentions.0"}, _VAE_ATTENTION)
-    | {"vae": "vae"}
-    | _under("text_encoder", "text_encoder", _TEXT)
-)
+SINGLE_FILE_2: Table = _under("cond_stage_model.model", "text_encoder", _OPEN_CLIP) | _BESIDE
+"""The same of SD 2, with OpenCLIP's text tower."""
+
+_FOLDER_VAE: Table = _each({"vae.{}.mid_block.attentions.0": "vae.{}.mid_block.attentions.0"}, _VAE_ATTENTION)
+
+FOLDER: Table = {"unet": "unet"} | _FOLDER_VAE | {"vae": "vae"} | _under("text_encoder", "text_encoder", _TEXT)
 """The diffusers folder, each key behind its subfolder's name."""
+
+VAE_FILE: Table = (
+    {"vae.loss": None, "vae.model_ema": None}
+    | _under("vae.first_stage_model", "vae", _VAE)
+    | _under("vae", "vae", _VAE)
+    | _FOLDER_VAE
+    | {"vae": "vae"}
+)
+"""A VAE alone, each key behind `vae.`, in CompVis's names or in diffusers'; training leaves its loss beside it."""

@@ -1,42 +1,63 @@
-"""A safetensors file's header, read by hand: what is broken, or is no Stable Diffusion, gets named before any loading.
+"""Weight files, opened with care: what is broken, or is no Stable Diffusion, gets named before any loading.
 
-Format: 8 bytes with the header's length, the header as JSON (name -> dtype, shape, data_offsets), the tensors' bytes.
+Safetensors: 8 bytes with the header's length, the header as JSON (name -> dtype, shape, data_offsets), the tensors'
+bytes. A pickle is read by torch's restricted unpickler alone, which builds tensors and plain containers, nothing else.
 """
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ldm.keys import Table, rename, thirds
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
-
-_FAMILIES = {  # a mark in some tensor's name -> what the file is
-    r"conditioner\.embedders\.|\blabel_emb\.": "an SDXL checkpoint, only SD 1 can be read",
-    r"double_blocks\.": "a Flux checkpoint, only SD 1 can be read",
-    r"joint_blocks\.": "an SD 3 checkpoint, only SD 1 can be read",
-    r"cond_stage_model\.model\.": "an SD 2 checkpoint in one file, only its diffusers folder can be read",
-    r"lora_unet_|lora_te|\.lora_(down|up|A|B)\b": "a LoRA, not a base model",
-    r"^control_(model\.|net)": "a ControlNet, not a base model",
-    r"^down_blocks\.": "a U-Net alone; give the diffusers folder around it",
-    r"^encoder\.conv_in\.": "a VAE alone; give the whole checkpoint",
-    r"^(text_model|embeddings)\.": "a text encoder alone; give the whole checkpoint",
-}
+_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # zipped, as torch.save writes since 1.6, or bare
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; one line: what is wrong, where, what to do."""
+    """A checkpoint that cannot be read or written; one line: what is wrong, where, what to do."""
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a safetensors file says of itself: its tensors' shapes by name, and free text by key."""
+class Weights:
+    """A weight file: its tensors' shapes by name, free text by key, and the tensors where it is a pickle."""
 
+    path: Path
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    unpickled: dict[str, Tensor] | None = None
+
+    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) of each key, one at a time; a tensor may be a view of the file."""
+        if self.unpickled is not None:
+            yield from ((key, self.unpickled[key]) for key in keys)
+            return
+        with safe_open(self.path, "pt") as file:
+            for key in keys:
+                yield key, file.get_tensor(key)
 
 
-def read_header(path: Path) -> Header:
-    """The header of a whole safetensors file; CheckpointError says what the file is where it is none."""
+class Stored(NamedTuple):
+    """Where a parameter lies: a tensor of a file, or a third of it along the first axis."""
+
+    weights: Weights
+    key: str
+    shape: tuple[int, ...]
+    third: int | None = None
+
+
+def open_weights(path: Path) -> Weights:
+    """A whole weight file, safetensors or a pickle of plain tensors; CheckpointError says what it is where it is none.
+
+    Of a safetensors file only the header is read.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     size = path.stat().st_size
@@ -44,6 +65,8 @@ def read_header(path: Path) -> Header:
         start = file.read(4096)
         length = int.from_bytes(start[:8], "little")
         if start[8:9] != b"{" or length > _HEADER_LIMIT:
+            if _PICKLE.match(start):
+                return _unpickle(path, zipped=start.startswith(b"PK"))
             raise CheckpointError(f"{path}: {_other_content(start)}")
         file.seek(8)
         text = file.read(length)
@@ -59,21 +82,63 @@ def read_header(path: Path) -> Header:
     if size != wanted:
         what = "cut short" if size < wanted else "too long"
         raise CheckpointError(f"{path}: {what}, {size} bytes where its header says {wanted}; fetch it again")
-    return Header(shapes, metadata)
+    return Weights(path, shapes, metadata)
 
 
-def refuse_other_families(path: Path, names: list[str]) -> None:
-    """CheckpointError where a single file's tensors are no SD 1 checkpoint's, naming what they are."""
-    for mark, what in _FAMILIES.items():
-        if any(re.search(mark, name) for name in names):
-            raise CheckpointError(f"{path}: {what}")
-    if not any(name.startswith("model.diffusion_model.") for name in names):
-        example = f", the first is {names[0]!r}" if names else ""
-        raise CheckpointError(f"{path}: not a Stable Diffusion checkpoint: no tensor model.diffusion_model.*{example}")
+def locate(files: Iterable[tuple[str, Weights]], table: Table) -> dict[str, Stored]:
+    """Parameter, behind its network's name -> where it lies; dropped tensors are left out.
+
+    files: (prefix of the keys, "" for none; file)
+    Raises CheckpointError where a tensor has no row in the table, or two are the same parameter.
+    """
+    tensors: dict[str, Stored] = {}
+    for prefix, weights in files:
+        unknown = []
+        for key, shape in weights.shapes.items():
+            try:
+                name = rename(f"{prefix}.{key}" if prefix else key, table)
+            except KeyError:
+                unknown.append(key)
+                continue
+            if name is None:
+                continue
+            parts = thirds(name)
+            if shape and len(parts) > 1:
+                shape = (shape[0] // len(parts), *shape[1:])
+            for third, part in enumerate(parts):
+                if part in tensors:
+                    raise CheckpointError(f"{weights.path}: {key} and {tensors[part].key} are both {part}")
+                tensors[part] = Stored(weights, key, shape, third if len(parts) > 1 else None)
+        if unknown:
+            raise CheckpointError(f"{weights.path}: {named(unknown, 'unknown')}")
+    return tensors
+
+
+def named(keys: list[str], what: str) -> str:
+    """How many tensors, and the names of the first five."""
+    more = ", .." if len(keys) > 5 else ""
+    return f"{len(keys)} {what} tensor{'s' * (len(keys) > 1)}: {', '.join(keys[:5])}{more}"
+
+
+def _unpickle(path: Path, zipped: bool) -> Weights:
+    """The tensors of a pickle, mapped from the file where they can be; CheckpointError where it holds anything else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception:  # a hostile or broken file may make the unpickler raise anything
+        raise CheckpointError(
+            f"{path}: a pickle that torch.load(weights_only=True) refuses, broken or able to run code; "
+            "convert it to safetensors in a sandbox"
+        ) from None
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: a pickle of a {type(state).__name__}, no dict of tensors")
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return Weights(path, {key: tuple(value.shape) for key, value in tensors.items()}, {}, tensors)
 
 
 def _other_content(start: bytes) -> str:
-    """What a file that is no safetensors is, by its first bytes."""
+    """What a file that holds no weights is, by its first bytes."""
     text = start.decode("utf-8", errors="replace").lstrip("\ufeff \r\n\t")
     if not start:
         return "empty, 0 bytes; fetch it again"
@@ -82,10 +147,8 @@ def _other_content(start: bytes) -> str:
         return f"a git-LFS pointer, not the weights ({size[1] if size else '?'} bytes); run `git lfs pull`"
     if text.startswith("<"):
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-        named = f" titled {' '.join(title[1].split())[:80]!r}" if title else ""
-        return f"a web page{named}, not the weights; fetch it again"
+        about = f" titled {' '.join(title[1].split())[:80]!r}" if title else ""
+        return f"a web page{about}, not the weights; fetch it again"
     if text.startswith("{"):
         return f"a JSON text, not the weights: {' '.join(text[:80].split())}"
-    if re.match(rb"PK\x03\x04|\x80[\x02-\x05]", start):
-        return "a pickle, which can run any code when loaded; convert it to safetensors first"
     return "not a safetensors file"

@@ -10,16 +10,18 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 | Eq. 2 for one linear layer or 1x1 convolution, at run time or merged into W0 | `layer.py` LoRALayer |
 | which layers of a model get one | `layer.py` TARGETS, inject |
 | a whole model: strength, merge and unmerge, removal, the parameters to train | `layer.py` |
-| LoRA files: kohya's format written and read, all or nothing | `files.py` |
+| a LoRA file into models, all or nothing, or beside others; models' LoRAs into a file; converting | `files.py` |
+| around a training: the order of images, the optimizer, the checkpoint | `training.py` |
+| reading the layouts of kohya, PEFT and diffusers, without a model; writing the first two | `formats.py`, `export.py` |
 """
 
-from lora.files import LoRASummary, load_lora, save_lora
 from lora.layer import (
     TARGETS,
     LoRAError,
     LoRALayer,
     inject,
     lora_layers,
+    lora_names,
     lora_parameters,
     merge,
     remove,
@@ -32,9 +34,11 @@ __all__ = [
     "LoRAError",
     "LoRALayer",
     "LoRASummary",
+    "convert",
     "inject",
     "load_lora",
     "lora_layers",
+    "lora_names",
     "lora_parameters",
     "merge",
     "remove",
@@ -42,3 +46,12 @@ __all__ = [
     "set_strength",
     "unmerge",
 ]
+
+
+def __getattr__(name: str):
+    # not imported above, where `python -m lora.files` would find its own module imported before it runs
+    if name in ("LoRASummary", "convert", "load_lora", "save_lora"):
+        from lora import files
+
+        return getattr(files, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

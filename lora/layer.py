@@ -30,11 +30,13 @@ class LoRAError(ValueError):
 class LoRALayer(nn.Module):
     """h = W0 x + strength * (alpha / r) * B A x, Eq. 2 of Wang et al. 2024, around a frozen layer.
 
-    base: nn.Linear, or an nn.Conv2d that acts on single pixels (1x1, stride 1, no groups)
+    base: nn.Linear, or an nn.Conv2d that acts on single pixels (1x1, stride 1, no groups); or another LoRALayer, to
+        whose correction this one's is added
     rank: r, at least 1; alpha: positive
     init: A is "gaussian" with standard deviation 1 / r (the paper, diffusers) or "kaiming", uniform within
         1 / sqrt(in) (kohya); B is zero, hence the layer begins as its base
     generator: draws A; None is a generator of its own, seeded with 0: the global one is never touched
+    name: tells it from the others around the same layer; they are summed in the order of their names
 
     A: (r, in) and B: (out, r) are float32 and stay so where the model is cast to half precision, since steps of
     1e-4 would be lost there. Raises LoRAError.
@@ -47,14 +49,18 @@ class LoRALayer(nn.Module):
         alpha: float,
         init: str = "gaussian",
         generator: torch.Generator | None = None,
+        name: str = "lora",
     ):
         super().__init__()
         _check_settings(rank, alpha, init)
         if reason := unfit(base):
             raise LoRAError(reason)
-        out_features, in_features = base.weight.shape[:2]
+        if isinstance(base, LoRALayer) and base.original is not None:
+            raise LoRAError("the LoRA below is merged: unmerge first")
         self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.strength = rank, float(alpha), 1.0
+        self.name, self.rank, self.alpha, self.strength = name, rank, float(alpha), 1.0
+        base = self.root
+        out_features, in_features = base.weight.shape[:2]
         self.original: Tensor | None = None  # W0, while the base's weight is the merged one
 
         generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -68,31 +74,45 @@ class LoRALayer(nn.Module):
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         self.train(base.training)
 
+    @property
+    def root(self) -> nn.Linear | nn.Conv2d:
+        """The layer below all LoRAs."""
+        return self.base.root if isinstance(self.base, LoRALayer) else self.base
+
+    @property
+    def loras(self) -> list["LoRALayer"]:
+        """This LoRA and those below it, by name: an order of its own, so that their sum has the same bits in any."""
+        below = self.base.loras if isinstance(self.base, LoRALayer) else []
+        return sorted([self, *below], key=lambda lora: lora.name)
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.base(x)
-        if self.original is not None or self.strength == 0:
-            return h
-        delta = self._linear(self._linear(x.to(self.A.dtype), self.A), self.B)
+        h = total = self.root(x)
+        if self.original is None:
+            for lora in self.loras:
+                if lora.strength != 0:
+                    delta = lora._linear(lora._linear(x.to(lora.A.dtype), lora.A), lora.B)
+                    total = total + lora.strength * lora.alpha / lora.rank * delta
         # half precision promotes to the LoRA's float32 and is rounded once
-        return (h + self.strength * self.alpha / self.rank * delta).to(h.dtype)
+        return total.to(h.dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W0 + strength * (alpha / r) * B A becomes the base's weight, summed in float32 and cast once."""
+        """W0 + the sum of strength * (alpha / r) * B A becomes the root's weight, summed in float32 and cast once."""
         if self.original is not None:
             raise LoRAError("merged already: unmerge first")
-        weight = self.base.weight
-        delta = self.strength * self.alpha / self.rank * (self.B @ self.A).view_as(weight)
+        total = weight = self.root.weight
+        for lora in self.loras:
+            total = total + lora.strength * lora.alpha / lora.rank * (lora.B @ lora.A).view_as(weight)
         self.original = weight.data
-        weight.data = (weight + delta).to(weight.dtype)
+        weight.data = total.to(weight.dtype)
 
     def unmerge(self) -> None:
         """The saved W0 comes back: a subtraction would leave rounding errors."""
         if self.original is not None:
-            self.base.weight.data, self.original = self.original, None
+            self.root.weight.data, self.original = self.original, None
 
     def _linear(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if isinstance(self.base, nn.Conv2d):
+        if isinstance(self.root, nn.Conv2d):
             return F.conv2d(x, matrix[:, :, None, None])
         return F.linear(x, matrix)
 
@@ -109,7 +129,7 @@ class LoRALayer(nn.Module):
         return super()._apply(keep_dtype, recurse=False)
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}, strength={self.strength:g}"
+        return f"name={self.name}, rank={self.rank}, alpha={self.alpha:g}, strength={self.strength:g}"
 
 
 def inject(
@@ -144,6 +164,8 @@ def inject(
             f"regular expression for a whole path" + (f" such as {example}" if example else "")
         )
     for path, base in bases.items():
+        if isinstance(base, LoRALayer):
+            raise LoRAError(f"{path}: has a LoRA already: remove it first, or inject into other layers")
         if reason := unfit(base):
             raise LoRAError(f"{path}: {reason}")
     full = min(min(base.weight.shape[:2]) for base in bases.values())
@@ -159,8 +181,8 @@ def inject(
 
 
 def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each layer that is linear, convolutional or already a LoRALayer (then not its base)."""
-    wrapped = {layer.base for layer in lora_layers(model).values()}
+    """Path and module of each layer that is linear, convolutional or already a LoRALayer (then not what it wraps)."""
+    wrapped = {module.base for module in model.modules() if isinstance(module, LoRALayer)}
     for path, module in model.named_modules():
         if path and module not in wrapped and isinstance(module, nn.Linear | nn.Conv2d | LoRALayer):
             yield path, module
@@ -168,9 +190,7 @@ def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def unfit(base: nn.Module) -> str | None:
     """Why a layer cannot be the base of a LoRALayer, or None where it can."""
-    if isinstance(base, LoRALayer):
-        return "has a LoRA already: remove it first, or inject into other layers"
-    if isinstance(base, nn.Linear):
+    if isinstance(base, nn.Linear | LoRALayer):
         return None
     if not isinstance(base, nn.Conv2d):
         return f"{type(base).__name__} is neither nn.Linear nor nn.Conv2d"
@@ -181,31 +201,43 @@ def unfit(base: nn.Module) -> str | None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The model's LoRALayers by path, in the model's order; empty where it has none."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+    """The model's LoRALayers by path, in the model's order, the outermost of each; empty where it has none."""
+    return {path: module for path, module in adaptable(model) if isinstance(module, LoRALayer)}
+
+
+def lora_names(model: nn.Module) -> set[str]:
+    """Names of the LoRAs in the model."""
+    return {lora.name for layer in lora_layers(model).values() for lora in layer.loras}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of each LoRALayer: all that an optimizer should see."""
-    return [parameter for layer in lora_layers(model).values() for parameter in (layer.A, layer.B)]
+    """A and B of each LoRA: all that an optimizer should see."""
+    loras = [lora for layer in lora_layers(model).values() for lora in layer.loras]
+    return [parameter for lora in loras for parameter in (lora.A, lora.B)]
 
 
-def set_strength(model: nn.Module, strength: float) -> None:
-    """Scales the LoRA: 1 as trained, 0 bit-equal to the base, negative away from it. Raises LoRAError if merged."""
+def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
+    """Scales the LoRA of a name, or all: 1 as trained, 0 bit-equal to the model without it, negative away from it.
+
+    Raises LoRAError where it is merged, or none has the name.
+    """
     if not math.isfinite(strength):
         raise LoRAError(f"strength {strength}: must be a finite number")
+    _check_name(model, name)
     layers = lora_layers(model)
     for path, layer in layers.items():
         if layer.original is not None:
             raise LoRAError(f"{path}: the LoRA is merged, its strength is in the weights: unmerge first")
     for layer in layers.values():
-        layer.strength = float(strength)
+        for lora in layer.loras:
+            if name in (None, lora.name):
+                lora.strength = float(strength)
 
 
 def merge(model: nn.Module, strength: float | None = None) -> None:
-    """Puts the LoRA into the weights, at the strength given or else set (1 at first): sampling then costs no more.
+    """Puts all LoRAs into the weights, at the strength given or else set (1 at first): sampling then costs no more.
 
-    Raises LoRAError where it is merged already.
+    Raises LoRAError where they are merged already.
     """
     if any(layer.original is not None for layer in lora_layers(model).values()):
         raise LoRAError("the LoRA is merged already: unmerge first")
@@ -221,11 +253,25 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def remove(model: nn.Module) -> None:
-    """Takes the LoRA out: the original modules stand in their places, bit-equal; they stay frozen."""
+def remove(model: nn.Module, name: str | None = None) -> None:
+    """Takes the LoRA of a name out, or all: the original modules stand in their places, bit-equal; they stay frozen.
+
+    What was merged is unmerged first. Raises LoRAError where none has the name.
+    """
+    _check_name(model, name)
+    unmerge(model)
     for path, layer in lora_layers(model).items():
-        layer.unmerge()
-        model.set_submodule(path, layer.base)
+        module, kept = layer.root, [lora for lora in layer.loras if name not in (None, lora.name)]
+        for lora in kept:
+            lora.base = module
+            module = lora
+        model.set_submodule(path, module)
+
+
+def _check_name(model: nn.Module, name: str | None) -> None:
+    names = lora_names(model)
+    if name is not None and name not in names:
+        raise LoRAError(f"no LoRA is named {name!r}: {', '.join(sorted(names)) or 'none'} there")
 
 
 def _check_settings(rank: int, alpha: float, init: str) -> None:

@@ -205,7 +205,7 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     found, lost = read_synthetic(tmp_path / "list.csv")
     assert found == Record(there, Plane.FEMUR, f"synthetic/{there.stem}", True, "synthetic", "published")
     assert lost.plane is Plane.OTHER
-    with pytest.raises(DatasetError, match="1 of 2 images are missing .00002-77.*13228158"):
+    with pytest.raises(DatasetError, match=r"1 of 2 images are missing \(00002-77.*13228158"):
         require_images([found, lost])
 
 

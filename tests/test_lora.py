@@ -1,6 +1,7 @@
 """LoRA layers: Eq. 2, its exact edges (injection, strength 0, unmerge, removal), precision, targets, errors."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora import (
     LoRALayer,
     inject,
     lora_layers,
+    lora_names,
     lora_parameters,
     merge,
     remove,
@@ -307,3 +309,52 @@ def test_a_merged_lora_is_neither_merged_again_nor_scaled(unet, inputs):
     unmerge(unet)
     with pytest.raises(LoRAError, match="strength inf"):
         set_strength(unet, float("inf"))
+
+
+def pile(base, names):
+    """LoRALayers around one layer, each with A and B of its name alone."""
+    for name in names:
+        generator = torch.Generator().manual_seed(ord(name))
+        base = LoRALayer(base, 2, 3.0, generator=generator, name=name)
+        base.B.data.normal_(generator=generator)
+        base.strength = {"a": 1.0, "b": -0.5, "c": 0.3}[name]
+    return base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_loras_add_up_to_the_same_bits_in_any_order(dtype):
+    base, x = nn.Linear(6, 5).to(dtype), torch.randn(4, 6, dtype=dtype)
+    piles = {"".join(names): pile(copy.deepcopy(base), names) for names in itertools.permutations("abc")}
+    expected = base(x).double() + sum(
+        lora.strength * 3 / 2 * (x.double() @ lora.A.double().T @ lora.B.double().T) for lora in piles["abc"].loras
+    )
+    torch.testing.assert_close(piles["abc"](x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+    together, merged = piles["abc"](x), []
+    for layer in piles.values():
+        assert torch.equal(layer(x), together)
+        layer.merge()
+        merged.append(layer.root.weight.clone())
+        assert torch.equal(merged[-1], merged[0])
+        torch.testing.assert_close(layer(x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.2, rtol=0)
+        layer.unmerge()
+        assert torch.equal(layer.root.weight, base.weight)
+
+
+@pytest.mark.parametrize("gone", "abc")
+def test_one_lora_is_removed_or_scaled_and_the_others_keep_their_bits(gone):
+    base, x = nn.Linear(6, 5), torch.randn(4, 6)
+    model = nn.Sequential(pile(copy.deepcopy(base), "abc"))
+    others = pile(copy.deepcopy(base), sorted({*"abc"} - {gone}))(x)
+    assert (model(x) - others).abs().max() > 1e-2
+    set_strength(model, 0, gone)
+    assert torch.equal(model(x), others)
+    merge(model)
+    remove(model, gone)  # unmerges first
+    assert torch.equal(model(x), others) and lora_names(model) == {*"abc"} - {gone}
+    assert len(lora_parameters(model)) == 4 and list(lora_layers(model)) == ["0"]
+    with pytest.raises(LoRAError, match=f"no LoRA is named '{gone}'"):
+        set_strength(model, 1, gone)
+    with pytest.raises(LoRAError, match=f"no LoRA is named '{gone}'"):
+        remove(model, gone)
+    remove(model)
+    assert type(model[0]) is nn.Linear and torch.equal(model(x), base(x))

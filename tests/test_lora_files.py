@@ -1,6 +1,7 @@
 """LoRA files: kohya's keys spelled out, exact round trips, all that is refused, and diffusers as a second reader."""
 
 import copy
+import hashlib
 import pickle
 
 import pytest
@@ -68,6 +69,9 @@ def test_the_keys_shapes_and_metadata_are_kohyas(trained, tmp_path):
     with safe_open(tmp_path / "a.safetensors", "pt") as stored:
         metadata = stored.metadata()
     tensors = load_file(tmp_path / "a.safetensors")
+    digest = metadata.pop("sshs_model_hash")
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert digest == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     assert metadata == {
         "ss_network_module": "networks.lora",
         "ss_network_dim": "Dynamic",
@@ -189,10 +193,16 @@ def _drop(name):
 
 
 BAD_FILES = {
-    "no up": (_drop(f"{TO_K}.lora_up.weight"), rf"{MID}.*attn2\.to_k: lora_up is missing"),
-    "no down": (_drop(f"{TO_K}.lora_down.weight"), r"attn2\.to_k: lora_down is missing"),
-    "unknown layer": (_set("lora_unet_mid_block_x.alpha", torch.ones(())), "1 of 163 keys have no place.*mid_block_x"),
-    "unknown part": (_set(f"{TO_K}.bias", torch.ones(3)), "1 of 163 keys have no place in lora_unet, lora_te.*bias"),
+    "no up": (_drop(f"{TO_K}.lora_up.weight"), rf"{TO_K}: lora_up is missing"),
+    "no down": (_drop(f"{TO_K}.lora_down.weight"), "attn2_to_k: lora_down is missing"),
+    "unknown layers": (
+        lambda tensors: tensors.update(
+            {f"lora_unet_x{i}.lora_{part}.weight": torch.ones(2, 2) for i in range(3) for part in ("down", "up")}
+        ),
+        "6 of 168 keys have no place in lora_unet, lora_te, such as lora_unet_x0.lora_down.weight, "
+        "lora_unet_x0.lora_up.weight, .*, lora_unet_x2.lora_down.weight: pass the models",
+    ),
+    "unknown part": (_set(f"{TO_K}.bias", torch.ones(3)), "1 of 163 keys have no place in a LoRA's layers.*bias"),
     "one layer twice": (
         _set(Q_PROJ.replace("text_model_", "") + ".alpha", torch.ones(())),
         "1 of 163 keys have no place",
@@ -217,6 +227,15 @@ BAD_FILES = {
                 "lora_unet_conv_in.lora_up.weight": torch.zeros(32, 4, 1, 1),
             }
         ),
+        r"conv_in: lora_down \[4, 4, 3, 3\].*no LoCon",
+    ),
+    "1x1 for 3x3": (
+        lambda tensors: tensors.update(
+            {
+                "lora_unet_conv_in.lora_down.weight": torch.zeros(4, 4),
+                "lora_unet_conv_in.lora_up.weight": torch.zeros(32, 4),
+            }
+        ),
         "conv_in: a 3x3 convolution",
     ),
     "nan": (lambda tensors: tensors[f"{TO_K}.lora_up.weight"][3].fill_(torch.nan), r"to_k: a value is not finite"),
@@ -229,7 +248,7 @@ BAD_FILES = {
     "DoRA": (_set(f"{TO_K}.dora_scale", torch.ones(3)), "a DoRA"),
     "core tensor": (_set(f"{TO_K}.lora_mid.weight", torch.ones(3)), "a LoCon with a core tensor"),
     "SDXL": (_set(Q_PROJ.replace("te", "te2", 1) + ".alpha", torch.ones(())), "SDXL"),
-    "CompVis": (_set("lora_unet_input_blocks_4_1_proj_in.alpha", torch.ones(())), "CompVis.*SDXL"),
+    "PEFT's DoRA": (_set("unet.conv_in.lora_magnitude_vector", torch.ones(3)), "a DoRA"),
 }
 
 
@@ -249,10 +268,6 @@ def test_a_bad_file_is_refused_in_one_line_and_changes_nothing(models, file, pro
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "format of diffusers or PEFT"),
-        ("unet.mid_block.attentions.0.proj_in.lora.down.weight", "format of diffusers or PEFT"),
-        ("text_encoder.text_model.q_proj.lora_linear_layer.up.weight", "format of diffusers or PEFT"),
-        ("mid_block.attn1.processor.to_q_lora.down.weight", "format of diffusers or PEFT"),
         ("unet:0:up", "cloneofsimo"),
         ("emb_params", "textual inversion"),
         ("model.diffusion_model.out.2.bias", "no LoRA among its 1 keys, such as model.diffusion_model.out.2.bias"),
@@ -287,7 +302,7 @@ def test_a_missing_file_an_empty_one_and_a_second_lora_are_refused(models, train
     save_file({}, tmp_path / "no_keys.safetensors")
     with pytest.raises(LoRAError, match="no LoRA among its 0 keys"):
         load_lora(tmp_path / "no_keys.safetensors", models)
-    with pytest.raises(LoRAError, match="the lora_unet model has a LoRA already: remove it first"):
+    with pytest.raises(LoRAError, match="the lora_unet model has a LoRA named 'lora' already: remove it, or name"):
         load_lora(file(), trained)
     with pytest.raises(LoRAError, match="18 of 162 keys have no place in lora_unet, such as lora_te"):
         load_lora(file(), {"lora_unet": models["lora_unet"]})

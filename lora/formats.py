@@ -1,0 +1,252 @@
+"""LoRA files without a model: the layouts that are met, read into one form.
+
+| layout | key of a layer's A; r is the rank | alpha |
+|---|---|---|
+| kohya, AUTOMATIC1111, ComfyUI | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
+| PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | header, as JSON, or r |
+| PEFT alone, a folder | `base_model.model.mid_block.attentions.0.proj_in.lora_A.weight` | `adapter_config.json` |
+| diffusers' scripts | `unet.mid_block.attentions.0.proj_in.lora.down.weight` | r |
+| the same, text encoder | `text_encoder.text_model...q_proj.lora_linear_layer.down.weight` | r |
+| diffusers to 0.17 | `mid_block...attn2.processor.to_k_lora.down.weight` | r |
+
+A is (r, in), B is (out, r), with two more dimensions of 1 where the layer is a 1x1 convolution. The one form is kohya's
+name. Its underscores cannot be turned back into dots but with a model's names or, without it, with the words of SD's.
+"""
+
+import json
+import math
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lora.layer import LoRAError
+
+KEYS: dict[str, re.Pattern] = {
+    "kohya": re.compile(r"([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)"),
+    "PEFT": re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight"),
+    "diffusers": re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"),
+    "attention processor": re.compile(r"(.+)_lora\.(down|up)\.weight"),
+}
+"""Layout -> its keys, as (layer, part)."""
+
+PARTS = {"lora_down.weight": "down", "lora_A": "down", "lora_up.weight": "up", "lora_B": "up"}
+
+NETWORKS = {"unet": "lora_unet", "text_encoder": "lora_te"}
+"""Diffusers' name of a network -> kohya's."""
+
+REFUSED: dict[str, str] = {
+    r".*\.hada_w": "a LoHa (LyCORIS)",
+    r".*\.lokr_w": "a LoKr (LyCORIS)",
+    r".*(\.dora_scale|lora_magnitude_vector)": "a DoRA",
+    r".*\.lora_mid\.": "a LoCon with a core tensor (LyCORIS)",
+    r"lora_te2_|text_encoder_2\.": "for SDXL, with two text encoders",
+    r"(unet|text_encoder):\d+:": "in the format of cloneofsimo's lora",
+    r"emb_params$": "a textual inversion",
+}
+"""A pattern that the beginning of some key matches -> what the file is, where it cannot be read."""
+
+WORDS = (
+    r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|text_model|self_attn|[qkv]_proj"
+    r"|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut|time_embedding|linear_[12]"
+)
+PIECES = rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|mlp|fc[12]|conv[12]?|(down|up)samplers"
+"""The names in SD's networks that have underscores of their own, and all of them."""
+
+
+class Pair(NamedTuple):
+    """One layer's LoRA. down: A, (r, in[, 1, 1]); up: B, (out, r[, 1, 1]); alpha: above 0."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A file's pairs by kohya's name of the layer, the keys that each came from, and the metadata."""
+
+    pairs: dict[str, Pair]
+    keys: dict[str, list[str]]
+    metadata: dict[str, str]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; float32 where they differ."""
+        dtypes = {tensor.dtype for pair in self.pairs.values() for tensor in (pair.down, pair.up)}
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
+
+
+def kohya_name(prefix: str, path: str) -> str:
+    """Kohya's name of a layer; of a text encoder's always with text_model, which CLIP had before transformers 5.6."""
+    if prefix == "lora_te":
+        path = f"text_model.{path.removeprefix('text_model.')}"
+    return f"{prefix}.{path}".replace(".", "_")
+
+
+def read(path: str | Path) -> LoRAFile:
+    """Reads a file of any layout above, or PEFT's folder, told by the keys.
+
+    Raises LoRAError, one line with the file and what to do, where it is another kind of file, holds keys that no
+    layout knows, or a layer is not whole.
+    """
+    path = Path(path)
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
+    tensors, metadata = _read_tensors(path)
+    for pattern, what in REFUSED.items():
+        if key := next((key for key in tensors if re.match(pattern, key)), None):
+            raise LoRAError(f"{path}: {what} ({key}), which cannot be loaded: use a plain LoRA")
+    configs = _read_configs(path, tensors, metadata)
+
+    parts, keys, settings, leftover = defaultdict(dict), defaultdict(list), {}, []
+    for key, tensor in tensors.items():
+        layer, part = _layer_of(key) or ("", "")
+        prefix, _, module = layer.partition(".")
+        name = kohya_name(prefix, module) if module else layer
+        if not layer or part in parts[name]:  # unknown, or one layer under two names
+            leftover.append(key)
+            continue
+        parts[name][part] = tensor
+        keys[name].append(key)
+        if module and prefix in configs:
+            settings[name] = (configs[prefix], module)
+    if not keys:
+        example = f", such as {min(tensors)}" if tensors else ""
+        raise LoRAError(
+            f"{path}: no LoRA among its {len(tensors)} keys{example}: pass a LoRA file, not a model's checkpoint"
+        )
+    if leftover:
+        raise no_place(path, leftover, len(tensors), "a LoRA's layers", "use a plain LoRA, not a variant")
+    pairs = {}
+    for name in keys:
+        pair = _checked(f"{path}: {name}", parts[name])
+        if name in settings and "alpha" not in parts[name]:
+            pair = pair._replace(alpha=_config_alpha(f"{path}: {name}", *settings[name], rank=len(pair.down)))
+        pairs[name] = pair
+    return LoRAFile(pairs, dict(keys), metadata)
+
+
+def no_place(path: str | Path, leftover: list[str], total: int, where: str, remedy: str) -> LoRAError:
+    """The error for keys that nothing takes: how many of the file's, and the first five."""
+    named = ", ".join(sorted(leftover)[:5])
+    return LoRAError(f"{path}: {len(leftover)} of {total} keys have no place in {where}, such as {named}: {remedy}")
+
+
+def dotted(name: str) -> str | None:
+    """lora_unet_mid_block_attentions_0_proj_in -> lora_unet.mid_block.attentions.0.proj_in; None where unknown."""
+    prefix = next((prefix for prefix in NETWORKS.values() if name.startswith(f"{prefix}_")), None)
+    if prefix is None:
+        return None
+    path = re.sub(rf"(?<![^_])({WORDS})(?![^_])|_", lambda m: m[1] or ".", name.removeprefix(f"{prefix}_"))
+    return f"{prefix}.{path}" if all(re.fullmatch(PIECES, piece) for piece in path.split(".")) else None
+
+
+def _layer_of(key: str) -> tuple[str, str] | None:
+    """The layer of a key, prefix and dotted path but in kohya's layout without dots, and its part."""
+    layout, match = next(((layout, m) for layout, p in KEYS.items() if (m := p.fullmatch(key))), (None, None))
+    if match is None:
+        return None
+    path, part = match[1], PARTS.get(match[2], match[2])
+    if layout == "kohya":
+        path = re.sub(r"^lora_te1?_(text_model_)?", "lora_te_text_model_", path)
+        return re.sub(r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_", _from_compvis, path), part
+
+    path = path.removeprefix("base_model.model.")
+    head, _, rest = path.partition(".")
+    if head in NETWORKS:
+        prefix, path = NETWORKS[head], rest
+    else:  # one network's own file
+        prefix = "lora_te" if head in ("text_model", "encoder") else "lora_unet"
+    if layout == "attention processor":
+        path = path.replace(".processor.", ".")
+        path = re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", path)
+        path = re.sub(r"\.to_out$", ".to_out.0", path)
+    return f"{prefix}.{path}", part
+
+
+def _from_compvis(match: re.Match) -> str:
+    """The transformers in CompVis' numbered blocks, three to a level, as diffusers names them."""
+    side, number = match.groups()
+    if side is None:
+        return "lora_unet_mid_block_attentions_0_"
+    level, place = divmod(int(number) - (side == "input"), 3)
+    return f"lora_unet_{'down' if side == 'input' else 'up'}_blocks_{level}_attentions_{place}_"
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise LoRAError(f"{path}: no such file: pass the path of a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise LoRAError(f"{path}: not a whole safetensors file ({error}): download or convert it again") from None
+
+
+def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:
+    """PEFT's configuration of each network, by kohya's prefix; empty where there is none."""
+    beside = path.parent / "adapter_config.json"
+    alone = any(key.startswith("base_model.model.") for key in tensors)
+    if alone and not beside.is_file():
+        raise LoRAError(f"{beside}: missing, it holds alpha: put PEFT's file beside {path.name}")
+    source, text = (beside, beside.read_text()) if alone else (path, metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        flat = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise LoRAError(f"{source}: PEFT's configuration is not a JSON object ({error}): get it again") from None
+    configs = defaultdict(dict)
+    for key, value in flat.items():
+        head, _, rest = key.partition(".")
+        for prefix in [NETWORKS[head]] if head in NETWORKS else NETWORKS.values():
+            configs[prefix][rest if head in NETWORKS else key] = value
+    for config in configs.values():
+        if config.get("use_dora"):
+            raise LoRAError(f"{source}: a DoRA (use_dora), which cannot be loaded: use a plain LoRA")
+    return dict(configs)
+
+
+def _config_alpha(where: str, config: Mapping, module: str, rank: int) -> float:
+    """A layer's alpha by PEFT's configuration, whose patterns match the end of a path."""
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), None)
+        alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise LoRAError(f"{where}: PEFT's configuration has no readable alpha ({error}): mend it") from None
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise LoRAError(f"{where}: PEFT's configuration has alpha {alpha}: it must be a positive number: mend it")
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
+    for part in ("down", "up"):
+        if part not in parts:
+            raise LoRAError(f"{where}: lora_{part} is missing: the file is damaged, get it again")
+    down, up = parts["down"], parts["up"]
+    shapes = f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
+    for tensor in (down, up):
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise LoRAError(f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or float32")
+        if tensor.ndim not in (2, 4) or tensor.shape[2:].numel() != 1:
+            raise LoRAError(f"{where}: {shapes}: only 1x1 convolutions can be loaded, no LoCon: use a plain LoRA")
+    for tensor in parts.values():
+        if not tensor.isfinite().all():
+            raise LoRAError(f"{where}: a value is not finite ({shapes}): training diverged, use an earlier file")
+    rank = len(down)
+    if rank != up.shape[1] or rank == 0:
+        raise LoRAError(f"{where}: {shapes}: the ranks differ or are 0: the file is damaged, get it again")
+    alpha = parts.get("alpha", torch.tensor(rank))
+    if alpha.numel() != 1 or alpha < 0:
+        raise LoRAError(f"{where}: alpha of shape {list(alpha.shape)} must be one number, not negative: mend the file")
+    if alpha == 0:
+        warnings.warn(f"{where}: alpha 0 is read as the rank, {rank}, as kohya does", stacklevel=4)
+        alpha = torch.tensor(rank)
+    return Pair(down, up, float(alpha))
