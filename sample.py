@@ -46,7 +46,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", type=Path, default=MINI, help="a .safetensors file or a diffusers folder; default: the embedded one")
     add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
-    add("--lora", type=Path, help="a LoRA file of kohya, PEFT or diffusers, merged into the U-Net (and the text encoder) first")
+    add("--lora", type=Path, help="a LoRA file of kohya, PEFT or diffusers, merged into U-Net and text encoder")
     add("--strength", type=float, default=1.0, help="weight of the LoRA (1.0)")
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", help="another name for the token of --embedding (default: the file's)")
