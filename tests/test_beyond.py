@@ -24,6 +24,8 @@ from planes.datasets import DatasetError
 from planes.phantom import write_spanish_layout
 from samplers.schedule import NoiseSchedule
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "<fetal-us>"
 

@@ -53,6 +53,9 @@ SD_2 = Config(
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def models(tokenizer_folder):
     models = {"SD 1": random_model(SD_1, tokenizer_folder), "SD 2": random_model(SD_2, tokenizer_folder)}
