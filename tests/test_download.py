@@ -2,8 +2,8 @@
 
 import hashlib
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -214,15 +214,14 @@ def test_an_incomplete_folder_is_neither_used_nor_touched(server, archives, tmp_
     assert names(folder / "Malawi") == ["patient0.png", "patient2.png"] and gets(server) == before
 
 
-def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    command = [sys.executable, "-m", "planes.download", "--to", str(tmp_path / "file"), "--only", "african"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith(f"planes.download: {tmp_path / 'file'} cannot be made a folder (")
-        and done.stderr.count("\n") == 1
-    )
+    monkeypatch.setattr(sys, "argv", ["download", "--to", str(tmp_path / "file"), "--only", "african"])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit) as end:
+        runpy.run_module("planes.download", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err.startswith(f"planes.download: {tmp_path / 'file'} cannot be made a folder (") and err.count("\n") == 1
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data in ../shared/data")

@@ -35,6 +35,7 @@ def test_the_prompts_differ_for_the_text_encoder(mini):
     assert distances.min() > 0.05 * context.norm(dim=1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not here (../shared)")
 def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini):
     spanish = read_spanish(SHARED / "data" / "FETAL_PLANES_ZENODO")

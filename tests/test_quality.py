@@ -147,6 +147,7 @@ def test_prdc_tells_few_kinds_of_images_from_blurred_ones():
 # --- the two-sample test ---
 
 
+@pytest.mark.slow
 def test_two_sample_tells_sets_apart_that_differ_and_no_others():
     real = gaussian(0, 60, 10)
     apart = two_sample(real, gaussian(1, 60, 10, mean=2))
