@@ -6,6 +6,7 @@
 | the denoising U-Net eps(x_t, t, context) | `unet.py` |
 | the autoencoder between images and latents | `vae.py` |
 | prompts to context: CLIP's tokenizer and text tower, clip_skip | `text.py` |
+| prompts as webui's users write them: weights in brackets, any length | `prompts.py` |
 | a model from a single file or a diffusers folder, and back | `checkpoint.py` |
 | the folder's files and configs | `folder.py` |
 | tables of tensor names | `keys.py` |
@@ -14,6 +15,7 @@
 | noise and text to latents, with a sampler | `generate.py` |
 | Textual Inversion: one learned token and its file | `embedding.py` |
 | image files in, images out | `images.py` |
+| images of any shape in buckets by aspect ratio | `buckets.py` |
 | the embedded miniature, and how it was trained | `mini/`, `scenes.py`, `bpe.py`, `pretrain_mini.py` |
 """
 

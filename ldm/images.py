@@ -12,41 +12,52 @@ from ldm.vae import AutoencoderKL
 
 
 class ImageError(ValueError):
-    """A file that is no image."""
+    """A file that is no image, or one of a size that cannot be used."""
 
 
-def read_image(path: Path, size: int, resize: str = "squash") -> Tensor:
-    """An image file as (3, size, size) in [-1, 1].
-
-    resize: "squash" the whole frame into the square, as the classifiers do, or "crop" its middle square
-    Raises ImageError for a file that cannot be read.
-    """
+def open_image(path: Path) -> Image.Image:
+    """An image file in RGB; raises ImageError for a file that cannot be read."""
     try:
-        image = Image.open(path).convert("RGB")
+        return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
+    """An image file as (3, h, w) in [-1, 1].
+
+    size: (w, h) in px, or the side of a square
+    resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the same aspect ratio
+    Raises ImageError for a file that cannot be read.
+    """
+    image = open_image(path)
+    width, height = (size, size) if isinstance(size, int) else size
     if resize == "crop":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3)
+        scale = min(image.width / width, image.height / height)
+        wide, high = min(image.width, round(width * scale)), min(image.height, round(height * scale))
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        image = image.crop((left, top, left + wide, top + high))
+    return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3, h, w) in [-1, 1]."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, paths: Iterable[Path], size: int, resize: str, seed: int) -> Tensor:
-    """Scaled latents (N, 4, size/8, size/8) of image files, on the CPU; each is drawn once, with its own noise.
+def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> list[Tensor]:
+    """Scaled latents (4, h/8, w/8) on the CPU, one for each image, drawn once with noise of its own.
 
-    size, resize: as for read_image; seed: of the noise
+    images: (3, h, w) in [-1, 1], of any sizes; seed: of the noise
     """
-    weight, side = vae.post_quant_conv.weight, size // vae.config.downsampling
-    latents = []
-    for n, path in enumerate(paths):
-        noise = seeded_noise([seed * 1_000_003 + n], (vae.config.latent_channels, side, side))
-        image = read_image(path, size, resize)[None]
-        latents.append(vae.to_latents(image.to(weight.device), noise.to(weight.device)).cpu())
-    return torch.cat(latents)
+    weight, latents = vae.post_quant_conv.weight, []
+    for n, image in enumerate(images):
+        height, width = (side // vae.config.downsampling for side in image.shape[1:])
+        noise = seeded_noise([seed * 1_000_003 + n], (vae.config.latent_channels, height, width))
+        latents.append(vae.to_latents(image[None].to(weight.device), noise.to(weight.device))[0].cpu())
+    return latents
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
-from planes.datasets import DatasetError, balanced, read_captioned, read_manifest, read_spanish, require_images
+from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
+from planes.folders import Captioned, read_captioned_folder
 
 
 def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
@@ -48,22 +49,24 @@ def with_token(text: str, token: str | None) -> str:
     return f"{start}{token} {text[len(start) :]}" if text.startswith(start) else f"{token} {text}"
 
 
-def training_pairs(
+def training_images(
     spanish: Path | None, images: Path | None, manifest: Path | None, per_plane: int, seed: int
-) -> list[tuple[Path, str]]:
-    """(image, caption) pairs, each image there: the folder `images` with its captions, or images of `spanish`.
+) -> list[Captioned]:
+    """The images to train on, each file there: those of the folder `images`, or images of `spanish` with PROMPTS.
 
     manifest: the list of images to take from `spanish`; None: `per_plane` of each plane, drawn by `seed`
+    An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies them, so its default
+    must be 1 where folders name theirs: in kohya, which has no such flag, they say all.
     """
     if images:
-        return read_captioned(images)
+        return read_captioned_folder(images)
     records = read_spanish(spanish)
     if manifest:
         records = read_manifest(manifest, records)
     else:
         records = balanced([r for r in records if r.train], per_plane, seed)
     require_images(records)
-    return [(record.path, PROMPTS[record.plane]) for record in records]
+    return [Captioned(record.path, PROMPTS[record.plane], 1) for record in records]
 
 
 def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:

@@ -132,25 +132,6 @@ def read_synthetic(manifest: str | Path) -> list[Record]:
     return [Record(file, plane, f"synthetic/{file.stem}", True, "synthetic", sampler) for plane, file, sampler in rows]
 
 
-def read_captioned(folder: str | Path) -> list[tuple[Path, str]]:
-    """(image, caption) pairs of a folder in which image.txt beside image.png holds its caption; sorted by name."""
-    pairs = []
-    for image in sorted(Path(folder).glob("*")):
-        if image.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp", ".bmp"):
-            continue
-        text = image.with_suffix(".txt")
-        try:
-            caption = text.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError):
-            caption = ""
-        if not caption:
-            raise DatasetError(f"{image}: has no caption; write one into {text.name} beside it, in UTF-8")
-        pairs.append((image, caption))
-    if not pairs:
-        raise DatasetError(f"{folder}: no .png, .jpg, .jpeg, .webp or .bmp images in it")
-    return pairs
-
-
 def require_images(records: Iterable[Record]) -> None:
     """DatasetError unless the file of every record is there; it says how many are missing and where to get them."""
     records = list(records)

@@ -15,7 +15,6 @@ from planes.datasets import (
     describe_leaks,
     leaks,
     read_african,
-    read_captioned,
     read_manifest,
     read_spanish,
     read_synthetic,
@@ -218,26 +217,6 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     assert record == Record(path, Plane.FEMUR, "synthetic/unipc_12", True, "synthetic", "unipc")
     with pytest.raises(DatasetError, match=r"1 of 1 images are missing \(unipc_12\); make them with sample\.py"):
         require_images([record])
-
-
-def test_captions_stand_in_text_files_beside_their_images(tmp_path):
-    for name, caption in {"b": "a photo of fetal brain\n", "a": "\ufeffa photo of fetal abdomen"}.items():
-        (tmp_path / f"{name}.PNG").touch()
-        (tmp_path / f"{name}.txt").write_text(caption, encoding="utf-8")
-    (tmp_path / "notes.md").touch()
-    captions = [(tmp_path / "a.PNG", "a photo of fetal abdomen"), (tmp_path / "b.PNG", "a photo of fetal brain")]
-    assert read_captioned(tmp_path) == captions
-
-
-def test_an_image_without_a_caption_and_a_folder_without_images_are_refused(tmp_path):
-    with pytest.raises(DatasetError, match=r"no \.png"):
-        read_captioned(tmp_path)
-    (tmp_path / "a.png").touch()
-    for caption in (None, b" \n", b"\xff\xfe\x00"):
-        if caption is not None:
-            (tmp_path / "a.txt").write_bytes(caption)
-        with pytest.raises(DatasetError, match=r"a\.png: has no caption; write one into a\.txt"):
-            read_captioned(tmp_path)
 
 
 def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
