@@ -15,11 +15,12 @@ class Denoiser:
     model: model(x_vp, t, context) -> (B, C, H, W) eps or v, where x_vp = x / sqrt(1 + sigma^2) has unit variance and
         context's dtype, and t (B,) is floating-point and may be fractional
     nodes: says which t belongs to which sigma
-    context: (B, S, D) the condition; negative_context: the same shape, what guidance leads away from
-    guidance_scale: 1 is the condition alone, one row per image; otherwise both go through the model as one batch of 2B
+    context: (B, S, D) the condition; negative_context: (B, S', D) what guidance leads away from
+    guidance_scale: 1 is the condition alone; otherwise both go through the model, as one batch of 2B where S' = S and
+        in two calls of B where it is not (as webui does; padding the shorter one would change the image)
     prediction_type: what the model predicts, "epsilon" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512)
 
-    Raises SamplerError for an unknown prediction_type, or guidance without a negative_context of context's shape.
+    Raises SamplerError for an unknown prediction_type, or guidance without a negative_context of context's B and D.
     """
 
     def __init__(
@@ -36,25 +37,28 @@ class Denoiser:
         self.guided = guidance_scale != 1
         if self.guided and negative_context is None:
             raise SamplerError(f"guidance_scale {guidance_scale:g} needs a negative_context; without one use 1")
-        if self.guided and negative_context.shape != context.shape:
+        if self.guided and negative_context.shape[::2] != context.shape[::2]:
             shapes = f"{tuple(negative_context.shape)} and {tuple(context.shape)}"
-            raise SamplerError(f"negative_context and context are {shapes}: they must have the same shape")
+            raise SamplerError(f"negative_context and context are {shapes}: only their number of tokens may differ")
         self.model = model
         self.nodes = nodes
-        self.context = torch.cat([negative_context, context]) if self.guided else context
+        self.contexts = [negative_context, context] if self.guided else [context]  # one call each
+        self.joint = self.guided and negative_context.shape == context.shape
+        if self.joint:
+            self.contexts = [torch.cat(self.contexts)]
         self.guidance_scale = guidance_scale
         self.prediction_type = prediction_type
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x0 (B, C, H, W), in x's dtype, of noisy latents x = x0 + sigma * eps of the same shape."""
         scale = math.hypot(1, sigma)
-        x_vp = (x / scale).to(self.context.dtype)
-        if self.guided:
+        x_vp = (x / scale).to(self.contexts[0].dtype)
+        if self.joint:
             x_vp = torch.cat([x_vp, x_vp])
         t_dtype = torch.promote_types(x.dtype, torch.float32)  # half precision has no t = 946.42
         t = torch.full((len(x_vp),), self.nodes.t(sigma), dtype=t_dtype, device=x.device)
 
-        prediction = self.model(x_vp, t, self.context).to(x.dtype)
+        prediction = torch.cat([self.model(x_vp, t, context) for context in self.contexts]).to(x.dtype)
         if self.guided:
             negative, positive = prediction.chunk(2)
             prediction = negative + self.guidance_scale * (positive - negative)

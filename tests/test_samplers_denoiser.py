@@ -1,4 +1,4 @@
-"""The denoiser: prediction types, guidance in one call, batches, half precision."""
+"""The denoiser: prediction types, guidance in one call or two, batches, half precision."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
+from samplers import Denoiser, Nodes, NoiseSchedule, SamplerError, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 
 SCHEDULE = NoiseSchedule()
 every_sampler = pytest.mark.parametrize("sample", [sample_euler, sample_unipc], ids=["euler", "unipc"])
@@ -83,6 +83,31 @@ def test_guidance_is_one_call_of_twice_the_batch_and_scale_1_is_the_condition_al
     torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
     torch.testing.assert_close(Denoiser(counted(calls), nodes, context, negative, 1.0)(x, sigma), with_, **EXACT)
     assert calls == [(4, [499.5] * 4, torch.float64), (2, [499.5] * 2, torch.float64)]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_negative_prompt_of_another_length_is_a_call_of_its_own(tokens, prediction_type):
+    nodes, calls = euler_nodes(SCHEDULE, 3), []
+    x, context, negative = nodes.init_scale * noise(2, 1, 2, 2), noise(2, 2, 4, seed=1), noise(2, tokens, 4, seed=2)
+    sigma = nodes.sigmas[1]
+    with_, without = (
+        Denoiser(network, nodes, c, prediction_type=prediction_type)(x, sigma) for c in (context, negative)
+    )
+    guided = Denoiser(counted(calls), nodes, context, negative, 7.0, prediction_type)(x, sigma)
+    torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
+    assert calls == [(2, [499.5] * 2, torch.float64)] * 2
+    alone = Denoiser(counted(calls), nodes, context, negative, 1.0, prediction_type)(x, sigma)
+    torch.testing.assert_close(alone, with_, **EXACT)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 3)], ids=["rows", "width"])
+def test_contexts_that_differ_in_more_than_their_tokens_are_refused_in_one_line(shape):
+    message = rf"negative_context and context are \({shape[0]}, 2, {shape[2]}\) and \(2, 2, 4\): only their number"
+    with pytest.raises(SamplerError, match=message) as error:
+        Denoiser(network, euler_nodes(SCHEDULE, 3), noise(2, 2, 4), noise(*shape), 7.0)
+    assert "\n" not in str(error.value)
 
 
 @every_sampler

@@ -120,8 +120,8 @@ CONTEXT = torch.zeros(1, 2, 4)
         (lambda: sample_unipc(None, X, [math.nan, 1]), "they must be finite"),
         (lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, None, 7.0), "7 needs a negative_context"),
         (
-            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, CONTEXT[:, :1], 7.0),
-            r"\(1, 1, 4\) and \(1, 2, 4\): they must have the same shape",
+            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, CONTEXT[..., :1], 7.0),
+            r"\(1, 2, 1\) and \(1, 2, 4\): only their number of tokens may differ",
         ),
         (
             lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, prediction_type="sample"),
