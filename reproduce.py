@@ -26,6 +26,7 @@ from eval.results import ResultError, read_result
 from eval.stages import Stages
 from eval.synthetic import Findings, describe
 from ldm.checkpoint import CheckpointError
+from ldm.cli import add_model_arguments, describe_models, model_flags
 from ldm.images import ImageError
 from lora import LoRAError
 from planes import PLANES
@@ -84,8 +85,8 @@ TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, help="SD 1.5: a .safetensors file or a diffusers folder (default: the embedded model)")
-    add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
+    add_model_arguments(parser)
+    parser.set_defaults(model=None)  # the embedded one, at a scale of its own
     add("--spanish", type=Path, help="the Spanish dataset (default: phantoms of site A)")
     add("--african", type=Path, help="the African dataset (default: phantoms of site B)")
     add("--manifests", type=Path, help="folder with the authors' lists of images (default: drawn by the same rules)")
@@ -139,9 +140,7 @@ class Experiment:
     def __init__(self, args, scale: Scale, spanish: Path, african: Path):
         self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
         self.stages = Stages(partial(print, flush=True), *(["--device", args.device] if args.device else []))
-        self.model = [
-            f for name in ("model", "tokenizer") if (path := getattr(args, name)) for f in (f"--{name}", path)
-        ]
+        self.model = model_flags(args)
         self.phantoms = () if args.spanish else (args.out / "phantoms",)
         self.count = QUICK_COUNT if args.quick and args.model is None else scale.count
 
@@ -213,7 +212,7 @@ class Experiment:
 
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
     """report.html, report.md, results.csv, figures/ and environment.json."""
-    material = "the embedded miniature model" if args.model is None else args.model.name
+    material = "the embedded miniature model" if args.model is None else Path(args.model).name
     sites = f"{args.spanish.name} and {args.african.name}" if args.spanish else "phantoms of two sites"
     context = Context(material, sites, args.spanish is None, args.recipe, args.seeds, f"python {' '.join(sys.argv)}")
     found = Findings()
@@ -232,8 +231,8 @@ def write_report(args, experiment: Experiment, selections: Selections, results, 
         )
     context = replace(context, notes=found.notes)
     tables = [root / name for root, name in zip((experiment.spanish, experiment.african), TABLES)]
-    files = [*tables, *selections.manifests.values(), args.model, args.synthetic, Path(args.weights)]
-    record_environment(args.out, args, {str(path): sha256(path) for path in files if path and path.is_file()})
+    files = [*tables, *selections.manifests.values(), args.model, args.vae, args.synthetic, args.weights]
+    record_environment(args.out, args, {str(path): sha256(path) for path in files if path and Path(path).is_file()})
     build(args.out, results, context, quality=found.quality, recognised=found.recognised or None, figures=found.figures)
 
 
@@ -243,7 +242,8 @@ def main(args):
     spanish, african = args.spanish, args.african
     if args.plan:
         selections = Selections(spanish, african, lists, scale.per_plane, args.seed) if spanish else None
-        print(preview(args, scale, selections, full=scale is PAPER, done=partial(is_run, args.out)))
+        models = describe_models(args)
+        print(preview(args, scale, selections, models, full=scale is PAPER, done=partial(is_run, args.out)))
         return
     if spanish is None:
         spanish, african = make_phantoms(args)

@@ -1,111 +1,152 @@
 """Stage 2 of FU-LoRA: synthetic ultrasound images, prompts x samplers x seeds.
 
     python sample.py --model v1-5-pruned.safetensors --lora runs/lora/lora.safetensors --count 500 --out runs/synthetic
+    python sample.py --like runs/synthetic/brain/euler_200000.png --out runs/again
 
-Writes one PNG per image, manifest.csv, a contact sheet (the paper's figure 2) and args.json. An image depends on its
-own seed and settings alone, whatever its batch (but for the rounding of the last bit); what is there already, whole and
-made with these settings, is not made again.
+Writes one PNG per image, with all settings in it as the webui writes them, manifest.csv, a contact sheet (the paper's
+figure 2) and args.json. What is there already, whole and made with these settings, is not made again. An image depends
+on its own seed and settings alone; its last bits, on how many are made at once too, and so --like, which repeats one
+image to the bit, fills a batch of the same size.
 """
 
 import argparse
 import csv
-import hashlib
 import io
 import json
+import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from tqdm import tqdm
 
 from eval.figures import contact_sheet, save
 from eval.record import record_run, sha256, write_atomically
-from ldm import MINI
-from ldm.checkpoint import CheckpointError, load
+from ldm.checkpoint import CheckpointError
+from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import load_embedding
-from ldm.generate import SAMPLERS, generate
-from ldm.images import decode_images
-from ldm.text import encode_prompts
+from ldm.generate import SAMPLERS, generate, make_nodes
+from ldm.images import ImageError, decode_images, read_image
+from ldm.infotext import lora_tags
+from ldm.prompts import encode_weighted
+from ldm.shots import Shot, is_saved, lora_hash, model_hash, read_shot, save_shot, write_loras
 from lora.files import load_lora
-from lora.layer import LoRAError, merge
-from planes import PLANES, Plane
+from lora.layer import LoRAError, lora_names, merge, set_strength
+from planes import PLANES
 from planes.captions import choose_prompt, read_prompts, with_token
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SEEDS_APART = 100_000  # between the first seeds of two (prompt, sampler) pairs: no two images share their noise
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(width, height) in px: "512", a square's side, or "576x384"."""
+    if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
+        raise argparse.ArgumentTypeError(f"{text}: give the side of a square, such as 512, or both, such as 576x384")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", type=Path, default=MINI, help="a .safetensors file or a diffusers folder; default: the embedded one")
-    add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --model is a single file")
-    add("--lora", type=Path, help="a LoRA file of kohya, PEFT or diffusers, merged into U-Net and text encoder")
-    add("--strength", type=float, default=1.0, help="weight of the LoRA (1.0)")
+    add_model_arguments(parser)
+    add(
+        "--lora", type=Path, nargs="+", default=[], help="LoRA files of kohya, PEFT or diffusers, merged into the model"
+    )
+    add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", help="another name for the token of --embedding (default: the file's)")
     add("--rare-token", help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
-    add("--prompts", default="paper", help="paper, detailed, or a JSON file of a list of prompts per plane (paper)")
-    add("--planes", nargs="+", choices=[*PLANES], default=[*PLANES], help="planes whose prompts are sampled (all five)")
+    add("--prompts", help="of each plane: paper, detailed, or a JSON file of a list of prompts per plane (paper)")
+    add("--planes", nargs="+", choices=[*PLANES], help="planes whose prompts are sampled (all five)")
+    add("--prompt", help="instead of the planes' prompts, this one; (word:1.2), [word] and BREAK as in the webui")
+    add("--negative-prompt", default="", help="what guidance leads away from (nothing)")
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
-    add("--count", type=int, default=500, help="images per plane and sampler (500)")
+    add("--count", type=int, help="images per prompt and sampler (500)")
+    add("--seed", type=int, default=0, help="the first seed (0)")
+    add("--seeds", type=int, nargs="+", help="instead of --seed and --count, the seeds for every prompt and sampler")
     add("--steps", type=int, default=20, help="model calls per image (20)")
+    add("--spacing", help="of the noise levels: linspace, leading, trailing or karras (default: the sampler's own)")
+    add("--order", type=int, help="UniPC's, 1 to 3 (3)")
     add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance (7)")
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")
-    add("--size", type=int, help="square side in px (default: the model's own, 512 for SD 1.5)")
+    add("--size", type=image_size, help="in px, 512 or 576x384 (default: a square of the model's own, 512 for SD 1.5)")
+    add("--init-image", type=Path, help="an image to vary: image-to-image")
+    add("--strength", type=float, help="of the variation, up to 1; int(steps * strength) steps are done (0.75)")
+    add("--like", type=Path, help="a PNG of this script or of the webui: its settings are the flags' defaults")
     add("--batch-size", type=int, default=8)
-    add("--seed", type=int, default=0, help="the first seed (0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="of the U-Net and the text encoder (default: fp16 on CUDA, else fp32)")
     add("--out", type=Path, required=True)
+    if like := parser.parse_args(argv).like:
+        parser.set_defaults(**settings_of(like))
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
+    if args.prompt is not None and (args.prompts or args.planes):
+        parser.error("give --prompt, or --prompts and --planes, not both")
+    if args.seeds and args.count is not None:
+        parser.error("give --seeds, or --seed and --count, not both")
+    if args.strength is not None and not args.init_image:
+        parser.error(f"--strength {args.strength:g}: of the variation of an --init-image FILE, which is not given")
+    args.prompts = args.prompts or "paper"
+    args.planes = ["prompt"] if args.prompt is not None else args.planes or [*PLANES]
+    args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
+    args.strength = 0.75 if args.init_image and args.strength is None else args.strength
     for name in ("steps", "batch_size", "count"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if args.embedding and args.rare_token:
         parser.error("give --embedding FILE or --rare-token WORD, not both: a prompt names one token")
+    if args.order is not None and "unipc" not in args.samplers:
+        parser.error(f"--order {args.order}: UniPC has one, {' '.join(args.samplers)} does not")
     if args.token and not args.embedding:
         parser.error(f"--token {args.token}: names the token of an --embedding FILE, which is not given")
     if args.count > SEEDS_APART:
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
+    if len(args.lora_weight) not in (1, len(args.lora)):
+        parser.error(
+            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or one of each"
+        )
+    if len({path.stem for path in args.lora}) < len(args.lora):
+        parser.error("--lora: two files of one name; the images would not say which is which")
     return args
 
 
-@dataclass(frozen=True)
-class Shot:
-    """One image to make: a row of manifest.csv, and the text that its PNG carries."""
+def settings_of(like: Path) -> dict[str, object]:
+    """Defaults of the flags by which an image is made again, with the files that its run names where it still lies."""
+    shot, _ = read_shot(like)
+    recorded = {}
+    if str(like.resolve()).endswith(f"/{shot.image}"):
+        record = like.resolve().parents[len(Path(shot.image).parts) - 1] / "args.json"
+        recorded = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
+    files = ("model", "tokenizer", "vae", "ema", "prediction_type", "lora", "embedding", "token", "init_image", "dtype")
+    found = {name: recorded[name] for name in files if recorded.get(name)}
+    found |= {"lora": [Path(file) for file in found.get("lora", ())]}
+    found |= {name: Path(found[name]) for name in ("embedding", "init_image") if name in found}
+    weights = [weight for _, weight in lora_tags(shot.loras)[1]]
+    return found | {
+        **{"prompt": shot.prompt, "negative_prompt": shot.negative_prompt, "samplers": [shot.sampler]},
+        **{"seeds": [shot.seed], "steps": shot.steps, "spacing": shot.spacing, "order": shot.order, "batch_size": 1},
+        **{"guidance_scale": shot.guidance, "clip_skip": shot.clip_skip, "size": (shot.width, shot.height)},
+        **{"strength": shot.strength, "lora_weight": weights or [1.0]},
+    }
 
-    image: str
-    plane: str
-    prompt: str
-    sampler: str
-    steps: int
-    guidance: float
-    clip_skip: int
-    seed: int
-    size: int
-    strength: float
-    lora: str
-    model: str
 
-
-def plan(
-    args: argparse.Namespace, prompts: dict[Plane, tuple[str, ...]], size: int, lora: str, model: str
-) -> Iterator[list[Shot]]:
+def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -> Iterator[list[Shot]]:
     """The images of each (plane, sampler), in order; seeds do not depend on which planes or samplers were asked for.
 
     prompts: of each plane; an image's seed chooses among them
+    common: fields of every shot
     """
     for plane in args.planes:
         for sampler in args.samplers:
-            group = PLANES.index(plane) * len(SAMPLERS) + [*SAMPLERS].index(sampler)
+            group = [*PLANES, "prompt"].index(plane) % len(PLANES) * len(SAMPLERS) + [*SAMPLERS].index(sampler)
             first = args.seed + SEEDS_APART * group
             yield [
                 Shot(
@@ -113,37 +154,29 @@ def plan(
                     plane=str(plane),
                     prompt=choose_prompt(prompts[plane], seed),
                     sampler=sampler,
-                    steps=args.steps,
-                    guidance=args.guidance_scale,
-                    clip_skip=args.clip_skip,
                     seed=seed,
-                    size=size,
-                    strength=args.strength if lora else 0.0,
-                    lora=lora,
-                    model=model,
+                    order=args.order if sampler == "unipc" else None,
+                    **common,
                 )
-                for seed in range(first, first + args.count)
+                for seed in args.seeds or range(first, first + args.count)
             ]
 
 
-def is_done(path: Path, shot: Shot) -> bool:
-    """Is the image there, whole, and made with the same settings?"""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.text.get("fu-lora") == json.dumps(asdict(shot))
-    except (OSError, SyntaxError, AttributeError):  # absent, cut off, or no PNG
-        return False
+def batches(shots: Sequence[Shot], size: int, contexts: dict[str, torch.Tensor]) -> Iterator[list[Shot]]:
+    """At most `size` images at once, consecutive and with equally many tokens; of all, whatever is made already: an
+    interrupted run then ends with the same bits."""
+    for _, alike in groupby(shots, key=lambda shot: contexts[shot.prompt].shape[1]):
+        alike = list(alike)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def save_image(path: Path, pixels: np.ndarray, shot: Shot) -> None:
-    """A PNG with its settings inside; it appears whole or not at all."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("fu-lora", json.dumps(asdict(shot)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    Image.fromarray(pixels).save(part, format="PNG", pnginfo=text)
-    part.replace(path)
+def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
+    """Raises ImageError where --like would take another model, LoRA or init image than its image was made with."""
+    flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
+    for name, flag in flags.items():
+        before, now = getattr(wanted, name), getattr(shot, name)
+        if before != now and (before or name != "lora_hashes"):
+            raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
 
 
 def save_manifest(path: Path, shots: list[Shot]) -> None:
@@ -166,60 +199,100 @@ def save_contact_sheet(path: Path, groups: list[list[Shot]], folder: Path, args:
 
 
 def main(args):
-    prompts_of = read_prompts(args.prompts)
-    model = load(args.model, tokenizer=args.tokenizer, device=args.device, dtype=DTYPES[args.dtype])
+    for sampler in args.samplers:  # before the model is loaded
+        make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, args.strength or 1.0)
+    prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
+    wanted, (at_once, position) = read_shot(args.like) if args.like else (None, (1, 0))
+    model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
     model.vae.float()  # SD's VAE can overflow in fp16
     factor = model.vae.config.downsampling
-    size = args.size or model.sample_size * factor
-    if size % (factor * model.unet.config.multiple):
-        raise CheckpointError(f"--size {size}: must be a multiple of {factor * model.unet.config.multiple}")
-    if args.lora:
-        load_lora(args.lora, {"lora_unet": model.unet, "lora_te": model.text_encoder})
-        for network in (model.unet, model.text_encoder):
-            merge(network, args.strength)
+    width, height = args.size or [model.sample_size * factor] * 2
+    if width % (factor * model.unet.config.multiple) or height % (factor * model.unet.config.multiple):
+        raise CheckpointError(f"--size {width}x{height}: must be multiples of {factor * model.unet.config.multiple}")
+    init_latents = None
+    if args.init_image:
+        image = read_image(args.init_image, (width, height))[None].to(args.device)
+        with torch.no_grad():
+            init_latents = model.vae.to_latents(image)  # the mean: what varies the image is the sampler's noise alone
+
+    # LoRAs, each at its weight, and the learned token
+    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
+    weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
+    loras = [(path.stem, weight) for path, weight in zip(args.lora, weights)]
+    for path, (name, weight) in zip(args.lora, loras):
+        trained_with = load_lora(path, networks, name).metadata.get("ss_clip_skip", "None")
+        if trained_with not in ("None", str(args.clip_skip)):
+            print(f"{path}: was trained with clip skip {trained_with}, this is --clip-skip {args.clip_skip}")
+        for network in networks.values():
+            if name in lora_names(network):
+                set_strength(network, weight, name)
+    for network in networks.values():
+        merge(network)
     hashes, token = model.sha256(), args.rare_token
     if args.embedding:
         token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
         hashes[args.embedding.name] = sha256(args.embedding)  # one more row of the text encoder: part of the model
     prompts_of = {plane: tuple(with_token(prompt, token) for prompt in prompts_of[plane]) for plane in prompts_of}
-    lora_hash = sha256(args.lora) if args.lora else ""
-    model_hash = hashlib.sha256("".join(hashes[name] for name in sorted(hashes)).encode()).hexdigest()  # of all files
-    groups = list(plan(args, prompts_of, size, lora_hash[:16], model_hash[:16]))
-    prompts = sorted({shot.prompt for group in groups for shot in group})
-    with torch.no_grad():
-        embeddings = encode_prompts(model.tokenizer, model.text_encoder, [*prompts, ""], args.clip_skip)
 
-    missing = [[shot for shot in group if not is_done(args.out / shot.image, shot)] for group in groups]
-    total, left = sum(map(len, groups)), sum(map(len, missing))
+    # what is to be made, and the text embeddings for it
+    common = {
+        **{"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance_scale},
+        **{"width": width, "height": height, "clip_skip": args.clip_skip, "spacing": args.spacing},
+        **{"loras": write_loras(loras), "lora_hashes": ", ".join(f"{p.stem}: {lora_hash(p)}" for p in args.lora)},
+        **{"init_image": sha256(args.init_image)[:10] if args.init_image else "", "strength": args.strength},
+        **{"model": Path(args.model).stem, "model_hash": model_hash(hashes)},
+    }
+    groups = list(plan(args, prompts_of, common))
+    if wanted:
+        require_same(groups[0][0], wanted, args.like)
+    texts = sorted({shot.prompt for group in groups for shot in group} | {args.negative_prompt})
+    with torch.no_grad():
+        contexts = {text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip) for text in texts}
+
+    work = []  # the rows of each batch, and which of them are missing
+    for group in groups:
+        for rows in batches(group, args.batch_size, contexts):
+            missing = [n for n, shot in enumerate(rows) if not is_saved(args.out / shot.image, shot)]
+            work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
+    total, left = sum(map(len, groups)), sum(len(missing) for _, missing in work)
     print(f"{total} images: {total - left} are there, {left} to make")
     with tqdm(total=left, desc="images", unit="image") as progress:
-        for group in missing:
-            for start in range(0, len(group), args.batch_size):
-                batch = group[start : start + args.batch_size]
-                context = embeddings[[prompts.index(shot.prompt) for shot in batch]]
-                latents = generate(
-                    model.unet,
-                    context,
-                    embeddings[-1:],
-                    [shot.seed for shot in batch],
-                    (size // factor, size // factor),
-                    sampler=batch[0].sampler,
-                    steps=args.steps,
-                    guidance_scale=args.guidance_scale,
-                    prediction_type=model.prediction_type,
-                )
-                for shot, pixels in zip(batch, decode_images(model.vae, latents)):
-                    save_image(args.out / shot.image, pixels.numpy(), shot)
-                progress.update(len(batch))
+        for rows, missing in work:
+            if not missing:
+                continue
+            latents = generate(
+                model.unet,
+                torch.cat([contexts[shot.prompt] for shot in rows]),
+                contexts[args.negative_prompt],
+                [shot.seed for shot in rows],
+                (height // factor, width // factor),
+                sampler=rows[0].sampler,
+                steps=args.steps,
+                guidance_scale=args.guidance_scale,
+                prediction_type=model.prediction_type,
+                spacing=args.spacing,
+                order=rows[0].order,
+                init_latents=init_latents,
+                strength=args.strength or 1.0,
+            )
+            for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
+                save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
+            progress.update(len(missing))
 
-    save_manifest(args.out / "manifest.csv", [shot for group in groups for shot in group])
+    shots = [shot for group in groups for shot in group]
+    save_manifest(args.out / "manifest.csv", shots)
     save_contact_sheet(args.out / "contact_sheet.png", groups, args.out, args)
-    record_run(args.out, args, hashes | ({args.lora.name: lora_hash} if args.lora else {}))
+    files = {path.name: sha256(path) for path in [*args.lora, args.init_image, args.like] if path and path.is_file()}
+    record_run(args.out, args, hashes | files)
+    if wanted:
+        before, now = (np.asarray(Image.open(path).convert("RGB")) for path in (args.like, args.out / shots[0].image))
+        same = before.shape == now.shape and (before == now).all()
+        print(f"{args.out / shots[0].image}: {'the very pixels' if same else 'not the pixels'} of {args.like}")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, DatasetError, LoRAError, SamplerError) as error:
+    except (CheckpointError, DatasetError, ImageError, LoRAError, OSError, SamplerError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

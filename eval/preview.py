@@ -128,11 +128,12 @@ def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> f
     return passes * CPU_PASS[classifier] * (size / 64) ** 2
 
 
-def preview(args, scale, selections: Selections | None, *, full: bool, done) -> str:
+def preview(args, scale, selections: Selections | None, models: Iterable[str] = (), *, full: bool, done) -> str:
     """The plan as text.
 
     args, scale: reproduce.py's
     selections: None for phantoms
+    models: a line for each base model that is named: is it here?
     full: at the paper's scale, on a GPU, and not the embedded one
     done: (row, seed) -> whether that run's outcome is there
     """
@@ -167,9 +168,7 @@ def preview(args, scale, selections: Selections | None, *, full: bool, done) -> 
         seconds += (len(ranks) * 10_000 * lora + (images + 10 * 36 * (len(ranks) - 1)) * sample) * unit
         disk += images * (512 if full else 64) ** 2 * 3
         state.append(f"LoRAs to train: rank {', '.join(map(str, ranks))}; synthetic images to make: {images:,}")
-    if args.model:
-        found = "there" if args.model.exists() else "missing; SD 1.5 is v1-5-pruned.safetensors, 7.7 GB, on model hubs"
-        state.append(f"{args.model}: {found}")
+    state += models
     if args.weights == "imagenet":
         state += missing_weights(dict.fromkeys(row.classifier for row in args.rows))
     elif args.weights != "none":

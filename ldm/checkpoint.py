@@ -75,6 +75,11 @@ def load(
 ) -> Model:
     """Read a checkpoint: a single file or a diffusers folder. Networks come frozen, in eval mode.
 
+    On the CPU a weight that keeps its type stays where it is, mapped from the file: it is read when it is first used,
+    at no cost in memory of its own, and writing to it changes the model alone. While the model lives, such a file may
+    be renamed, removed, or replaced by a rename, but not overwritten in place, which would change the weights, or end
+    the program with a bus error. Whatever is cast or moved is copied, one tensor at a time.
+
     tokenizer: folder with CLIP's vocab.json and merges.txt; default: the checkpoint's own, then the local hub cache
     config: instead of the folder's json files; of a single file, what the shapes do not tell, such as SD 1.5's 8 heads
     prediction_type: what the U-Net returns; default: what the checkpoint says, or a probe of an SD 2 file
@@ -125,8 +130,8 @@ def load(
                 third = tensors[name].third
                 part = tensor if third is None else tensor.chunk(3)[third]
                 network, _, parameter = name.partition(".")
-                # copied even where nothing is cast: a mapped file could be replaced under the model
-                states[network][parameter] = part.to(device, dtype, copy=True).reshape(wanted[name])
+                misaligned = part.data_ptr() % part.element_size() != 0  # by a header of odd length
+                states[network][parameter] = part.to(device, dtype, copy=misaligned).reshape(wanted[name])
     for name, network in networks.items():
         network.load_state_dict(states.pop(name), strict=True, assign=True)
         network.to(device).eval().requires_grad_(False)

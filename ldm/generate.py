@@ -1,4 +1,4 @@
-"""Text to latents: noise from a seed, a sampler over the denoiser."""
+"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image that exists."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm.unet import UNet
 from samplers.denoiser import Denoiser
 from samplers.euler import sample_euler
-from samplers.schedule import NoiseSchedule, euler_nodes, unipc_nodes
+from samplers.schedule import Nodes, NoiseSchedule, SamplerError, euler_nodes, unipc_nodes
 from samplers.unipc import sample_unipc
 
 SAMPLERS = {"euler": (euler_nodes, sample_euler), "unipc": (unipc_nodes, sample_unipc)}
@@ -19,6 +19,28 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Unit normal float32 noise (B, *shape); row k is drawn from seeds[k] alone, on the CPU, on whatever device it
     is used: an image then depends on its seed and not on its batch."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def make_nodes(
+    sampler: str, steps: int, spacing: str | None = None, order: int | None = None, strength: float = 1.0
+) -> Nodes:
+    """The noise levels that a sampler of SAMPLERS visits: all, or for image-to-image the last int(steps * strength).
+
+    Raises SamplerError for a setting that the sampler does not have, or where no step is left.
+    """
+    if order is not None and sampler != "unipc":
+        raise SamplerError(f"order {order}: UniPC has one, {sampler} does not")
+    if order not in (None, 1, 2, 3):
+        raise SamplerError(f"UniPC of order {order}: choose 1, 2 or 3")
+    if not 0 < strength <= 1:
+        raise SamplerError(
+            f"strength {strength:g}: choose more than 0, the image as it is, and at most 1, nearly all noise"
+        )
+    nodes = SAMPLERS[sampler][0](NoiseSchedule(), steps, **({} if spacing is None else {"spacing": spacing}))
+    first = steps - int(steps * strength)
+    if first == steps:
+        raise SamplerError(f"strength {strength:g} of {steps} steps: no step is left; raise either")
+    return Nodes(nodes.timesteps[first:], nodes.sigmas[first:], nodes.init_scale)
 
 
 @torch.no_grad()
@@ -33,16 +55,31 @@ def generate(
     steps: int = 20,
     guidance_scale: float = 7.0,
     prediction_type: str = "epsilon",
+    spacing: str | None = None,
+    order: int | None = None,
+    init_latents: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho & Salimans 2022).
 
-    context: (B, S, D) one row per image; negative_context: (1 or B, S, D) of the empty or negative prompt
+    context: (B, S, D) one row per image; negative_context: (1 or B, S', D) of the empty or negative prompt
     seeds: B integers; size: (H, W) of the latents; sampler: a key of SAMPLERS
+    spacing, order: the sampler's own where None; order is UniPC's alone
+    init_latents: (1 or B, 4, H, W) scaled latents of an image to vary (SDEdit, Meng et al. 2022, arXiv 2108.01073):
+        noise is added to them as it stands int(steps * strength) nodes before the end, where sampling begins; diffusers
+        counts like that too
+    strength: in (0, 1], of the variation
+
+    Raises SamplerError for a setting that the sampler does not have, or where no step is left.
     """
-    make_nodes, sample = SAMPLERS[sampler]
-    nodes = make_nodes(NoiseSchedule(), steps)
+    nodes = make_nodes(sampler, steps, spacing, order, strength if init_latents is not None else 1.0)
     if negative_context is not None:
-        negative_context = negative_context.expand_as(context)
+        negative_context = negative_context.expand(len(context), -1, -1)
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
-    return sample(denoise, nodes.init_scale * noise, nodes.sigmas)
+    if init_latents is None:
+        x = nodes.init_scale * noise
+    else:
+        x = init_latents.to(noise) + nodes.sigmas[0] * noise
+    settings = {} if order is None else {"order": order}
+    return SAMPLERS[sampler][1](denoise, x, nodes.sigmas, **settings)

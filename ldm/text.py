@@ -77,16 +77,21 @@ def encode_prompts(
 def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokenizer:
     """The tokenizer in a folder with vocab.json and merges.txt; None: CLIP's from the local hub cache, never fetched.
 
+    folder: that folder, or a diffusers folder that has it as its `tokenizer`
+
     Raises CheckpointError where there is none, or where it knows more tokens than the text encoder has embeddings.
     """
     if folder is None:
         cached = try_to_load_from_cache(CLIP_REPOSITORY, "vocab.json")
         if not isinstance(cached, str):
             raise CheckpointError(
-                f"no tokenizer: put vocab.json and merges.txt of {CLIP_REPOSITORY} into a folder and pass `tokenizer`"
+                f"no tokenizer: put vocab.json and merges.txt of {CLIP_REPOSITORY} into a folder and pass `tokenizer`; "
+                f"the scripts fetch it by --tokenizer {CLIP_REPOSITORY}"
             )
         folder = Path(cached).parent
     folder = Path(folder)
+    if (folder / "tokenizer").is_dir():
+        folder = folder / "tokenizer"
     absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if absent:
         raise CheckpointError(

@@ -1,24 +1,78 @@
-"""Around the training loop: the order of the images, the optimizer, and a checkpoint that the same run goes on from."""
+"""Around the training loop: which images a step sees, the optimizer, a checkpoint that the same run goes on from, and
+what the file of the LoRA says of its training."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora.layer import LoRAError
 
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "kohya": {
+        "target": "transformer",
+        "rank": 128,
+        "init": "kaiming",
+        "train_text_encoder": True,
+        "lr": 1e-4,
+        "text_encoder_lr": 5e-5,
+        "weight_decay": 0.01,
+        "optimizer": "adamw8bit",
+        "clip_skip": 2,
+        "bucket": True,
+        "batch_size": 1,
+        "accumulate": 1,
+        "epochs": 1,
+        "seed": 1234,
+    },
+}
+"""Defaults of train_lora.py that are other than its own: none for what the paper says, and the configuration of kohya's
+script that the authors published, all but the repeats."""
 
-def images_of_step(step: int, count: int, repeats: int, size: int, seed: int) -> Tensor:
-    """Indices of the `size` images of an optimizer step (fewer at an epoch's end): a function of (seed, step) alone.
+ARCHITECTURES = {
+    (768, "epsilon"): "stable-diffusion-v1",
+    (1024, "epsilon"): "stable-diffusion-v2-512",
+    (1024, "v_prediction"): "stable-diffusion-v2-768-v",
+}
+"""Width of the text embedding and prediction type -> the name in the metadata standard modelspec."""
 
-    An epoch is each of the `count` images `repeats` times, shuffled.
+
+def batches_of_step(
+    step: int, repeats: Tensor, buckets: Tensor, batch_size: int, accumulate: int, seed: int
+) -> list[Tensor]:
+    """Indices of the images of an optimizer step, in `accumulate` batches (fewer at an epoch's end): a function of
+    (seed, step) alone.
+
+    repeats: (N,) integers, how often an epoch sees each image
+    buckets: (N,) integers, the same for images of the same shape; a batch is of one bucket
+
+    As kohya does it, an epoch's passes are shuffled, each bucket's are cut into batches, and where there are several
+    buckets their batches are shuffled.
     """
-    epoch, within = divmod(step, math.ceil(count * repeats / size))
+    epoch, within = divmod(step, math.ceil(batches_per_epoch(repeats, buckets, batch_size) / accumulate))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count * repeats, generator=generator) % count
-    return order.split(size)[within]
+    passes = (torch.arange(int(repeats.max()))[:, None] < repeats).nonzero()[:, 1]  # every image once, and again, ..
+    batches = cut(passes[torch.randperm(len(passes), generator=generator)], buckets, batch_size)
+    if len(buckets.unique()) > 1:
+        batches = [batches[n] for n in torch.randperm(len(batches), generator=generator)]
+    return batches[within * accumulate :][:accumulate]
+
+
+def batches_per_epoch(repeats: Tensor, buckets: Tensor, batch_size: int) -> int:
+    """The sum over buckets of their image passes divided by the batch size, each rounded up."""
+    return sum(math.ceil(int(repeats[buckets == bucket].sum()) / batch_size) for bucket in buckets.unique())
+
+
+def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
+    """Indices (M,) of images cut into batches of one bucket each, in their order within a bucket."""
+    bucket_of = buckets[images]
+    return [batch for bucket in bucket_of.unique() for batch in images[bucket_of == bucket].split(batch_size)]
 
 
 def make_optimizer(groups: list[dict], weight_decay: float, eight_bit: bool) -> tuple[torch.optim.Optimizer, str]:
@@ -40,20 +94,116 @@ def make_optimizer(groups: list[dict], weight_decay: float, eight_bit: bool) -> 
     return torch.optim.AdamW(groups, **settings), reason
 
 
-def save_checkpoint(path: Path, identity: Mapping[str, str], **state) -> None:
+def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a run that goes on must have as it was, of the arguments of train_lora.py and the `size` in px."""
+    same = ["rank", "alpha", "target", "init", "lr", "weight_decay", "clip_skip", "size", "bucket", "resize"]
+    same += ["repeats", "batch_size", "accumulate", "seed"]
+    for flag, more in {
+        "train_text_encoder": ["text_encoder_lr"],
+        "learn_token": ["init_word", "token_lr"],
+        "rare_token": [],
+        "prior": ["prior_weight"],
+    }.items():
+        same += [flag, *more] if settings[flag] else []
+    return {key: str(settings[key]) for key in same}
+
+
+def save_checkpoint(
+    path: Path,
+    identity: Mapping[str, str],
+    step: int,
+    rows: list[tuple],
+    lora: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
     """Write all that a run goes on from; replaced in one go, so that a run killed meanwhile keeps the one before.
 
     identity: the settings that a run which goes on must share
+    step, rows: how many steps are done, and the table of their losses
+    lora: what is trained
     """
-    torch.save({"identity": dict(identity), **state}, path.with_suffix(".part"))
+    state = {"identity": dict(identity), "step": step, "rows": rows, "lora": [tensor.detach().cpu() for tensor in lora]}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    torch.save(state, path.with_suffix(".part"))
     path.with_suffix(".part").replace(path)
 
 
-def load_checkpoint(path: Path, identity: Mapping[str, str], device: str) -> dict:
-    """What save_checkpoint wrote; raises LoRAError, which names them, where settings of `identity` were others."""
-    state = torch.load(path, weights_only=True, map_location=device)
+def load_checkpoint(
+    path: Path,
+    identity: Mapping[str, str],
+    lora: list[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> tuple[int, list[tuple]]:
+    """Put what save_checkpoint wrote into its places; returns step and rows.
+
+    Raises LoRAError, which names them, where settings of `identity` were others.
+    """
+    state = torch.load(path, weights_only=True, map_location=lora[0].device)
     before = state["identity"]
     keys = [key for key in before | identity if before.get(key) != identity.get(key)]
     if changed := [f"{key} was {before.get(key)}, is {identity.get(key)}" for key in keys]:
         raise LoRAError(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
-    return state
+    for tensor, saved in zip(lora, state["lora"], strict=True):
+        tensor.data.copy_(saved)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"], state["rows"]
+
+
+def metadata(
+    settings: Mapping[str, Any], images: Sequence[Any], optimizer: torch.optim.Optimizer, context_dim: int
+) -> dict[str, object]:
+    """What kohya's tools and the webui show of a training, by their ss_ keys, and by those of the standard modelspec.
+
+    settings: the arguments of train_lora.py, the `size` in px, the `steps` of the run, the `batches` of an epoch, and
+        the U-Net's `prediction` type
+    images: each with a `path`, `caption` and `repeats`
+    context_dim: width of the text embedding
+
+    No times and no paths: equal runs leave equal files.
+    """
+    folders: dict[str, dict[str, int]] = {}
+    tags: dict[str, Counter] = {}
+    for image in images:
+        name = image.path.parent.name
+        folders.setdefault(name, {"n_repeats": image.repeats, "img_count": 0})["img_count"] += 1
+        tags.setdefault(name, Counter()).update(tag.strip() for tag in image.caption.split(",") if tag.strip())
+    name, size, prediction = "lora", settings["size"], settings["prediction"]
+    keys = {
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(settings["model"]).name,
+        "ss_resolution": f"({size}, {size})",
+        "ss_enable_bucket": settings["bucket"],
+        "ss_bucket_no_upscale": settings["bucket"],
+        "ss_clip_skip": settings["clip_skip"],
+        "ss_num_train_images": sum(image.repeats for image in images),  # kohya counts repeats in
+        "ss_num_batches_per_epoch": settings["batches"],
+        "ss_dataset_dirs": json.dumps(folders),
+        "ss_tag_frequency": json.dumps(tags),
+        "ss_learning_rate": settings["lr"],
+        "ss_unet_lr": settings["lr"],
+        "ss_text_encoder_lr": settings["text_encoder_lr"] if settings["train_text_encoder"] else None,
+        "ss_optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+        "ss_lr_scheduler": "constant",
+        "ss_max_grad_norm": 1.0,
+        "ss_num_epochs": settings["epochs"],
+        "ss_epoch": settings["epochs"],
+        "ss_max_train_steps": settings["steps"],
+        "ss_steps": settings["steps"],
+        "ss_gradient_accumulation_steps": settings["accumulate"],
+        "ss_gradient_checkpointing": settings["gradient_checkpointing"],
+        "ss_mixed_precision": "no" if settings["dtype"] == "fp32" else settings["dtype"],
+        "ss_cache_latents": True,
+        "ss_seed": settings["seed"],
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        "modelspec.encoder_layer": settings["clip_skip"],
+    }
+    if architecture := ARCHITECTURES.get((context_dim, prediction)):
+        keys["modelspec.architecture"] = f"{architecture}/lora"
+    return keys

@@ -19,7 +19,7 @@ from ldm.generate import seeded_noise
 from ldm.images import read_image
 from ldm.text import encode_prompts
 from planes import PLANES, PROMPT_LISTS, PROMPTS
-from planes.captions import choose_prompt, read_prompts, training_pairs, with_token
+from planes.captions import choose_prompt, read_prompts, training_images, with_token
 from planes.datasets import DatasetError
 from planes.phantom import write_spanish_layout
 from samplers.schedule import NoiseSchedule
@@ -281,5 +281,5 @@ def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, ba
 
 
 def test_captions_of_training_name_the_rare_token(spanish):
-    captions = {with_token(caption, "sks") for _, caption in training_pairs(spanish, None, None, 1, 0)}
+    captions = {with_token(image.caption, "sks") for image in training_images(spanish, None, None, 1, 0)}
     assert captions == {prompt.replace("fetal", "sks fetal") for prompt in PROMPTS.values()}

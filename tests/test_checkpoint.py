@@ -290,13 +290,53 @@ def test_a_loaded_model_is_real_frozen_and_in_eval_mode(folder, single_file, tok
         assert model.text_encoder.text_model.embeddings.position_ids.tolist() == [list(range(16))]
 
 
-def test_weights_outlive_a_file_that_is_overwritten(tiny, folder):
+def mapped_weights(model, path):
+    """How many of the model's parameters are in memory that is mapped from the file, and of how many."""
+    mappings = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [[int(end, 16) for end in m[0].split("-")] for m in mappings if m[5:] == [str(path)]]
+    pointers = [value.data_ptr() for value in parameters(model).values()]
+    return sum(any(start <= p < end for start, end in spans) for p in pointers), len(pointers)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is seen on Linux alone")
+def test_weights_that_keep_their_type_take_no_memory_but_the_files(single_file, tokenizer_folder):
+    rewrite(single_file, lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()})
+    options = {"config": UNTOLD, "tokenizer": tokenizer_folder}
+    assert mapped_weights(load(single_file, dtype=torch.float16, **options), single_file) == (986, 986)
+    assert mapped_weights(load(single_file, dtype=torch.float32, **options), single_file) == (0, 986)
+
+
+def test_weights_outlive_a_file_that_is_removed_or_replaced_by_a_rename(tiny, folder):
     model = load(folder)
     for name in WEIGHT_FILES:
         path = folder / f"{name}.safetensors"
-        with path.open("r+b") as file:
-            file.write(bytes(path.stat().st_size))
+        zeros = path.with_suffix(".part")
+        zeros.write_bytes(bytes(path.stat().st_size))
+        zeros.replace(path)
     assert_same(model, parameters(tiny))
+    shutil.rmtree(folder)
+    assert_same(model, parameters(tiny))
+
+
+def test_a_write_to_a_weight_does_not_reach_the_file(folder):
+    files = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    model = load(folder)
+    for network in NETWORKS:
+        for parameter in getattr(model, network).parameters():
+            parameter.add_(1)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_weights_behind_a_header_of_odd_length_are_moved_to_whole_addresses(tiny, folder):
+    for name in WEIGHT_FILES:
+        path = folder / f"{name}.safetensors"
+        whole = path.read_bytes()
+        end = 8 + int.from_bytes(whole[:8], "little")
+        spaces = b" " * (1 + end % 2)
+        path.write_bytes(struct.pack("<Q", end - 8 + len(spaces)) + whole[8:end] + spaces + whole[end:])
+    model = load(folder)
+    assert_same(model, parameters(tiny))
+    assert all(value.data_ptr() % value.element_size() == 0 for value in parameters(model).values())
 
 
 def test_of_a_single_file_only_the_wanted_tensors_are_read(single_file, tokenizer_folder, monkeypatch):

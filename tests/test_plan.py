@@ -8,6 +8,7 @@ import pytest
 
 from eval.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
 from eval.preview import Selections, missing_weights
+from ldm import MINI
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -70,6 +71,33 @@ def test_missing_images_are_counted_and_named(script, capsys, tmp_path):
     names = (tmp_path / "missing_spanish.txt").read_text().splitlines()
     assert len(names) == 6048 and not any(Path(name).exists() for name in names)
     assert "v1-5.safetensors: missing" in text
+
+
+def test_a_base_model_on_the_hub_is_cached_or_will_be_downloaded(script, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    flags = ("--model", "owner/name", "--vae", "owner/vae", "--only", "ES/ResNet18", "--out", tmp_path / "runs")
+    text = plan(script, capsys, *flags)
+    assert "owner/name: downloaded from the hub when needed" in text and "owner/vae: downloaded" in text
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(MINI)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    text = plan(script, capsys, *flags)
+    assert "owner/name: there" in text and "owner/vae: downloaded" in text
+
+
+def test_the_base_models_flags_reach_every_stage_that_loads_it(script, tmp_path):
+    base = ["--model", "a/b", "--tokenizer", "c/d", "--vae", "e/f", "--prediction-type", "v_prediction", "--ema"]
+    commands = []
+    experiment = script["Experiment"](
+        script["parse_args"]([*base, "--out", str(tmp_path)]), script["PAPER"], None, None
+    )
+    experiment.stages.run = lambda name, out, *flags, needs=(): commands.append((name, list(flags))) or out
+    experiment.lora_images(128)
+    assert [name for name, _ in commands] == ["train_lora", "sample"]
+    assert all(flags[: len(base)] == base for _, flags in commands)
 
 
 def test_an_empty_machine_is_told_what_to_download_and_where_to_put_it(script, capsys, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_training_writes_a_kohya_file_the_losses_and_a_record(trained):
     with safe_open(trained / "lora.safetensors", "pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
     assert all(key.startswith("lora_unet_") and "attn2" in key for key in keys)
-    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "10"
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "20"  # 2 repeats
     rows = list(csv.DictReader((trained / "loss.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]  # 10 images x 2 repeats / 4
     assert all(0 < float(row["loss"]) < 10 for row in rows)
@@ -187,9 +187,9 @@ def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
     assert first.read_bytes() != before
 
 
-def test_strength_zero_is_the_model_without_lora(trained, tmp_path):
+def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
     few = ["--planes", "brain", "--samplers", "euler"]
-    run("sample", *sample_flags(tmp_path / "zero", "--lora", trained / "lora.safetensors", "--strength", 0, *few))
+    run("sample", *sample_flags(tmp_path / "zero", "--lora", trained / "lora.safetensors", "--lora-weight", 0, *few))
     run("sample", *sample_flags(tmp_path / "none", *few))
     for path in (tmp_path / "zero").glob("*/*.png"):
         other = tmp_path / "none" / path.relative_to(tmp_path / "zero")
@@ -273,5 +273,5 @@ def test_a_model_that_differs_in_any_file_makes_the_images_again(tmp_path):
     for model in (MINI, other):
         run("sample", *sample_flags(tmp_path / "out", *few, "--model", model))
         rows = csv.DictReader((tmp_path / "out" / "manifest.csv").read_text().splitlines())
-        hashes.append({row["model"] for row in rows})
+        hashes.append({row["model_hash"] for row in rows})
     assert hashes[0] != hashes[1]

@@ -1,0 +1,63 @@
+"""The flags that choose a base model, the same in every script, and the model that they name."""
+
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from ldm import MINI
+from ldm.checkpoint import PREDICTION_TYPES, CheckpointError, Model, load
+from ldm.hub import find_model, resolve_model
+from ldm.text import CLIP_REPOSITORY
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # and behind it /v1-5-pruned.safetensors, the paper's own file
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """--model, --tokenizer, --vae, --ema and --prediction-type."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default=str(MINI),
+        help="a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]; default: the embedded one",
+    )
+    add("--tokenizer", help=f"where --model is a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}")
+    add("--vae", help="a VAE's file, folder or hub id, instead of the one in --model")
+    add("--ema", action="store_true", help="the running average of the U-Net, where the single file keeps one")
+    add("--prediction-type", choices=PREDICTION_TYPES, help="of the U-Net (default: what the checkpoint says)")
+
+
+def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """The model that the flags of `add_model_arguments` name; what is not here is downloaded from the hub.
+
+    Raises CheckpointError.
+    """
+    return load(
+        resolve_model(args.model),
+        device=device,
+        dtype=dtype,
+        tokenizer=args.tokenizer and resolve_model(args.tokenizer, "tokenizer"),
+        prediction_type=args.prediction_type,
+        ema=args.ema,
+        vae=args.vae and resolve_model(args.vae, "vae"),
+    )
+
+
+def model_flags(args: Namespace) -> list[str]:
+    """The flags that give another script the same model."""
+    names = [name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)]
+    flags = [flag for name in names for flag in (f"--{name.replace('_', '-')}", getattr(args, name))]
+    return flags + ["--ema"] * args.ema
+
+
+def describe_models(args: Namespace) -> list[str]:
+    """A line for each of --model, --vae and --tokenizer: is it on this machine? Asks nothing of the hub."""
+    lines = []
+    for part in ("model", "vae", "tokenizer"):
+        if source := getattr(args, part):
+            try:
+                state = "there" if find_model(source, part) else "downloaded from the hub when needed"
+            except CheckpointError:
+                state = f"missing; SD 1.5 is {SD_1_5} on the hub" if part == "model" else "missing"
+            lines.append(f"{source}: {state}")
+    return lines

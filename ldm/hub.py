@@ -1,0 +1,176 @@
+"""Models on the Hugging Face hub: an id in place of a path, taken from the local cache or downloaded into it.
+
+    owner/name                       a repository that is a diffusers folder
+    owner/name@fp16                  one of its branches, tags or commits
+    owner/name/file.safetensors      a single file in a repository
+
+What is cached whole costs no request, so a branch stays as it was when it was first fetched. Of a folder only what
+`ldm.checkpoint.load` reads is downloaded: the configs, the tokenizer, and each network's weights in one precision.
+"""
+
+import re
+from collections.abc import Collection
+from fnmatch import filter as matching
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ldm.folder import WEIGHTS
+from ldm.weights import CheckpointError
+
+_READS = {  # what is taken of a repository -> files; weights may as well be in half precision or in shards
+    "model": (
+        "scheduler/scheduler_config.json",
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        *(f"{network}/config.json" for network in WEIGHTS),
+        *(f"{network}/{stem}.safetensors" for network, stem in WEIGHTS.items()),
+    ),
+    "vae": ("config.json", f"{WEIGHTS['vae']}.safetensors"),
+    "tokenizer": ("merges.txt", "vocab.json"),
+}
+_VARIANTS = ("", ".fp16", ".bf16")  # as `ldm.folder.network_files` prefers them
+_SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"} | {
+    f"stabilityai/{name}": f"sd2-community/{name}"
+    for name in ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
+}
+_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^@]+\.(?:safetensors|ckpt)))?(?:@(.+))?")
+_FILE = re.compile(r"\.(safetensors|ckpt|pth?|bin)$")
+
+
+class _Id(NamedTuple):
+    repository: str
+    file: str | None
+    revision: str | None
+
+
+def resolve_model(source: str | Path, part: str = "model") -> Path:
+    """The file or folder that a path or a hub id names, downloaded where it is not here yet.
+
+    part: what is wanted, "model", or a "vae" or "tokenizer" alone, at the top of the repository or in its subfolder
+
+    Raises CheckpointError where there is no such thing, where it is closed to this user, or where the hub is out of
+    reach; a complete cached copy is taken without asking the hub.
+    """
+    if here := find_model(source, part):
+        return here
+    name = _parse(source)
+    try:
+        listed = HfApi().model_info(name.repository, revision=name.revision).siblings or ()
+        names = [file.rfilename for file in listed]
+        chosen, missing = _choose(part, names, name.file)
+        if missing:
+            raise CheckpointError(
+                f"{source}: the repository has no {', no '.join(missing)}{_single_files(name, names)}"
+            )
+        if "text_encoder_2/config.json" in names and part == "model":
+            raise CheckpointError(f"{source}: an SDXL model, only SD 1 and SD 2 can be read")
+        folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen))
+        return folder / name.file if name.file else folder
+    except (HTTPError, OSError) as error:
+        raise CheckpointError(f"{source}: {_reason(error, name, part)}") from None
+
+
+def find_model(source: str | Path, part: str = "model") -> Path | None:
+    """Where a path or a hub id is on this machine; None for a hub id that would have to be downloaded.
+
+    Raises CheckpointError where it is neither.
+    """
+    if Path(source).exists():
+        return Path(source)
+    name = _parse(source)
+    folder = _snapshot(name)
+    if folder is None or _choose(part, _names(folder), name.file)[1]:
+        return None
+    return folder / name.file if name.file else folder
+
+
+def _parse(source: str | Path) -> _Id:
+    found = _ID.fullmatch(str(source))
+    if not found or _FILE.search(found[1]):
+        raise CheckpointError(f"{source}: no such file or folder, and not a hub id like owner/name")
+    return _Id(*found.groups())
+
+
+def _snapshot(name: _Id) -> Path | None:
+    """The cached folder of a repository, complete or not."""
+    try:
+        # no file is asked for, so that none can be found missing
+        return Path(
+            snapshot_download(name.repository, revision=name.revision, local_files_only=True, allow_patterns=[])
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _names(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+
+
+def _choose(part: str, names: Collection[str], file: str | None = None) -> tuple[list[str], list[str]]:
+    """Of a repository's files those that the loader reads, and what it would miss; `file`: that one alone is wanted."""
+    if file:
+        return [file], [file] * (file not in names)
+    prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
+    chosen, missing = [name for name in names if (part, name) == ("model", "model_index.json")], []
+    for name in (prefix + name for name in _READS[part]):
+        found = _weights(name, names) if name.endswith(".safetensors") else [name] * (name in names)
+        chosen += found
+        missing += [] if found else [name]
+    return chosen, missing
+
+
+def _weights(name: str, names: Collection[str]) -> list[str]:
+    """The files of a network's weights in the first precision that is there whole."""
+    stem = name.removesuffix(".safetensors")
+    for variant in _VARIANTS:
+        whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
+        if whole in names:
+            return [whole]
+        shards = matching(names, f"{stem}{variant}-*-of-*.safetensors")
+        if index in names and shards and len(shards) == int(re.findall(r"\d+", shards[0])[-1]):
+            return [index, *shards]
+    return []
+
+
+def _single_files(name: _Id, names: Collection[str]) -> str:
+    """What to ask for in a repository that is no diffusers folder."""
+    files = sorted(file for file in names if file.endswith(".safetensors") and "/" not in file)
+    return f"; it has single files, give one: {name.repository}/{files[0]}" if files else ""
+
+
+def _reason(error: Exception, name: _Id, part: str) -> str:
+    """Why nothing came from the hub, and what to do."""
+    page = f"https://huggingface.co/{name.repository}"
+    if isinstance(error, GatedRepoError):
+        return f"gated; accept the licence on {page} and log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        if successor := _SUCCESSORS.get(name.repository):
+            return f"withdrawn from the hub; its copy is {successor}"
+        return "no such file or folder, and no such repository on the hub; a private one needs `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name.repository} has no branch, tag or commit {name.revision}; see {page}"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"access refused; log in with `hf auth login` and ask for access on {page}"
+    cached = _snapshot(name)
+    missing = _choose(part, _names(cached) if cached else (), name.file)[1]
+    why = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"fetching it fails ({_line(error)})"
+    revision = f" --revision {name.revision}" if name.revision else ""
+    return (
+        f"{'incomplete' if cached else 'not'} in the hub cache, and {why}; where there is a connection: "
+        f"hf download {name.repository} {' '.join(missing)}{revision}"
+    )
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
