@@ -28,7 +28,7 @@ from ldm.single_file import (
 from ldm.text import TextEncoder, load_tokenizer, save_tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL, VAEConfig
-from ldm.weights import CheckpointError, Stored, Weights, locate, named, open_weights
+from ldm.weights import OTHER_KIND, CheckpointError, Stored, Weights, locate, named, open_weights
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may return
@@ -238,12 +238,12 @@ def _check_tensors(places: dict[str, Path], shapes: dict[str, torch.Size], tenso
         raise CheckpointError(f"{place}: {lost} missing: {', '.join(missing[:5])}{more}; fetch it again, whole")
     if unknown := [stored for name, stored in tensors.items() if name not in shapes]:
         keys = list(dict.fromkeys(stored.key for stored in unknown if stored.weights.path == unknown[0].weights.path))
-        raise CheckpointError(f"{unknown[0].weights.path}: {named(keys, 'unknown')}")
+        raise CheckpointError(f"{unknown[0].weights.path}: {named(keys, 'unknown')}; {OTHER_KIND}")
     for name, stored in tensors.items():
         if stored.shape not in (shapes[name], (*shapes[name], 1, 1)):  # a linear layer may come as a 1x1 convolution
             raise CheckpointError(
                 f"{stored.weights.path}: {stored.key} has shape {list(stored.shape)}, "
-                f"the network wants {list(shapes[name])}"
+                f"the network wants {list(shapes[name])}: {OTHER_KIND}"
             )
 
 
@@ -256,9 +256,7 @@ def _check_config(root: Path, config: Config) -> None:
         )
     if unet.in_channels != vae.latent_channels:
         kind = _CHANNELS.get(unet.in_channels, "another kind of")
-        raise CheckpointError(
-            f"{root}: {kind} U-Net ({unet.in_channels} input channels); only text-to-image models can be read"
-        )
+        raise CheckpointError(f"{root}: {kind} U-Net ({unet.in_channels} input channels); give a text-to-image model")
     splits = [(width, heads, "U-Net heads") for width, heads in zip(unet.block_out_channels, unet.num_heads)]
     splits += [(text.hidden_size, text.num_attention_heads, "text encoder heads")]
     splits += [(width, unet.norm_num_groups, "U-Net norm groups") for width in unet.block_out_channels]

@@ -80,7 +80,9 @@ def read_config(root: Path) -> Config:
     if (down, up) != _block_types(attention):
         raise CheckpointError(f"{root}/unet/config.json: blocks {down} and {up}; only SD's, mirrored, are implemented")
     heads = unet.get("attention_head_dim", 8)  # the number of heads, whatever it is called
-    clip = CLIPTextConfig(**_pick(text, TextConfig))  # fills in what transformers leaves out, its own defaults
+    # the marks' ids are not read here; CLIP's own lie beyond a small vocabulary, of which transformers would warn
+    marks = {f"{mark}_token_id": None for mark in ("bos", "eos", "pad")}
+    clip = CLIPTextConfig(**_pick(text, TextConfig), **marks)  # fills in what transformers leaves out, its own defaults
     return Config(
         unet=UNetConfig(
             attention=attention,
@@ -164,7 +166,7 @@ def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
         pipeline = str(_read(root / "model_index.json", {}).get("_class_name"))
         for mark, family in _FAMILIES.items():
             if pipeline.startswith(mark):
-                raise CheckpointError(f"{root}: {family} model ({pipeline}), only SD 1 and SD 2 can be read")
+                raise CheckpointError(f"{root}: {family} model ({pipeline}); give one of SD 1 or SD 2")
     for network, stem in WEIGHTS.items():
         yield from ((network, file) for file in network_files(root / network, stem))
 

@@ -74,7 +74,7 @@ def resolve_model(source: str | Path, part: str = "model") -> Path:
                 f"{source}: the repository has no {', no '.join(missing)}{_single_files(name, names)}"
             )
         if "text_encoder_2/config.json" in names and part == "model":
-            raise CheckpointError(f"{source}: an SDXL model, only SD 1 and SD 2 can be read")
+            raise CheckpointError(f"{source}: an SDXL model; give one of SD 1 or SD 2")
         folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen))
         return folder / name.file if name.file else folder
     except (HTTPError, OSError) as error:

@@ -27,9 +27,9 @@ SD_2 = Config(
 """SD 2.0 and 2.1 base; the heads are those of the published widths."""
 
 _FAMILIES = {  # a mark in some tensor's name -> what the file is
-    r"conditioner\.embedders\.|\blabel_emb\.": "an SDXL checkpoint, only SD 1 and SD 2 can be read",
-    r"double_blocks\.": "a Flux checkpoint, only SD 1 and SD 2 can be read",
-    r"joint_blocks\.": "an SD 3 checkpoint, only SD 1 and SD 2 can be read",
+    r"conditioner\.embedders\.|\blabel_emb\.": "an SDXL checkpoint; give one of SD 1 or SD 2",
+    r"double_blocks\.": "a Flux checkpoint; give one of SD 1 or SD 2",
+    r"joint_blocks\.": "an SD 3 checkpoint; give one of SD 1 or SD 2",
     r"lora_unet_|lora_te|\.lora_(down|up|A|B)\b": "a LoRA, not a base model; give the model it was trained on",
     r"^control_(model\.|net)": "a ControlNet, not a base model; give the model it steers",
     r"^down_blocks\.": "a U-Net alone; give the diffusers folder around it",
@@ -47,7 +47,8 @@ def refuse_other_families(weights: Weights) -> None:
     if not any(name.startswith("model.diffusion_model.") for name in names):
         example = f", the first is {names[0]!r}" if names else ""
         raise CheckpointError(
-            f"{weights.path}: not a Stable Diffusion checkpoint: no tensor model.diffusion_model.*{example}"
+            f"{weights.path}: not a Stable Diffusion checkpoint: no tensor model.diffusion_model.*{example}; "
+            "give one of SD 1 or SD 2"
         )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.keys import Table, rename, thirds
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
+OTHER_KIND = "a model of another kind, or a damaged one; give a checkpoint of SD 1 or SD 2"
 _PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # zipped, as torch.save writes since 1.6, or bare
 
 
@@ -110,7 +111,7 @@ def locate(files: Iterable[tuple[str, Weights]], table: Table) -> dict[str, Stor
                     raise CheckpointError(f"{weights.path}: {key} and {tensors[part].key} are both {part}")
                 tensors[part] = Stored(weights, key, shape, third if len(parts) > 1 else None)
         if unknown:
-            raise CheckpointError(f"{weights.path}: {named(unknown, 'unknown')}")
+            raise CheckpointError(f"{weights.path}: {named(unknown, 'unknown')}; {OTHER_KIND}")
     return tensors
 
 
@@ -132,7 +133,7 @@ def _unpickle(path: Path, zipped: bool) -> Weights:
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: a pickle of a {type(state).__name__}, no dict of tensors")
+        raise CheckpointError(f"{path}: a pickle of a {type(state).__name__}, no dict of tensors; {OTHER_KIND}")
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return Weights(path, {key: tuple(value.shape) for key, value in tensors.items()}, {}, tensors)
 
@@ -150,5 +151,5 @@ def _other_content(start: bytes) -> str:
         about = f" titled {' '.join(title[1].split())[:80]!r}" if title else ""
         return f"a web page{about}, not the weights; fetch it again"
     if text.startswith("{"):
-        return f"a JSON text, not the weights: {' '.join(text[:80].split())}"
-    return "not a safetensors file"
+        return f"a JSON text, not the weights: {' '.join(text[:80].split())}; fetch the weights"
+    return "not a safetensors file; fetch it again, or convert it"

@@ -53,6 +53,14 @@ REFUSED: dict[str, str] = {
 }
 """A pattern that the beginning of some key matches -> what the file is, where it cannot be read."""
 
+CONTENTS: dict[bytes, str] = {
+    b"$": "empty, 0 bytes: download it again",
+    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
+    b"<": "a web page, not the weights: download it again",
+    rb"PK\x03\x04|\x80[\x02-\x05]": "a pickle, which may run code: convert it to safetensors in a sandbox",
+}
+"""A pattern that the beginning of a file matches -> what it is, where it is no safetensors file."""
+
 WORDS = (
     r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|text_model|self_attn|[qkv]_proj"
     r"|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut|time_embedding|linear_[12]"
@@ -188,7 +196,16 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise LoRAError(f"{path}: not a whole safetensors file ({error}): download or convert it again") from None
+        raise LoRAError(f"{path}: {_other_content(path)} ({error})") from None
+
+
+def _other_content(path: Path) -> str:
+    """What a file is that is no whole safetensors file, by its first bytes, and what to do."""
+    start = path.read_bytes()[:512].lstrip(b"\xef\xbb\xbf \r\n\t")
+    for mark, what in CONTENTS.items():
+        if re.match(mark, start):
+            return what
+    return "not a whole safetensors file: download or convert it again"
 
 
 def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:

@@ -514,7 +514,7 @@ def test_a_cut_or_overlong_file_is_told_with_both_sizes(single_file):
     [
         (
             "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
-            "an SDXL checkpoint, only SD 1 and SD 2 can be read",
+            "an SDXL checkpoint; give one of SD 1 or SD 2",
         ),
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "a Flux checkpoint"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "an SD 3 checkpoint"),

@@ -275,7 +275,7 @@ def test_an_absent_shard_is_named(folder):
 )
 def test_a_folder_of_another_family_is_named(folder, pipeline, family):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    with pytest.raises(CheckpointError, match=rf"{family} model \({pipeline}\), only SD 1 and SD 2 can be read"):
+    with pytest.raises(CheckpointError, match=rf"{family} model \({pipeline}\); give one of SD 1 or SD 2"):
         load(folder)
 
 

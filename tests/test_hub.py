@@ -304,7 +304,7 @@ def test_a_repository_without_the_folder_is_told_before_any_download(hub):
         r"no tokenizer/merges\.txt.* no unet/config\.json.* give one: owner/name/v1-5-pruned\.safetensors$",
     )
     hub.repositories["owner/name"] = {"main": published() | {"text_encoder_2/config.json": b"{}"}}
-    fails("owner/name", "an SDXL model, only SD 1 and SD 2 can be read$")
+    fails("owner/name", "an SDXL model; give one of SD 1 or SD 2$")
     assert not any("/resolve/" in request for request in hub.requests)
 
 

@@ -285,14 +285,21 @@ class _Payload:
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"<!DOCTYPE html><html></html>", pickle.dumps(_Payload()), b"\xff" * 100, None],
-    ids=["empty", "html", "pickle", "huge header", "truncated"],
+    ("content", "message"),
+    [
+        (b"", "empty, 0 bytes: download"),
+        (b"<!DOCTYPE html><html></html>", "a web page, not the weights: download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-LFS pointer.*git lfs pull"),
+        (pickle.dumps(_Payload()), "a pickle.*convert it to safetensors"),
+        (b"\xff" * 100, "not a whole safetensors file: download"),
+        (None, "not a whole safetensors file: download"),
+    ],
+    ids=["empty", "html", "git-LFS", "pickle", "huge header", "truncated"],
 )
-def test_what_is_no_whole_safetensors_file_is_refused(models, file, content):
+def test_what_is_no_whole_safetensors_file_is_named(models, file, content, message):
     path = file()
     path.write_bytes(path.read_bytes()[:-7] if content is None else content)
-    with pytest.raises(LoRAError, match="not a whole safetensors file"):
+    with pytest.raises(LoRAError, match=message):
         load_lora(path, models)
 
 
