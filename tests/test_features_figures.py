@@ -163,6 +163,7 @@ DRAWN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
 def test_a_figure_is_the_same_file_every_time_and_says_nothing_of_when_or_by_what(draw, tmp_path):
     figures.save(draw(), tmp_path / "a.png")

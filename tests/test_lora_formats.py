@@ -2,7 +2,7 @@
 
 import copy
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -362,19 +362,13 @@ def test_a_second_lora_needs_a_name_and_is_refused_beside_a_merged_one_or_in_a_f
     assert all(len(layer.loras) == 1 for layer in lora_layers(models["lora_unet"]).values())
 
 
-def test_the_command_converts_and_says_nothing(trained, tmp_path):
+def test_the_command_converts_and_says_nothing(trained, tmp_path, monkeypatch, capsys):
     save_lora(tmp_path / "a.safetensors", trained)
-    command = [
-        sys.executable,
-        "-m",
-        "lora.files",
-        tmp_path / "a.safetensors",
-        tmp_path / "b.safetensors",
-        "--to",
-        "peft",
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+    command = ["lora.files", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "peft"]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.delitem(sys.modules, "lora.files")  # as in a process of its own, which runs it before it is imported
+    runpy.run_module("lora.files", run_name="__main__")
+    assert capsys.readouterr() == ("", "")
     assert len(load_file(tmp_path / "b.safetensors")) == 2 * 54
 
 
