@@ -52,6 +52,7 @@ BAR = {"leave": False, "disable": None}  # on a terminal only; a log gets a line
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [flags] --out OUT"
     add = parser.add_argument
     add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): its training images")
     choice = parser.add_mutually_exclusive_group()

@@ -84,6 +84,7 @@ TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [flags]"
     add = parser.add_argument
     add_model_arguments(parser)
     parser.set_defaults(model=None)  # the embedded one, at a scale of its own

@@ -13,7 +13,6 @@ import argparse
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,13 +27,13 @@ from tqdm import tqdm
 from eval.figures import contact_sheet, save
 from eval.record import record_run, sha256, write_atomically
 from ldm.checkpoint import CheckpointError
-from ldm.cli import DTYPES, add_model_arguments, load_model
+from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import ImageError, decode_images, read_image
 from ldm.infotext import lora_tags
 from ldm.prompts import encode_weighted
-from ldm.shots import Shot, is_saved, lora_hash, model_hash, read_shot, save_shot, write_loras
+from ldm.shots import Shot, is_saved, lora_hash, model_hash, read_shot, require_same, save_shot, write_loras
 from lora.files import load_lora
 from lora.layer import LoRAError, lora_names, merge, set_strength
 from planes import PLANES
@@ -45,15 +44,9 @@ from samplers import SamplerError
 SEEDS_APART = 100_000  # between the first seeds of two (prompt, sampler) pairs: no two images share their noise
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """(width, height) in px: "512", a square's side, or "576x384"."""
-    if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
-        raise argparse.ArgumentTypeError(f"{text}: give the side of a square, such as 512, or both, such as 576x384")
-    return int(found[1]), int(found[2] or found[1])
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [flags] --out OUT"
     add = parser.add_argument
     add_model_arguments(parser)
     add(
@@ -130,12 +123,19 @@ def settings_of(like: Path) -> dict[str, object]:
     found |= {"lora": [Path(file) for file in found.get("lora", ())]}
     found |= {name: Path(found[name]) for name in ("embedding", "init_image") if name in found}
     weights = [weight for _, weight in lora_tags(shot.loras)[1]]
-    return found | {
-        **{"prompt": shot.prompt, "negative_prompt": shot.negative_prompt, "samplers": [shot.sampler]},
-        **{"seeds": [shot.seed], "steps": shot.steps, "spacing": shot.spacing, "order": shot.order, "batch_size": 1},
-        **{"guidance_scale": shot.guidance, "clip_skip": shot.clip_skip, "size": (shot.width, shot.height)},
-        **{"strength": shot.strength, "lora_weight": weights or [1.0]},
-    }
+    same = ("prompt", "negative_prompt", "steps", "spacing", "order", "clip_skip", "strength")
+    return (
+        found
+        | {name: getattr(shot, name) for name in same}
+        | {
+            "samplers": [shot.sampler],
+            "seeds": [shot.seed],
+            "guidance_scale": shot.guidance,
+            "size": (shot.width, shot.height),
+            "lora_weight": weights or [1.0],
+            "batch_size": 1,
+        }
+    )
 
 
 def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -> Iterator[list[Shot]]:
@@ -168,15 +168,6 @@ def batches(shots: Sequence[Shot], size: int, contexts: dict[str, torch.Tensor])
     for _, alike in groupby(shots, key=lambda shot: contexts[shot.prompt].shape[1]):
         alike = list(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
-    """Raises ImageError where --like would take another model, LoRA or init image than its image was made with."""
-    flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
-    for name, flag in flags.items():
-        before, now = getattr(wanted, name), getattr(shot, name)
-        if before != now and (before or name != "lora_hashes"):
-            raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
 
 
 def save_manifest(path: Path, shots: list[Shot]) -> None:
@@ -235,12 +226,16 @@ def main(args):
     prompts_of = {plane: tuple(with_token(prompt, token) for prompt in prompts_of[plane]) for plane in prompts_of}
 
     # what is to be made, and the text embeddings for it
-    common = {
-        **{"negative_prompt": args.negative_prompt, "steps": args.steps, "guidance": args.guidance_scale},
-        **{"width": width, "height": height, "clip_skip": args.clip_skip, "spacing": args.spacing},
-        **{"loras": write_loras(loras), "lora_hashes": ", ".join(f"{p.stem}: {lora_hash(p)}" for p in args.lora)},
-        **{"init_image": sha256(args.init_image)[:10] if args.init_image else "", "strength": args.strength},
-        **{"model": Path(args.model).stem, "model_hash": model_hash(hashes)},
+    same = ("negative_prompt", "steps", "spacing", "clip_skip", "strength")
+    common = {name: getattr(args, name) for name in same} | {
+        "guidance": args.guidance_scale,
+        "width": width,
+        "height": height,
+        "loras": write_loras(loras),
+        "lora_hashes": ", ".join(f"{path.stem}: {lora_hash(path)}" for path in args.lora),
+        "init_image": sha256(args.init_image)[:10] if args.init_image else "",
+        "model": Path(args.model).name.removesuffix(".safetensors"),
+        "model_hash": model_hash(hashes),
     }
     groups = list(plan(args, prompts_of, common))
     if wanted:

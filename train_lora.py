@@ -43,6 +43,7 @@ from samplers.schedule import NoiseSchedule
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [flags] --out OUT"
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     preset = "flags' defaults: the paper's, or the authors' for kohya's script, who do not say their --repeats (paper)"
     add("--preset", choices=training.PRESETS, default="paper", help=preset)

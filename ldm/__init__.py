@@ -12,7 +12,9 @@
 | tables of tensor names | `keys.py` |
 | single files: which family, whose text tower, which prediction | `single_file.py` |
 | tensors of a file, safetensors or a safe pickle, and what is none | `weights.py` |
-| noise and text to latents, with a sampler | `generate.py` |
+| models by their hub id; the scripts' flags for a base model | `hub.py`, `cli.py` |
+| noise and text to latents, with a sampler; variations of an image | `generate.py` |
+| one image's settings, in its PNG and back; the webui's text there | `shots.py`, `infotext.py` |
 | Textual Inversion: one learned token and its file | `embedding.py` |
 | image files in, images out | `images.py` |
 | images of any shape in buckets by aspect ratio | `buckets.py` |

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -165,10 +166,12 @@ def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float
         root.rename(path)
 
 
-def save_single(path: Path | str, model: Model, dtype: torch.dtype = torch.float32) -> None:
+def save_single(
+    path: Path | str, model: Model, dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a model as one file in webui's CompVis layout, all at once or not at all.
 
-    The file says what the U-Net predicts; the tokenizer has no place in it.
+    metadata: for the header, beside what the U-Net predicts; the tokenizer has no place in the file
     Raises CheckpointError where the path exists already, or the model has sizes that a single file does not tell.
     """
     path = Path(path)
@@ -184,7 +187,8 @@ def save_single(path: Path | str, model: Model, dtype: torch.dtype = torch.float
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
         whole = Path(scratch) / path.name
         predicts = "v" if model.prediction_type == "v_prediction" else "epsilon"
-        save_file(tensors, whole, metadata={"format": "pt", "modelspec.prediction_type": predicts})
+        own = {"format": "pt", "modelspec.prediction_type": predicts}
+        save_file(tensors, whole, metadata={**(metadata or {}), **own})
         whole.rename(path)
 
 

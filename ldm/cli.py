@@ -1,6 +1,7 @@
 """The flags that choose a base model, the same in every script, and the model that they name."""
 
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 import torch
 
@@ -41,6 +42,13 @@ def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: to
         ema=args.ema,
         vae=args.vae and resolve_model(args.vae, "vae"),
     )
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(width, height) in px: "512", a square's side, or "576x384"."""
+    if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
+        raise ArgumentTypeError(f"{text}: give the side of a square, such as 512, or both, such as 576x384")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def model_flags(args: Namespace) -> list[str]:

@@ -133,6 +133,15 @@ def read_shot(path: Path) -> tuple[Shot, tuple[int, int]]:
     return shot, (1, 0)
 
 
+def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
+    """Raises ImageError where --like would take another model, LoRA or init image than its image was made with."""
+    flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
+    for name, flag in flags.items():
+        before, now = getattr(wanted, name), getattr(shot, name)
+        if before != now and (before or name != "lora_hashes"):
+            raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
+
+
 def model_hash(digests: dict[str, str]) -> str:
     """The webui's short hash of a model: 10 digits of its file's sha256, or where it has several, of all of theirs."""
     if len(digests) == 1:

@@ -6,6 +6,7 @@ bytes. A pickle is read by torch's restricted unpickler alone, which builds tens
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,11 @@ class Weights:
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
     unpickled: dict[str, Tensor] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of its tensors."""
+        return Counter(tensor.dtype for _, tensor in self.read(self.shapes)).most_common(1)[0][0]
 
     def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of each key, one at a time; a tensor may be a view of the file."""

@@ -11,6 +11,7 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 | which layers of a model get one | `layer.py` TARGETS, inject |
 | a whole model: strength, merge and unmerge, removal, the parameters to train | `layer.py` |
 | a LoRA file into models, all or nothing, or beside others; models' LoRAs into a file; converting | `files.py` |
+| a base model with LoRAs in its weights, as a file or folder: a command, to be run and not imported | `merge.py` |
 | around a training: presets, the batches of a step, the optimizer, checkpoints, metadata | `training.py` |
 | reading the layouts of kohya, PEFT and diffusers, without a model; writing the first two | `formats.py`, `export.py` |
 """
