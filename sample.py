@@ -49,9 +49,7 @@ def parse_args(argv=None):
     parser.usage = "%(prog)s [flags] --out OUT"
     add = parser.add_argument
     add_model_arguments(parser)
-    add(
-        "--lora", type=Path, nargs="+", default=[], help="LoRA files of kohya, PEFT or diffusers, merged into the model"
-    )
+    add("--lora", type=Path, nargs="+", default=[], help="LoRAs of kohya, PEFT or diffusers, merged into the model")
     add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", help="another name for the token of --embedding (default: the file's)")
@@ -104,10 +102,18 @@ def parse_args(argv=None):
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
     if len(args.lora_weight) not in (1, len(args.lora)):
         parser.error(
-            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or one of each"
+            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or each one's"
         )
+    if args.lora_weight != [1.0] and not args.lora:
+        parser.error(f"--lora-weight {args.lora_weight[0]:g}: of a --lora FILE, which is not given")
+    if len({*(args.seeds or ())}) < len(args.seeds or ()):
+        parser.error("--seeds: one is there twice; they name the images")
+    if args.like and args.out.resolve() in args.like.resolve().parents:
+        parser.error(f"--out {args.out}: its manifest.csv of --like's own run would be lost; give another folder")
+    if "<lora:" in f"{args.prompt} {args.negative_prompt}":
+        parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight; the PNGs then have the tags")
     if len({path.stem for path in args.lora}) < len(args.lora):
-        parser.error("--lora: two files of one name; the images would not say which is which")
+        parser.error("--lora: two files of one name, which images would not tell apart; rename one")
     return args
 
 
@@ -190,8 +196,9 @@ def save_contact_sheet(path: Path, groups: list[list[Shot]], folder: Path, args:
 
 
 def main(args):
+    strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # before the model is loaded
-        make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, args.strength or 1.0)
+        make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
     prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
     wanted, (at_once, position) = read_shot(args.like) if args.like else (None, (1, 0))
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
@@ -268,7 +275,7 @@ def main(args):
                 spacing=args.spacing,
                 order=rows[0].order,
                 init_latents=init_latents,
-                strength=args.strength or 1.0,
+                strength=strength,
             )
             for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
                 save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))

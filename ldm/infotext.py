@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
-_LORA_TAG = re.compile(r"<lora:([^:>]+)(?::([^:>]*))?(?::[^>]*)?>")
+_LORA_TAG = re.compile(r"<lora:([^:>]+)(?::([^>]*))?>")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def parse_parameters(text: str) -> Infotext:
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """A prompt without its <lora:name:weight> tags, and their names and weights (1 where a tag has none).
 
-    Raises ValueError where a weight is no number.
+    Raises ValueError where a weight is no number, or one of two, for text encoder and U-Net.
     """
     tags = [(name, float(weight or 1)) for name, weight in _LORA_TAG.findall(prompt)]
     return _LORA_TAG.sub("", prompt).strip() if tags else prompt, tags

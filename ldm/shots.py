@@ -138,7 +138,7 @@ def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
     flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
     for name, flag in flags.items():
         before, now = getattr(wanted, name), getattr(shot, name)
-        if before != now and (before or name != "lora_hashes"):
+        if before != now and (before or name not in ("lora_hashes", "model_hash")):
             raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
 
 
@@ -177,7 +177,8 @@ def _webui_shot(info: Infotext) -> Shot:
     """Raises KeyError, with a setting that is missing, or ValueError, which says what cannot be followed."""
     settings = info.settings
     samplers = {theirs: ours for ours, theirs in WEBUI_SAMPLERS.items()}
-    schedule = settings.get("Schedule type", "Automatic")
+    # webui's UniPC has a schedule of its own, whatever its text says
+    schedule = "Automatic" if settings["Sampler"] == "UniPC" else settings.get("Schedule type", "Automatic")
     if settings["Sampler"] not in samplers:
         raise ValueError(f"sampler {settings['Sampler']}; only {' and '.join(samplers)} are here")
     if schedule not in WEBUI_SCHEDULES:

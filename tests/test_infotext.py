@@ -93,11 +93,12 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", [*VALUES, "plain", "fémur, 股骨", 'an inch 1"', "-0.5", "None"])
+@pytest.mark.parametrize("value", [*VALUES, "plain", "fémur, 胎儿", 'an inch 1"', "-0.5", "None"])
 def test_a_value_with_a_comma_a_colon_or_a_newline_is_quoted_and_comes_back(value):
     text = format_parameters("a photo", "", SETTINGS | {"Lora hashes": value, "Version": "x"})
     assert (f"Lora hashes: {value}," in text) == (not set(",:\n") & set(value))  # else as it is
     assert "\n" not in text.removeprefix("a photo\n")
+    assert not {*value} & {*"éœ胎儿"} or value in text  # as it is, not escaped
     for settings in (read_as_webui(text)[2], parse_parameters(text).settings):
         assert settings["Lora hashes"] == value and settings["Version"] == "x"
 
@@ -141,7 +142,7 @@ def test_a_prompt_loses_its_lora_tags_and_they_tell_names_and_weights():
     assert lora_tags("a < b, <fetal-us>") == ("a < b, <fetal-us>", [])
 
 
-@pytest.mark.parametrize("tag", ["<lora:fetal:strong>", "<lora:fetal:1,5>"])
+@pytest.mark.parametrize("tag", ["<lora:fetal:strong>", "<lora:fetal:1,5>", "<lora:fetal:0.5:0.7>"])
 def test_a_weight_that_is_no_number_is_refused(tag):
     with pytest.raises(ValueError, match="float"):
         lora_tags(f"a femur {tag}")

@@ -164,6 +164,19 @@ def test_like_makes_an_image_of_the_embedded_model_again_to_the_bit(tmp_path):
         assert np.array_equal(pixels(again), pixels(path)), path.name
 
 
+def test_like_does_not_write_over_the_run_it_reads(run, capsys):
+    manifest = (run / "manifest.csv").read_text()
+    with pytest.raises(SystemExit):
+        sample(run, "--like", run / "prompt" / "euler_5.png")
+    assert "another folder" in capsys.readouterr().err and (run / "manifest.csv").read_text() == manifest
+
+
+def test_like_takes_a_png_of_the_webui_that_names_no_model(tiny, tmp_path):
+    write_png(tmp_path / "webui.png", parameters=WEBUI.format("Euler", ""))
+    again = sample(tmp_path / "again", "--like", tmp_path / "webui.png", "--model", tiny)
+    assert (again / "prompt" / "euler_9.png").exists()
+
+
 def test_like_needs_the_files_of_an_image_that_lies_elsewhere_by_flags(run, tiny, loras, tmp_path):
     path = tmp_path / "moved.png"
     path.write_bytes((run / "prompt" / "euler_5.png").read_bytes())
@@ -268,7 +281,7 @@ def test_like_takes_a_png_of_the_webui(tiny, tmp_path, sampler):
     name = f"prompt/{sampler.lower()}_9.png"
     path = sample(tmp_path / "flags", "--model", tiny, *flags) / name
     model = parse_parameters(text(path)["parameters"]).settings["Model hash"]
-    more = f", Model hash: {model}, Schedule type: Automatic, RNG: CPU"
+    more = f", Model hash: {model}, Schedule type: {'Karras' if sampler == 'UniPC' else 'Automatic'}, RNG: CPU"
     write_png(tmp_path / "webui.png", parameters=WEBUI.format(sampler, more))
     sample(tmp_path / "again", "--like", tmp_path / "webui.png", "--model", tiny)
     assert np.array_equal(pixels(tmp_path / "again" / name), pixels(tmp_path / "flags" / name))
@@ -304,13 +317,17 @@ def places(run, tiny, loras, photograph, tmp_path):
         ("--strength 0.5", "--init-image"),
         ("--init-image {here}/nowhere.png", "nowhere.png"),
         ("--init-image {fetal}", "fetal.safetensors"),
+        ("--init-image {photograph} --strength 0", "strength 0"),
         ("--init-image {photograph} --strength 1.5", "strength 1.5"),
         ("--init-image {photograph} --strength -0.5", "strength -0.5"),
         ("--init-image {photograph} --strength 0.01", "no step is left"),
         ("--lora {fetal} {sharp} --lora-weight 1 2 3", "3 weights for 2"),
         ("--lora {fetal} {here}/nowhere.safetensors", "nowhere.safetensors"),
         ("--lora {fetal} --lora-weight nan", "strength nan"),
+        ("--lora-weight 0.5", "--lora-weight 0.5"),
         ("--seeds 1 2 --count 3", "--seeds"),
+        ("--seeds 1 2 1", "--seeds"),
+        ("--prompt <lora:fetal:1>", "--lora-weight"),
         ("--prompt femur --planes brain", "--prompt"),
         ("--size 64y64", "64y64"),
         ("--size 64x100", "64x100"),
