@@ -14,14 +14,13 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # and behind it /v1-5-pruned.safetensors, the paper's own file
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """--model, --tokenizer, --vae, --ema and --prediction-type."""
-    add = parser.add_argument
-    add(
-        "--model",
-        default=str(MINI),
-        help="a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]; default: the embedded one",
-    )
+def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> None:
+    """--model, --tokenizer, --vae, --ema and --prediction-type; `positional`: MODEL, without a default, for --model."""
+    add, forms = parser.add_argument, "a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]"
+    if positional:
+        add("model", metavar="MODEL", help=forms)
+    else:
+        add("--model", default=str(MINI), help=f"{forms}; default: the embedded one")
     add("--tokenizer", help=f"where --model is a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}")
     add("--vae", help="a VAE's file, folder or hub id, instead of the one in --model")
     add("--ema", action="store_true", help="the running average of the U-Net, where the single file keeps one")

@@ -31,6 +31,7 @@ _FAMILIES = {  # a mark in some tensor's name -> what the file is
     r"double_blocks\.": "a Flux checkpoint; give one of SD 1 or SD 2",
     r"joint_blocks\.": "an SD 3 checkpoint; give one of SD 1 or SD 2",
     r"lora_unet_|lora_te|\.lora_(down|up|A|B)\b": "a LoRA, not a base model; give the model it was trained on",
+    r"^(emb_params|clip_[lg]|<.*>)$": "an embedding, not a base model; give the model that it was made for",
     r"^control_(model\.|net)": "a ControlNet, not a base model; give the model it steers",
     r"^down_blocks\.": "a U-Net alone; give the diffusers folder around it",
     r"^(encoder\.conv_in|decoder\.conv_in|post_quant_conv)\.": "a VAE alone; give a whole checkpoint, this as `vae`",

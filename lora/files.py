@@ -4,6 +4,7 @@ python -m lora.files fetal.safetensors fetal_peft.safetensors --to peft
 """
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from lora.formats import LoRAFile, Pair, kohya_name, no_place, read
 from lora.layer import LoRAError, LoRALayer, adaptable, lora_layers, lora_names, unfit
 
 Models = Mapping[str, nn.Module]
+
+TEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+"""Width of the text embedding -> the models that have it."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,13 @@ def _check_fit(where: str, base: nn.Module, pair: Pair, file: LoRAFile) -> None:
 
 
 def _made_for(file: LoRAFile) -> str:
+    """The base that a file was made for, by its metadata or the width of the text that its layers take."""
     base = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
-    return f" (its metadata says {base})" if base else ""
+    if base:
+        return f" (its metadata says {base})"
+    widths = {pair.down.shape[1] for name, pair in file.pairs.items() if re.search(r"attn2_to_[kv]$", name)}
+    families = sorted({TEXT_WIDTHS[width] for width in widths if width in TEXT_WIDTHS})
+    return f" (by its shapes {' or '.join(families)})" if families else ""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,15 +43,15 @@ NETWORKS = {"unet": "lora_unet", "text_encoder": "lora_te"}
 """Diffusers' name of a network -> kohya's."""
 
 REFUSED: dict[str, str] = {
-    r".*\.hada_w": "a LoHa (LyCORIS)",
-    r".*\.lokr_w": "a LoKr (LyCORIS)",
-    r".*(\.dora_scale|lora_magnitude_vector)": "a DoRA",
-    r".*\.lora_mid\.": "a LoCon with a core tensor (LyCORIS)",
-    r"lora_te2_|text_encoder_2\.": "for SDXL, with two text encoders",
-    r"(unet|text_encoder):\d+:": "in the format of cloneofsimo's lora",
-    r"emb_params$": "a textual inversion",
+    r".*\.hada_w": "a LoHa (LyCORIS): use a plain LoRA",
+    r".*\.lokr_w": "a LoKr (LyCORIS): use a plain LoRA",
+    r".*(\.dora_scale|lora_magnitude_vector)": "a DoRA: use a plain LoRA",
+    r".*\.lora_mid\.": "a LoCon with a core tensor (LyCORIS): use a plain LoRA",
+    r"lora_te2_|text_encoder_2\.": "for SDXL, with two text encoders: use one for SD 1 or SD 2",
+    r"(unet|text_encoder):\d+:": "in the format of cloneofsimo's lora: convert it to kohya's",
+    r"emb_params$": "a textual inversion, no LoRA: load it as an embedding",
 }
-"""A pattern that the beginning of some key matches -> what the file is, where it cannot be read."""
+"""A pattern that the beginning of some key matches -> what the file is and what to do, where it cannot be read."""
 
 CONTENTS: dict[bytes, str] = {
     b"$": "empty, 0 bytes: download it again",
@@ -110,7 +110,7 @@ def read(path: str | Path) -> LoRAFile:
     tensors, metadata = _read_tensors(path)
     for pattern, what in REFUSED.items():
         if key := next((key for key in tensors if re.match(pattern, key)), None):
-            raise LoRAError(f"{path}: {what} ({key}), which cannot be loaded: use a plain LoRA")
+            raise LoRAError(f"{path}: {key}: {what}")
     configs = _read_configs(path, tensors, metadata)
 
     parts, keys, settings, leftover = defaultdict(dict), defaultdict(list), {}, []
@@ -196,16 +196,16 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise LoRAError(f"{path}: {_other_content(path)} ({error})") from None
+        raise LoRAError(f"{path}: {_other_content(path, error)}") from None
 
 
-def _other_content(path: Path) -> str:
-    """What a file is that is no whole safetensors file, by its first bytes, and what to do."""
+def _other_content(path: Path, error: Exception) -> str:
+    """What a file is that is no whole safetensors file, by its first bytes or by the error, and what to do."""
     start = path.read_bytes()[:512].lstrip(b"\xef\xbb\xbf \r\n\t")
     for mark, what in CONTENTS.items():
         if re.match(mark, start):
             return what
-    return "not a whole safetensors file: download or convert it again"
+    return f"not a whole safetensors file: download or convert it again ({error})"
 
 
 def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:

@@ -140,8 +140,11 @@ def load_checkpoint(
 
     Raises LoRAError, which names them, where settings of `identity` were others.
     """
-    state = torch.load(path, weights_only=True, map_location=lora[0].device)
-    before = state["identity"]
+    try:
+        state = torch.load(path, weights_only=True, map_location=lora[0].device)
+        before = state["identity"]
+    except Exception:  # a broken or foreign file may make the unpickler raise anything
+        raise LoRAError(f"{path}: no checkpoint of train_lora.py, or a damaged one: remove it to begin anew") from None
     keys = [key for key in before | identity if before.get(key) != identity.get(key)]
     if changed := [f"{key} was {before.get(key)}, is {identity.get(key)}" for key in keys]:
         raise LoRAError(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")

@@ -63,7 +63,9 @@ BASES = {
     "LoRA": (single(**{"lora_unet_mid.lora_down.weight": 2}), "a LoRA, not a base model; give the model it was"),
     "U-Net": (single(**{"down_blocks.0.resnets.0.norm1.weight": 2}), "a U-Net alone; give the diffusers folder"),
     "VAE": (single(**{"encoder.conv_in.weight": 2}), "a VAE alone; give a whole checkpoint"),
-    "embedding": (single(emb_params=(1, 768)), "not a Stable Diffusion checkpoint: no tensor model.diffusion_model.*"),
+    "embedding": (single(emb_params=(1, 768)), "an embedding, not a base model; give the model that it was made for"),
+    "embedding of ours": (single(**{"<fetal-us>": (1, 768)}), "an embedding, not a base model; give the model"),
+    "something else": (single(x=2), "no tensor model.diffusion_model.*, the first is 'x'; give one of SD 1 or SD 2"),
     "leftover keys": (
         single(**{f"{UNET}mine.{n}": 2 for n in range(7)}),
         "7 unknown tensors: " + ", ".join(f"{UNET}mine.{n}" for n in range(5)) + ", ..; a model of another kind",
@@ -95,10 +97,19 @@ def drop(*names):
     return lambda tensors: [tensors.pop(name) for name in names]
 
 
+STEM = [
+    f"{layer}.{part}"
+    for layer in ("conv_in", "time_embedding.linear_1", "time_embedding.linear_2")
+    for part in ("weight", "bias")
+]
 CHANGES = {
     "missing keys": (
         drop("conv_in.bias", "conv_out.bias"),
         "2 of 434 unet tensors missing: unet.conv_in.bias, unet.co",
+    ),
+    "many missing keys": (
+        drop(*STEM),
+        f"6 of 434 unet tensors missing: {', '.join(f'unet.{name}' for name in STEM[:5])}, ..; fetch it again",
     ),
     "leftover key": (lambda t: t.update(mine=torch.zeros(2)), "1 unknown tensor: mine; a model of another kind"),
     "wrong shape": (lambda t: t.update({"conv_in.bias": torch.zeros(3)}), "conv_in.bias has shape [3], the network"),
@@ -137,11 +148,43 @@ def test_the_training_script_says_the_same(tmp_path, monkeypatch, capsys):
     assert "run `git lfs pull`" in refused("train_lora", flags, tmp_path / "out", monkeypatch, capsys)
 
 
+@pytest.mark.parametrize("content", [b"", LFS, PAGE, pickle.dumps(Payload()), ONE[:20]])
+def test_a_checkpoint_that_training_cannot_go_on_from_is_left_and_named(content, tmp_path, monkeypatch, capsys):
+    shutil.copy(ROOT / "docs" / "mini_after_lora.png", tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a photo")
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(content)
+    flags = ["--images", tmp_path, "--out", tmp_path / "out", "--resume", "--rank", 2, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "train_lora.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "Traceback" not in printed.err and "the payload ran" not in printed.out
+    line = f"train_lora.py: {checkpoint}: no checkpoint of train_lora.py, or a damaged one: remove it to begin anew"
+    assert printed.err.splitlines()[-1] == line
+    assert checkpoint.read_bytes() == content and not (tmp_path / "out" / "lora.safetensors").exists()
+
+
 def test_a_vae_and_an_average_that_are_not_there_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "vae.safetensors").write_bytes(single(**{"lora_unet_mid.lora_down.weight": 2}))
     flags = ["--vae", tmp_path / "vae.safetensors"]
     assert "give a VAE's own file or folder" in refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
     assert "load it without `ema`" in refused("sample", ["--ema"], tmp_path / "out", monkeypatch, capsys)
+
+
+def test_a_tokenizer_that_is_not_the_models_is_named(tmp_path, monkeypatch, capsys):
+    flags = ["--tokenizer", tmp_path / "words", "--count", 1, "--steps", 1]
+    shutil.copytree(MINI / "tokenizer", tmp_path / "words")
+    vocabulary = json.loads((tmp_path / "words" / "vocab.json").read_text())
+    size = json.loads((MINI / "text_encoder" / "config.json").read_text())["vocab_size"]
+    more = {f"word{n}": n for n in range(len(vocabulary), size + 1)}
+    (tmp_path / "words" / "vocab.json").write_text(json.dumps(vocabulary | more))
+    line = refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
+    assert line.endswith(f"{size + 1} tokens, the text encoder knows {size}; pass the right `tokenizer`")
+    (tmp_path / "words" / "merges.txt").unlink()
+    line = refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
+    assert line.startswith(f"{tmp_path / 'words'}: no merges.txt; put those of openai/clip-vit-large-patch14 there")
 
 
 @pytest.fixture(scope="module")
@@ -164,17 +207,20 @@ LORAS = {
     "empty": (b"", "empty, 0 bytes: download it again"),
     "truncated": (ONE[:-6], "not a whole safetensors file: download or convert it again"),
     "pickle": (pickle.dumps(Payload()), "a pickle, which may run code: convert it to safetensors in a sandbox"),
-    "checkpoint": (single(**{f"{UNET}out.2.bias": 4}), "no LoRA among its 1 keys, such as model.diffusion_model.out.2.bias: pass a LoRA file"),
-    "embedding": (single(emb_params=(1, 96)), "a textual inversion"),
+    "checkpoint": (single(**{f"{UNET}out": 4}), f"no LoRA among its 1 keys, such as {UNET}out: pass a LoRA file"),
+    "embedding": (single(emb_params=(1, 96)), "a textual inversion, no LoRA: load it as an embedding"),
     "no down": (lambda t, key: t.pop(f"{key}.lora_down.weight"), "lora_down is missing: the file is damaged"),
     "no up": (lambda t, key: t.pop(f"{key}.lora_up.weight"), "lora_up is missing: the file is damaged"),
     "wrong rank": (put("lora_up.weight", torch.zeros(80, 3)), "the ranks differ or are 0: the file is damaged"),
     "not finite": (lambda t, key: t[f"{key}.lora_up.weight"].fill_(torch.nan), "a value is not finite"),
-    "LoHa": (put("hada_w1_a", torch.zeros(2)), "a LoHa (LyCORIS)"),
-    "LoKr": (put("lokr_w1", torch.zeros(2)), "a LoKr (LyCORIS)"),
-    "DoRA": (put("dora_scale", torch.zeros(2)), "a DoRA"),
-    "LoCon": (put("lora_mid.weight", torch.zeros(2)), "a LoCon with a core tensor (LyCORIS)"),
-    "SDXL": (lambda t, key: t.update({"lora_te2_x.alpha": torch.ones(())}), "for SDXL, with two text encoders"),
+    "LoHa": (put("hada_w1_a", torch.zeros(2)), "a LoHa (LyCORIS): use a plain LoRA"),
+    "LoKr": (put("lokr_w1", torch.zeros(2)), "a LoKr (LyCORIS): use a plain LoRA"),
+    "DoRA": (put("dora_scale", torch.zeros(2)), "a DoRA: use a plain LoRA"),
+    "LoCon": (put("lora_mid.weight", torch.zeros(2)), "a LoCon with a core tensor (LyCORIS): use a plain LoRA"),
+    "SDXL": (
+        lambda t, key: t.update({"lora_te2_x.alpha": torch.ones(())}),
+        "for SDXL, with two text encoders: use one for SD 1 or SD 2",
+    ),
     "leftover keys": (
         lambda t, key: t.update(
             {f"lora_unet_x{n}.lora_{p}.weight": torch.ones(2, 2) for n in range(3) for p in ("down", "up")}
@@ -183,7 +229,11 @@ LORAS = {
     ),
     "for another base": (
         lambda t, key: t.update({key + ".lora_down.weight": torch.zeros(2, 1024)}),
-        "made for another base model",
+        "made for another base model: load it into that one",
+    ),
+    "for SD 2": (
+        lambda t, key: t.update({key.replace("to_q", "to_k") + ".lora_down.weight": torch.zeros(2, 1024)}),
+        "made for another base model (by its shapes SD 2): load it into that one",
     ),
 }
 

@@ -268,8 +268,9 @@ def test_a_bad_file_is_refused_in_one_line_and_changes_nothing(models, file, pro
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("unet:0:up", "cloneofsimo"),
-        ("emb_params", "textual inversion"),
+        ("unet:0:up", "unet:0:up: in the format of cloneofsimo's lora: convert it to kohya's"),
+        ("emb_params", "emb_params: a textual inversion, no LoRA: load it as an embedding"),
+        ("lora_te2_x.alpha", "for SDXL, with two text encoders: use one for SD 1 or SD 2"),
         ("model.diffusion_model.out.2.bias", "no LoRA among its 1 keys, such as model.diffusion_model.out.2.bias"),
     ],
 )
@@ -277,6 +278,14 @@ def test_other_kinds_of_files_are_named(models, tmp_path, key, message):
     save_file({key: torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(LoRAError, match=message):
         load_lora(tmp_path / "other.safetensors", models)
+
+
+@pytest.mark.parametrize(("width", "family"), [(768, "SD 1"), (1024, "SD 2"), (2048, "SDXL")])
+def test_a_file_without_metadata_tells_its_base_by_the_width_of_its_text(models, file, width, family):
+    path = file(_set(f"{TO_K}.lora_down.weight", torch.zeros(4, width)))
+    save_file(load_file(path), path)
+    with pytest.raises(LoRAError, match=rf"another base model \(by its shapes {family}\): load it into that one"):
+        load_lora(path, models)
 
 
 class _Payload:

@@ -1,0 +1,114 @@
+"""LoRAs put into a base model for good, for the programs that want one file or folder:
+
+    python -m lora.merge v1-5-pruned.safetensors fetal.safetensors --strength 0.8 --out fetal-v1-5.safetensors
+
+A command, to be run and never imported: `lora.merge` is the function in layer.py. Alone in this package it needs to
+know Stable Diffusion, and imports `ldm` while it runs.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lora.files import load_lora
+from lora.layer import LoRAError, lora_layers, lora_names, merge, set_strength
+from lora.training import ARCHITECTURES
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    from ldm.cli import DTYPES, add_model_arguments
+
+    parser = argparse.ArgumentParser(prog="python -m lora.merge", description="Merges LoRA files into a base model.")
+    parser.usage = "%(prog)s MODEL LORA [LORA ..] --out OUT [flags]"
+    add = parser.add_argument
+    add_model_arguments(parser, positional=True)
+    add("loras", metavar="LORA", type=Path, nargs="+", help="LoRA files of kohya, PEFT or diffusers, in any order")
+    add("--out", type=Path, required=True, help="the file or folder to write, which must not exist")
+    add("--strength", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
+    add("--to", choices=["single", "folder"], help="webui's file or diffusers' folder (default: by the name of --out)")
+    add("--dtype", choices=DTYPES, help="of the weights that are written (default: the base's own)")
+    args = parser.parse_args(argv)
+    args.to = args.to or ("single" if args.out.suffix == ".safetensors" else "folder")
+    if args.to == "single" and args.out.suffix != ".safetensors":
+        parser.error(f"--out {args.out}: give a single file a name in .safetensors")
+    if args.to == "folder" and args.out.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
+        parser.error(f"--out {args.out}: give a single file a name in .safetensors, a folder one without such an end")
+    if len(args.strength) not in (1, len(args.loras)):
+        parser.error(f"--strength: {len(args.strength)} numbers for {len(args.loras)} LoRAs; give one, or one of each")
+    if len({path.resolve() for path in args.loras}) < len(args.loras):
+        parser.error("LORA: one file twice; give it once, with its --strength")
+    args.strength = args.strength * len(args.loras) if len(args.strength) == 1 else args.strength
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    """Merges in float32, casts once, and writes all or nothing."""
+    from ldm.checkpoint import CheckpointError, save_folder, save_single
+    from ldm.cli import DTYPES, load_model
+    from ldm.shots import lora_hash, model_hash
+    from ldm.weights import open_weights
+
+    if args.out.exists():  # said before a long load
+        raise CheckpointError(f"{args.out}: exists already; remove it first or choose another name")
+    model = load_model(args)
+    networks, merged = {"lora_unet": model.unet, "lora_te": model.text_encoder}, []
+    for path, strength in zip(args.loras, args.strength):
+        load_lora(path, networks, name=str(path))
+        for network in networks.values():
+            if str(path) in lora_names(network):
+                set_strength(network, strength, str(path))
+        merged.append({"name": path.stem, "strength": strength, "hash": lora_hash(path)})
+
+    own = open_weights(next(iter(model.files.values()))).dtype  # of the first file, which holds the U-Net
+    precision = args.dtype or next((name for name in DTYPES if DTYPES[name] == own), "fp32")
+    dtype = DTYPES[precision]
+    for prefix, network in networks.items():
+        merge(network)
+        for where, layer in lora_layers(network).items():
+            if not layer.root.weight.to(dtype).isfinite().all():
+                advice = "give a lower --strength, or --dtype fp32"
+                raise LoRAError(f"{args.out}: {prefix} {where} is not finite in {precision}: {advice}")
+            network.set_submodule(where, layer.root)  # the merged weight under its plain name
+
+    if args.to == "folder":
+        save_folder(model, args.out, dtype)
+    else:
+        side = model.sample_size * model.vae.config.downsampling
+        facts = {
+            "title": args.out.stem,
+            "architecture": ARCHITECTURES.get((model.unet.config.cross_attention_dim, model.prediction_type)),
+            "resolution": f"{side}x{side}",
+            "base": {"name": Path(args.model).stem, "hash": model_hash(model.sha256())},
+        }
+        save_single(args.out, model, dtype, metadata(facts, merged))
+
+
+def metadata(facts: dict, loras: list[dict]) -> dict[str, str]:
+    """What the webui and ComfyUI show of a model: the standard modelspec, and the webui's key for how it was merged.
+
+    facts: `title`, `architecture` or None, `resolution`, and of the `base` its name and the webui's hash
+    loras: of each its `name`, `strength` and the webui's `hash`
+
+    No times and no paths: equal merges say the same.
+    """
+    base = facts["base"]
+    keys = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": facts["architecture"],
+        "modelspec.title": facts["title"],
+        "modelspec.resolution": facts["resolution"],
+        "modelspec.merged_from": ", ".join(part["name"] for part in (base, *loras)),
+        "sd_merge_recipe": json.dumps({"type": "fu-lora", "base": base, "loras": loras}),
+    }
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+if __name__ == "__main__":
+    from ldm.weights import CheckpointError
+
+    try:
+        main(parse_args())
+    except (CheckpointError, LoRAError, OSError) as error:
+        sys.stderr.write(f"lora.merge: {error}\n")
+        sys.exit(2)
