@@ -90,6 +90,8 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if (args.spanish is None) == (args.images is None):
         parser.error("give --spanish DIR or --images DIR, one of the two")
+    if args.images and args.manifest:
+        parser.error("--manifest lists images of --spanish: with --images, all that are in the folder are taken")
     if args.learn_token and args.rare_token:
         parser.error("give --learn-token or --rare-token, not both: a caption names one token")
     if args.rank == 0 and (args.prior or args.train_text_encoder or not args.learn_token):

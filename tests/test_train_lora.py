@@ -389,6 +389,12 @@ def test_the_file_says_how_it_was_trained_in_kohyas_words(trained, tiny):
 # mistakes
 
 
+def test_a_list_of_the_spanish_images_is_refused_beside_a_folder_of_images(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--images", "x", "--manifest", "list.csv", "--out", "y")
+    assert stop.value.code == 2 and "--manifest lists images of --spanish" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -398,6 +404,7 @@ def test_the_file_says_how_it_was_trained_in_kohyas_words(trained, tiny):
         (["--lr", "nan"], "--lr nan"),
         (["--size", "-64"], "--size -64"),
         (["--preset", "papers"], "papers"),
+        (["--images", "z"], "--spanish DIR or --images DIR"),
     ],
 )
 def test_flags_that_cannot_go_together_are_refused_in_one_line(flags, words, capsys):
