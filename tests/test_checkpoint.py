@@ -327,6 +327,7 @@ def test_a_write_to_a_weight_does_not_reach_the_file(folder):
     assert {path: path.read_bytes() for path in files} == files
 
 
+@pytest.mark.slow
 def test_weights_behind_a_header_of_odd_length_are_moved_to_whole_addresses(tiny, folder):
     for name in WEIGHT_FILES:
         path = folder / f"{name}.safetensors"
@@ -363,6 +364,7 @@ def test_of_a_single_file_only_the_wanted_tensors_are_read(single_file, tokenize
     assert not any(key.startswith("model_ema") or key.endswith("position_ids") for key in read)
 
 
+@pytest.mark.slow
 def test_text_keys_may_lack_text_model(tiny, folder, single_file, tokenizer_folder):
     rewrite(single_file, lambda tensors: {k.replace("text_model.", ""): v for k, v in tensors.items()})
     assert_same(load(single_file, tokenizer=tokenizer_folder, config=UNTOLD), parameters(tiny))
@@ -388,6 +390,7 @@ def renamed(tensors, names):
     return result
 
 
+@pytest.mark.slow
 def test_a_vae_with_the_old_attention_names_loads_from_a_folder(tiny, folder):
     path = folder / "vae/diffusion_pytorch_model.safetensors"
     rewrite(path, lambda tensors: renamed(tensors, OLD_NAMES))
@@ -395,6 +398,7 @@ def test_a_vae_with_the_old_attention_names_loads_from_a_folder(tiny, folder):
     assert_same(load(folder), parameters(tiny))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [
@@ -414,6 +418,7 @@ def test_broken_converters_vae_names_and_flat_weights_load_from_a_single_file(
     assert_same(load(single_file, tokenizer=tokenizer_folder, config=UNTOLD), parameters(tiny))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["", ".fp16"])
 def test_shards_and_fp16_names_load_from_a_folder(tiny, folder, variant):
     whole = folder / "unet/diffusion_pytorch_model.safetensors"
@@ -432,6 +437,7 @@ def test_shards_and_fp16_names_load_from_a_folder(tiny, folder, variant):
     assert_same(load(folder), parameters(tiny))
 
 
+@pytest.mark.slow
 def test_the_digests_are_those_of_the_files(folder, single_file, tokenizer_folder):
     digests = load(folder).sha256()
     assert list(digests) == [f"{name}.safetensors" for name in WEIGHT_FILES]
@@ -441,6 +447,7 @@ def test_the_digests_are_those_of_the_files(folder, single_file, tokenizer_folde
     assert digests == {"tiny.safetensors": hashlib.sha256(single_file.read_bytes()).hexdigest()}
 
 
+@pytest.mark.slow
 def test_a_single_files_header_can_state_v_prediction(tmp_path, tokenizer_folder):
     config = Config(
         unet=UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=4),
@@ -470,6 +477,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689\ns
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in\n - Hub</title></head></html>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -533,6 +541,7 @@ def test_a_single_file_of_another_family_is_named(tmp_path, key, message):
         load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (6, "another kind")])
 def test_a_unet_with_other_inputs_is_named(single_file, channels, kind):
     key = "model.diffusion_model.input_blocks.0.0.weight"
@@ -541,6 +550,7 @@ def test_a_unet_with_other_inputs_is_named(single_file, channels, kind):
         load(single_file, config=UNTOLD)
 
 
+@pytest.mark.slow
 def test_missing_tensors_are_counted_and_the_first_five_named(folder, single_file):
     rewrite(single_file, lambda tensors: {k: v for k, v in tensors.items() if "first_stage" not in k})
     with pytest.raises(CheckpointError, match=r"248 of 248 vae tensors missing: (vae\.[\w.]+, ){5}\.\.; fetch it"):
@@ -550,6 +560,7 @@ def test_missing_tensors_are_counted_and_the_first_five_named(folder, single_fil
         load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key",
     [
@@ -566,6 +577,7 @@ def test_an_unknown_tensor_is_an_error(single_file, key):
         load(single_file, config=UNTOLD)
 
 
+@pytest.mark.slow
 def test_an_unknown_tensor_in_a_folder_is_an_error(folder):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     rewrite(path, lambda tensors: tensors | {"add_embedding.linear_1.weight": torch.zeros(3)})
@@ -573,6 +585,7 @@ def test_an_unknown_tensor_in_a_folder_is_an_error(folder):
         load(folder)
 
 
+@pytest.mark.slow
 def test_two_tensors_for_one_parameter_are_an_error(folder):
     path = folder / "text_encoder/model.safetensors"
     rewrite(path, lambda tensors: tensors | {"final_layer_norm.weight": torch.zeros(12)})
@@ -580,6 +593,7 @@ def test_two_tensors_for_one_parameter_are_an_error(folder):
         load(folder)
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_is_told_with_the_files_own_key(single_file):
     key = "model.diffusion_model.middle_block.1.proj_in.weight"
     rewrite(single_file, lambda tensors: tensors | {key: torch.zeros(24, 23, 1, 1)})
@@ -588,6 +602,7 @@ def test_a_wrong_shape_is_told_with_the_files_own_key(single_file):
         load(single_file, config=UNTOLD)
 
 
+@pytest.mark.slow
 def test_heads_and_groups_that_do_not_divide_the_widths_are_an_error(single_file):
     with pytest.raises(CheckpointError, match="8 channels do not divide into 32 U-Net norm groups; pass the right"):
         load(single_file)
@@ -600,6 +615,7 @@ def test_heads_and_groups_that_do_not_divide_the_widths_are_an_error(single_file
             load(single_file, config=config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -620,6 +636,7 @@ def test_a_folder_beyond_these_networks_is_an_error(folder, file, change, messag
         load(folder)
 
 
+@pytest.mark.slow
 def test_an_incomplete_folder_is_an_error(folder):
     (folder / "scheduler/scheduler_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"scheduler_config\.json: not JSON"):
@@ -698,6 +715,7 @@ def test_prompts_are_encoded_at_the_towers_own_length(tiny):
 # --- writing
 
 
+@pytest.mark.slow
 def test_a_folder_saved_in_float16_halves_and_loads_alike(tiny, folder, tmp_path):
     save_folder(tiny, tmp_path / "half", dtype=torch.float16)
     for name in WEIGHT_FILES:

@@ -18,6 +18,8 @@ from eval.tsne import tsne
 from planes import PLANES
 from planes.datasets import Record
 
+pytestmark = pytest.mark.slow
+
 CLASSES = [str(plane) for plane in PLANES]
 
 

@@ -17,6 +17,8 @@ from ldm.checkpoint import CheckpointError, load
 from ldm.folder import network_files, weight_files
 from ldm.hub import find_model, resolve_model
 
+pytestmark = pytest.mark.slow
+
 READ = [  # of a diffusers folder
     "model_index.json",
     "scheduler/scheduler_config.json",

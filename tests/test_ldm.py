@@ -115,6 +115,7 @@ def test_every_norm_has_the_epsilon_of_the_original():
         assert {m.eps for m in network.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_agrees_with_diffusers(name):
     """Within 1e-5 of the largest output; two summation orders in float32 differ by about 1e-6."""
@@ -139,6 +140,7 @@ def test_the_unet_agrees_with_diffusers(name):
             assert_near(ours(latents, t, context), theirs(latents, t, context).sample, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VAES)
 def test_the_vae_agrees_with_diffusers(name):
     """Within 1e-5 of the largest value, moments and decoded images."""

@@ -347,6 +347,7 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(models, trained, t
     assert path.read_bytes() == older and [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.slow
 def test_diffusers_reads_our_file_to_the_same_weights_and_output(models, trained, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")

@@ -392,6 +392,7 @@ def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout):
     diffusers = pytest.importorskip("diffusers")

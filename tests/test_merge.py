@@ -18,6 +18,8 @@ from ldm.shots import lora_hash
 from lora.files import load_lora, save_lora
 from lora.layer import inject, lora_layers, lora_names, set_strength
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(77)[None] + 90
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -46,6 +46,7 @@ def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini)
     assert len(images) == 100 and psnr.mean() >= 22
 
 
+@pytest.mark.slow
 def test_diffusers_opens_the_folder_and_predicts_the_same_noise(mini):
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DConditionModel.from_pretrained(MINI / "unet").eval()

@@ -10,6 +10,8 @@ from eval.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
 from eval.preview import Selections, missing_weights
 from ldm import MINI
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 

@@ -63,6 +63,7 @@ def test_fid_kid_and_prdc_agree_with_stored_values_of_torch_fidelity_and_prdc_wi
     assert_agrees(case, json.loads((REFERENCES / "quality.json").read_text())["values"][case])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_fid_kid_and_prdc_agree_with_torch_fidelity_and_prdc_run_now_within_1e_6(case):
     pytest.importorskip("torch_fidelity")

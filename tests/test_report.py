@@ -22,6 +22,8 @@ from eval.report import PHANTOMS, Context, build
 from eval.results import METRICS, ResultError, estimate, read_result, require_same_test
 from planes import PLANES
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 COUNTRIES = ("Algeria", "Egypt", "Ghana")
 N = 48  # four planes of twelve patients

@@ -8,7 +8,8 @@ import torch
 
 from samplers import Denoiser, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 
-diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.slow
+
 SCHEDULE = NoiseSchedule()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 CONTEXT = torch.zeros(2, 1, 1)
@@ -34,6 +35,11 @@ def assert_near(x, reference):
     assert (x - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
+@pytest.fixture(scope="module")
+def diffusers():
+    return pytest.importorskip("diffusers")
+
+
 @pytest.fixture
 def unit():
     return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
@@ -42,7 +48,7 @@ def unit():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras"])
 @pytest.mark.parametrize("steps", [5, 20])
-def test_euler_is_diffusers_euler_discrete_scheduler(unit, spacing, prediction_type, steps):
+def test_euler_is_diffusers_euler_discrete_scheduler(diffusers, unit, spacing, prediction_type, steps):
     karras = spacing == "karras"
     theirs = diffusers.EulerDiscreteScheduler(
         **BETAS,
@@ -68,7 +74,7 @@ def test_euler_is_diffusers_euler_discrete_scheduler(unit, spacing, prediction_t
     ],
 )
 @pytest.mark.parametrize("steps", [5, 20])
-def test_unipc_is_diffusers_unipc_multistep_scheduler(unit, spacing, final, order, variant, steps):
+def test_unipc_is_diffusers_unipc_multistep_scheduler(diffusers, unit, spacing, final, order, variant, steps):
     karras = spacing == "karras"
     theirs = diffusers.UniPCMultistepScheduler(
         **BETAS,
@@ -83,7 +89,9 @@ def test_unipc_is_diffusers_unipc_multistep_scheduler(unit, spacing, final, orde
     assert_near(x / math.hypot(1, nodes.sigmas[-1]), by_diffusers(theirs, steps, unit))
 
 
-def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_for_its_fractional_times(unit):
+def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_for_its_fractional_times(
+    diffusers, unit
+):
     theirs = diffusers.UniPCMultistepScheduler(
         **BETAS, solver_order=3, solver_type="bh1", timestep_spacing="linspace", final_sigmas_type="sigma_min"
     )
@@ -92,7 +100,7 @@ def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_f
     assert_near(x / math.hypot(1, nodes.sigmas[-1]), by_diffusers(theirs, 20, unit))
 
 
-def test_add_noise_is_diffusers_ddpm_scheduler_s():
+def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
     t = torch.arange(0, 1000, 7)
     latents, noise = (torch.randn(len(t), 2, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     theirs = diffusers.DDPMScheduler(**BETAS)

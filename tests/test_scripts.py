@@ -64,6 +64,7 @@ def sampled(trained, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_training_writes_a_kohya_file_the_losses_and_a_record(trained):
     with safe_open(trained / "lora.safetensors", "pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
@@ -77,6 +78,7 @@ def test_training_writes_a_kohya_file_the_losses_and_a_record(trained):
     assert (trained / "samples" / "step000005.png").exists()
 
 
+@pytest.mark.slow
 def test_training_moves_b_away_from_zero(trained):
     weights = load_file(trained / "lora.safetensors")
     assert all(w.abs().max() > 0 for key, w in weights.items() if "lora_up" in key)
@@ -138,6 +140,7 @@ def test_a_folder_of_captioned_images_trains_too(spanish, tmp_path):
     assert (tmp_path / "out" / "lora.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_sampling_writes_images_a_manifest_and_a_contact_sheet(sampled):
     rows = list(csv.DictReader((sampled / "manifest.csv").read_text().splitlines()))
     assert len(rows) == 2 * 2 * 2 and {row["sampler"] for row in rows} == {"euler", "unipc"}
@@ -164,6 +167,7 @@ def test_the_same_seed_samples_the_same_files_and_batches_do_not_matter(sampled,
         assert np.abs(one - two).max() <= 1  # a batch of another size may round the last bit otherwise
 
 
+@pytest.mark.slow
 def test_what_is_there_and_whole_is_not_made_again(sampled, trained):
     kept, cut, gone = sorted((sampled / "brain").glob("*.png"))[:3]
     before, time = {path: pixels(path) for path in (cut, gone)}, kept.stat().st_mtime_ns
@@ -187,6 +191,7 @@ def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
     assert first.read_bytes() != before
 
 
+@pytest.mark.slow
 def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
     few = ["--planes", "brain", "--samplers", "euler"]
     run("sample", *sample_flags(tmp_path / "zero", "--lora", trained / "lora.safetensors", "--lora-weight", 0, *few))
@@ -261,6 +266,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_differs_in_any_file_makes_the_images_again(tmp_path):
     few = ["--planes", "brain", "--samplers", "euler"]
     other = tmp_path / "model"
