@@ -224,7 +224,7 @@ def test_training_moves_the_token_alone_and_sampling_names_it(inverted, base, tm
     with_it, without = (table(tmp_path / name / "manifest.csv") for name in ("with", "without"))
     assert {row["prompt"] for row in with_it} == {f"a photo of {TOKEN} fetal brain"}
     assert {row["prompt"] for row in without} == {PROMPTS["brain"]}
-    assert with_it[0]["model"] != without[0]["model"]
+    assert with_it[0]["model_hash"] != without[0]["model_hash"]
 
 
 def test_a_resumed_run_goes_on_with_the_token_and_other_settings_are_refused(inverted, spanish, tmp_path, monkeypatch):
