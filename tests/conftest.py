@@ -1,5 +1,16 @@
-"""Before torch is imported: a thread for each of the processes that share the cores."""
+"""Tests in up to four processes where pytest-xdist is installed, each with one thread, which torch reads at import."""
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """As if `-n auto --maxprocesses 4 --dist loadfile` were given, since a file's tests share fixtures; -n 0: one."""
+    options, in_worker = config.option, "PYTEST_XDIST_WORKER" in os.environ
+    free = config.pluginmanager.hasplugin("xdist") and not in_worker and not options.usepdb
+    if free and options.numprocesses is None:
+        options.numprocesses, options.dist = min(os.cpu_count() or 1, 4), "loadfile"
