@@ -33,7 +33,7 @@ from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import ImageError, decode_images, read_image
 from ldm.infotext import lora_tags
 from ldm.prompts import encode_weighted
-from ldm.shots import Shot, is_saved, lora_hash, model_hash, read_shot, require_same, save_shot, write_loras
+from ldm.shots import Shot, is_saved, lora_hashes, lora_labels, model_hash, read_shot, require_same, save_shot, tags
 from lora.files import load_lora
 from lora.layer import LoRAError, lora_names, merge, set_strength
 from planes import PLANES
@@ -112,8 +112,8 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out}: its manifest.csv of --like's own run would be lost; give another folder")
     if "<lora:" in f"{args.prompt} {args.negative_prompt}":
         parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight; the PNGs then have the tags")
-    if len({path.stem for path in args.lora}) < len(args.lora):
-        parser.error("--lora: two files of one name, which images would not tell apart; rename one")
+    if len({*lora_labels(args.lora)}) < len(args.lora):
+        parser.error("--lora: two files of one name in folders of one name; rename one")
     return args
 
 
@@ -216,7 +216,7 @@ def main(args):
     # LoRAs, each at its weight, and the learned token
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
     weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
-    loras = [(path.stem, weight) for path, weight in zip(args.lora, weights)]
+    loras = [*zip(lora_labels(args.lora), weights)]
     for path, (name, weight) in zip(args.lora, loras):
         trained_with = load_lora(path, networks, name).metadata.get("ss_clip_skip", "None")
         if trained_with not in ("None", str(args.clip_skip)):
@@ -238,8 +238,8 @@ def main(args):
         "guidance": args.guidance_scale,
         "width": width,
         "height": height,
-        "loras": write_loras(loras),
-        "lora_hashes": ", ".join(f"{path.stem}: {lora_hash(path)}" for path in args.lora),
+        "loras": tags(loras),
+        "lora_hashes": lora_hashes(args.lora),
         "init_image": sha256(args.init_image)[:10] if args.init_image else "",
         "model": Path(args.model).name.removesuffix(".safetensors"),
         "model_hash": model_hash(hashes),

@@ -204,7 +204,7 @@ def _webui_shot(info: Infotext) -> Shot:
         clip_skip=int(settings.get("Clip skip", 1)),
         spacing=WEBUI_SCHEDULES[schedule],
         order=int(settings["UniPC order"]) if "UniPC order" in settings else None,
-        loras=write_loras(loras),
+        loras=tags(loras),
         lora_hashes=settings.get("Lora hashes", ""),
         init_image="",
         strength=None,
@@ -213,7 +213,18 @@ def _webui_shot(info: Infotext) -> Shot:
     )
 
 
-def write_loras(loras: Sequence[tuple[str, float]]) -> str:
+def lora_labels(paths: Sequence[Path]) -> list[str]:
+    """What LoRAs are called in the text: by their files, and by their folders too where two files have one name."""
+    stems = [path.stem for path in paths]
+    return [s if stems.count(s) == 1 else f"{path.absolute().parent.name}-{s}" for s, path in zip(stems, paths)]
+
+
+def lora_hashes(paths: Sequence[Path]) -> str:
+    """The webui's "Lora hashes"."""
+    return ", ".join(f"{label}: {lora_hash(path)}" for label, path in zip(lora_labels(paths), paths))
+
+
+def tags(loras: Sequence[tuple[str, float]]) -> str:
     """Names and weights of LoRAs as the webui's users write them into a prompt."""
     return " ".join(f"<lora:{name}:{_number(weight)}>" for name, weight in loras)
 

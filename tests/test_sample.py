@@ -240,6 +240,20 @@ def test_loras_add_up_in_any_order_and_each_has_its_weight(tiny, loras, tmp_path
     assert np.array_equal(image("one for all", loras, [0.5]), image("one each", loras, [0.5, 0.5]))
 
 
+def test_loras_of_one_name_are_told_apart_by_their_folders(tiny, loras, tmp_path, capsys):
+    files = [tmp_path / folder / "lora.safetensors" for folder in ("kohya", "paper")]
+    for file, lora in zip(files, loras):
+        file.parent.mkdir()
+        file.write_bytes(lora.read_bytes())
+    run = sample(tmp_path / "run", "--model", tiny, "--lora", *files, "--prompt", "a femur", "--seeds", 1)
+    said = parse_parameters(text(run / "prompt" / "euler_1.png")["parameters"])
+    assert said.prompt == "a femur <lora:kohya-lora:1> <lora:paper-lora:1>"
+    assert said.settings["Lora hashes"].startswith(f"kohya-lora: {data_sha256(files[0])[:12]}, paper-lora: ")
+    with pytest.raises(SystemExit):
+        sample(tmp_path / "out", "--model", tiny, "--lora", files[0], files[0], "--prompt", "a femur")
+    assert "two files of one name" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_brackets_weigh_words_and_a_weight_of_one_changes_nothing(tiny, tmp_path):
     plain, one, more = (
