@@ -10,6 +10,7 @@ image to the bit, fills a batch of the same size.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -35,7 +36,7 @@ from ldm.infotext import lora_tags
 from ldm.prompts import encode_weighted
 from ldm.shots import Shot, is_saved, lora_hashes, lora_labels, model_hash, read_shot, require_same, save_shot, tags
 from lora.files import load_lora
-from lora.layer import LoRAError, lora_names, merge, set_strength
+from lora.layer import LoRAError, merge
 from planes import PLANES
 from planes.captions import choose_prompt, read_prompts, with_token
 from planes.datasets import DatasetError
@@ -120,10 +121,10 @@ def parse_args(argv=None):
 def settings_of(like: Path) -> dict[str, object]:
     """Defaults of the flags by which an image is made again, with the files that its run names where it still lies."""
     shot, _ = read_shot(like)
-    recorded = {}
-    if str(like.resolve()).endswith(f"/{shot.image}"):
-        record = like.resolve().parents[len(Path(shot.image).parts) - 1] / "args.json"
-        recorded = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
+    recorded, run = {}, like.resolve().parent.parent
+    if like.resolve() == run / shot.image:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # without a record the files are the flags' to name
+            recorded = json.loads((run / "args.json").read_text(encoding="utf-8"))["arguments"]
     files = ("model", "tokenizer", "vae", "ema", "prediction_type", "lora", "embedding", "token", "init_image", "dtype")
     found = {name: recorded[name] for name in files if recorded.get(name)}
     found |= {"lora": [Path(file) for file in found.get("lora", ())]}
@@ -152,8 +153,8 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
     """
     for plane in args.planes:
         for sampler in args.samplers:
-            group = [*PLANES, "prompt"].index(plane) % len(PLANES) * len(SAMPLERS) + [*SAMPLERS].index(sampler)
-            first = args.seed + SEEDS_APART * group
+            number = PLANES.index(plane) if plane in PLANES else 0
+            first = args.seed + SEEDS_APART * (number * len(SAMPLERS) + [*SAMPLERS].index(sampler))
             yield [
                 Shot(
                     image=f"{plane}/{sampler}_{seed}.png",
@@ -218,12 +219,9 @@ def main(args):
     weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
     loras = [*zip(lora_labels(args.lora), weights)]
     for path, (name, weight) in zip(args.lora, loras):
-        trained_with = load_lora(path, networks, name).metadata.get("ss_clip_skip", "None")
+        trained_with = load_lora(path, networks, name, weight).metadata.get("ss_clip_skip", "None")
         if trained_with not in ("None", str(args.clip_skip)):
             print(f"{path}: was trained with clip skip {trained_with}, this is --clip-skip {args.clip_skip}")
-        for network in networks.values():
-            if name in lora_names(network):
-                set_strength(network, weight, name)
     for network in networks.values():
         merge(network)
     hashes, token = model.sha256(), args.rare_token

@@ -144,7 +144,7 @@ def main(args):
         print(f"the token {args.learn_token} begins at {args.init_word}: {learned.vector.numel()} parameters")
     parameters = [parameter for group in groups for parameter in group["params"]]
 
-    # text embeddings: once, unless they depend on what is trained
+    # text embeddings: now, which also finds a clip skip too deep, and again where they depend on what is trained
     texts = [image.caption for image in images] + [prompt for _, prompt in prior]
     shown = sorted({image.caption for image in images})
     captions = [*shown, *sorted({*texts} - {*shown}), ""]

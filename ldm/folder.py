@@ -20,7 +20,7 @@ Json = dict[str, Any]
 
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
 
-_VARIANTS = ("", ".fp16", ".bf16")
+VARIANTS = ("", ".fp16", ".bf16")  # of a network's files, in the order of preference
 _FAMILIES = {  # how a pipeline's class is called -> what the model is
     "StableDiffusionXL": "an SDXL",
     "StableDiffusion3": "an SD 3",
@@ -173,8 +173,8 @@ def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
 
 def network_files(folder: Path, stem: str) -> Iterator[Path]:
     """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and `.bf16`."""
-    whole = [f"{stem}{variant}.safetensors" for variant in _VARIANTS]
-    names = [name for v, file in zip(_VARIANTS, whole) for name in (file, f"{stem}.safetensors.index{v}.json")]
+    whole = [f"{stem}{variant}.safetensors" for variant in VARIANTS]
+    names = [name for v, file in zip(VARIANTS, whole) for name in (file, f"{stem}.safetensors.index{v}.json")]
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
         pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.folder import WEIGHTS
+from ldm.folder import VARIANTS, WEIGHTS
 from ldm.weights import CheckpointError
 
 _READS = {  # what is taken of a repository -> files; weights may as well be in half precision or in shards
@@ -39,7 +39,6 @@ _READS = {  # what is taken of a repository -> files; weights may as well be in 
     "vae": ("config.json", f"{WEIGHTS['vae']}.safetensors"),
     "tokenizer": ("merges.txt", "vocab.json"),
 }
-_VARIANTS = ("", ".fp16", ".bf16")  # as `ldm.folder.network_files` prefers them
 _SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"} | {
     f"stabilityai/{name}": f"sd2-community/{name}"
     for name in ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
@@ -133,7 +132,7 @@ def _choose(part: str, names: Collection[str], file: str | None = None) -> tuple
 def _weights(name: str, names: Collection[str]) -> list[str]:
     """The files of a network's weights in the first precision that is there whole."""
     stem = name.removesuffix(".safetensors")
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
         if whole in names:
             return [whole]

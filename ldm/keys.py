@@ -189,7 +189,7 @@ _BESIDE: Table = (
     | _under("first_stage_model", "vae", _VAE)
     | dict.fromkeys(
         (
-            "model_ema",  # a second U-Net, averaged; its names have lost their dots, see single_file.averaged
+            "model_ema",  # a second U-Net, averaged; its names have lost their dots, see single_file.locate_single_file
             "v_pred",  # a mark of v-prediction
             "betas",
             "alphas_cumprod",

@@ -17,19 +17,22 @@ OWN_CHUNK = "fu-lora"  # beside the webui's `parameters`: the same settings exac
 WEBUI_SAMPLERS = {"euler": "Euler", "unipc": "UniPC"}
 WEBUI_SCHEDULES = {"Automatic": None, "Uniform": None, "Karras": "karras"}
 WEBUI_SETTINGS = (
-    *("Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "VAE hash", "VAE"),
-    *(
-        "Clip skip",
-        "RNG",
-        "UniPC order",
-        "Lora hashes",
-        "TI hashes",
-        "TI",
-        "Batch size",
-        "Batch pos",
-        "Version",
-        "User",
-    ),
+    "Steps",
+    "Sampler",
+    "Schedule type",
+    "CFG scale",
+    "Seed",
+    "Size",
+    "Model hash",
+    "Model",
+    "Clip skip",
+    "RNG",
+    "UniPC order",
+    "Lora hashes",
+    "Batch size",
+    "Batch pos",
+    "Version",
+    "User",
 )
 """What of the webui's settings can be followed, or says nothing about the pixels."""
 

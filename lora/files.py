@@ -15,7 +15,7 @@ from torch import nn
 
 from lora.export import write
 from lora.formats import LoRAFile, Pair, kohya_name, no_place, read
-from lora.layer import LoRAError, LoRALayer, adaptable, lora_layers, lora_names, unfit
+from lora.layer import LoRAError, LoRALayer, adaptable, check_strength, lora_layers, lora_names, unfit
 
 Models = Mapping[str, nn.Module]
 
@@ -64,16 +64,18 @@ def save_lora(
     write(path, pairs, metadata or {}, layout, dtype)
 
 
-def load_lora(path: str | Path, models: Models, name: str = "lora") -> LoRASummary:
+def load_lora(path: str | Path, models: Models, name: str = "lora", strength: float = 1.0) -> LoRASummary:
     """Injects a LoRA file into models: all of the file, or nothing and a LoRAError that names file, layer and shapes.
 
     path: of a file in any of the layouts in formats.py, or of PEFT's folder
     models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; they are frozen, and the LoRA can be trained on
     name: tells it from those that the models have already, which are frozen too and to which it is added
+    strength: of all its layers, as by set_strength
 
     Each layer has its own rank and alpha. A file that was made for another base model, that holds a key without a
     place, a weight that is not finite or a variant other than plain LoRA is refused.
     """
+    check_strength(strength)
     for prefix, model in models.items():
         if name in lora_names(model):
             raise LoRAError(
@@ -101,6 +103,7 @@ def load_lora(path: str | Path, models: Models, name: str = "lora") -> LoRASumma
         model.requires_grad_(False)
     for (prefix, where), (base, pair) in layers.items():
         layer = LoRALayer(base, len(pair.down), pair.alpha, name=name)
+        layer.strength = float(strength)
         with torch.no_grad():
             layer.A.copy_(pair.down.flatten(1))
             layer.B.copy_(pair.up.flatten(1))

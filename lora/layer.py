@@ -221,8 +221,7 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
 
     Raises LoRAError where it is merged, or none has the name.
     """
-    if not math.isfinite(strength):
-        raise LoRAError(f"strength {strength}: must be a finite number")
+    check_strength(strength)
     _check_name(model, name)
     layers = lora_layers(model)
     for path, layer in layers.items():
@@ -266,6 +265,12 @@ def remove(model: nn.Module, name: str | None = None) -> None:
             lora.base = module
             module = lora
         model.set_submodule(path, module)
+
+
+def check_strength(strength: float) -> None:
+    """Raises LoRAError for what is no strength."""
+    if not math.isfinite(strength):
+        raise LoRAError(f"strength {strength}: must be a finite number")
 
 
 def _check_name(model: nn.Module, name: str | None) -> None:

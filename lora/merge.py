@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from lora.files import load_lora
-from lora.layer import LoRAError, lora_layers, lora_names, merge, set_strength
+from lora.layer import LoRAError, lora_layers, merge
 from lora.training import ARCHITECTURES
 
 
@@ -54,10 +54,7 @@ def main(args: argparse.Namespace) -> None:
     model = load_model(args)
     networks, merged = {"lora_unet": model.unet, "lora_te": model.text_encoder}, []
     for path, strength in zip(args.loras, args.strength):
-        load_lora(path, networks, name=str(path))
-        for network in networks.values():
-            if str(path) in lora_names(network):
-                set_strength(network, strength, str(path))
+        load_lora(path, networks, str(path), strength)
         merged.append({"name": path.stem, "strength": strength, "hash": lora_hash(path)})
 
     own = open_weights(next(iter(model.files.values()))).dtype  # of the first file, which holds the U-Net
@@ -79,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
             "title": args.out.stem,
             "architecture": ARCHITECTURES.get((model.unet.config.cross_attention_dim, model.prediction_type)),
             "resolution": f"{side}x{side}",
-            "base": {"name": Path(args.model).stem, "hash": model_hash(model.sha256())},
+            "base": {"name": Path(args.model).name.removesuffix(".safetensors"), "hash": model_hash(model.sha256())},
         }
         save_single(args.out, model, dtype, metadata(facts, merged))
 

@@ -194,6 +194,15 @@ def test_like_keeps_sampler_order_spacing_size_and_the_varied_image(tiny, photog
         assert np.array_equal(pixels(again), pixels(path)) and pixels(path).shape == (48, 64, 3)
 
 
+def test_like_beside_a_record_that_is_none_takes_the_files_from_the_flags(run, tiny, loras, tmp_path):
+    path = tmp_path / "run" / "prompt" / "euler_5.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes((run / "prompt" / "euler_5.png").read_bytes())
+    (tmp_path / "run" / "args.json").write_text("{")
+    again = sample(tmp_path / "out", "--like", path, "--model", tiny, "--lora", *loras)
+    assert np.array_equal(pixels(again / "prompt" / "euler_5.png"), pixels(path))
+
+
 def test_a_run_that_goes_on_makes_the_same_bits(run, asked):
     """Also where one of two images of a batch is there: its neighbour is made in a batch of two as before."""
     lost, kept = (run / "prompt" / f"euler_{seed}.png" for seed in (5, 7))
@@ -313,6 +322,7 @@ def places(run, tiny, loras, photograph, tmp_path):
         "dpm": WEBUI.format("DPM++ 2M", ""),
         "exponential": WEBUI.format("Euler", ", Schedule type: Exponential"),
         "hires": WEBUI.format("Euler", ", Hires upscale: 2"),
+        "vae": WEBUI.format("Euler", ", VAE hash: 0123456789, VAE: other"),
         "model": WEBUI.format("Euler", ", Model hash: 0123456789"),
         "seedless": "a femur\nSteps: 2, Sampler: Euler, CFG scale: 4, Size: 64x64",
     }
@@ -354,6 +364,7 @@ def places(run, tiny, loras, photograph, tmp_path):
         ("--like {here}/dpm.png", "DPM++ 2M"),
         ("--like {here}/exponential.png", "Exponential"),
         ("--like {here}/hires.png", "Hires upscale"),
+        ("--like {here}/vae.png", "VAE hash, VAE: not done here"),
         ("--like {here}/seedless.png", "Seed"),
         ("--like {here}/model.png", "0123456789"),
         ("--like {here}/moved.png --lora {sharp} {fetal}", "moved.png"),
