@@ -1,100 +1,249 @@
 """Generic ultrasound scenes with generic captions: what the embedded miniature model is pre-trained on.
 
-Discs, rings, rods, layers and clusters in speckled tissue, seen by every kind of probe, and words for what is there.
-No plane of the paper is drawn or named here: teaching those is the LoRA's job.
+Discs, rings, arcs, rods and layers in speckled tissue, alone, in groups of two to seven alike, and one in the other,
+seen by every kind of probe; and words for what is there and for how it looks. No plane of the paper is drawn or named
+here: choosing among these shapes and arranging them is the LoRA's job.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from planes.scanner import FLUID, Probe, Rng, Tissue, annotate, scan
+from planes.style import style_words, with_style
 
-LEVELS = {"black": (-62, -50), "dark": (-42, -32), "grey": (-26, -18), "bright": (-12, 2)}  # echo levels, dB
-SIZES = {"small": (0.05, 0.13), "medium": (0.13, 0.26), "large": (0.26, 0.45)}  # half axes, depths
-KINDS = ("disc", "ring", "rod", "layer", "cluster", "broken ring")
+LEVELS = {  # echo levels, dB, by the words that sonographers use
+    "anechoic": (-62, -48),
+    "hypoechoic": (-40, -29),
+    "isoechoic": (-27, -18),
+    "hyperechoic": (-12, 3),
+}
+SIZES = {"small": (0.03, 0.1), "medium": (0.1, 0.24), "large": (0.24, 0.46)}  # half axes, depths
+NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where shapes are put: the whole image, or the inside of a shape; u and v run from -1 to 1 within it."""
+
+    cx: float
+    cy: float
+    rx: float
+    ry: float
+    angle: float = 0.0
+
+    def at(self, u: float, v: float) -> tuple[float, float]:
+        c, s = np.cos(self.angle), np.sin(self.angle)
+        return self.cx + c * self.rx * u - s * self.ry * v, self.cy + s * self.rx * u + c * self.ry * v
+
+
+IMAGE = Frame(0.0, 0.52, 0.38, 0.34)
 
 
 def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
     """A random scene as a grey image (size, size) and its caption."""
     wide, fine, clear = rng.random(3)
     probe = Probe(
-        width=round(size * rng.uniform(1.4, 2.2)),
-        height=round(size * rng.uniform(1.3, 1.7)),
-        half_angle=0.35 + 0.4 * wide,
+        width=round(size * rng.uniform(1.2, 1.8)),
+        height=round(size * rng.uniform(1.0, 1.4)),
+        half_angle=0.38 + 0.34 * wide,
         radius=rng.uniform(0.1, 0.8),
         axial=0.003 + 0.006 * (1 - fine),
         lateral=0.009 + 0.016 * (1 - fine),
-        dynamic_range=rng.uniform(38, 64),
-        gain=rng.uniform(-3, 9),
-        tgc=rng.uniform(-6, 8),
+        dynamic_range=rng.uniform(36, 68),
+        gain=rng.uniform(-12, 9),
+        tgc=rng.uniform(-8, 8),
         noise=-62 + 20 * (1 - clear),
-        looks=int(rng.choice([1, 2, 4], p=[0.5, 0.3, 0.2])),
+        looks=int(rng.choice([1, 2, 3, 4], p=[0.4, 0.25, 0.2, 0.15])),
     )
-    tissue = Tissue(probe, rng, level=rng.uniform(-40, -18))
+    tissue = Tissue(probe, rng, level=rng.triangular(-42, -24, -18))
     words = []
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         tissue.paint(tissue.ellipse(rng.normal(0, 0.1), rng.uniform(0.35, 0.65), *rng.uniform(0.3, 0.6, 2)), FLUID)
         words.append("fluid")
-    for _ in range(rng.choice([1, 2, 3, 4, 5], p=[0.15, 0.25, 0.25, 0.2, 0.15])):
-        words.append(_shape(tissue, rng))
+    if rng.random() < 0.15:
+        words.append(_layer(tissue, rng))
+    # now one large thing with things in it, now several beside each other
+    if rng.random() < 0.65:
+        words.append(_container(tissue, rng, IMAGE, deep=True))
+        count = rng.choice([0, 1, 2], p=[0.6, 0.3, 0.1])
+    else:
+        count = rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.2, 0.15])
+    for _ in range(count):
+        draw = (_single, _single, _group, _rod, _container)[rng.integers(5)]
+        words.append(draw(tissue, rng, IMAGE))
     image = scan(tissue, probe, rng)
     if rng.random() < 0.5:
         image = annotate(image, rng, letters=int(rng.integers(3, 14)))
-    style = [
+    picture = _crop(image, rng).resize((size, size), Image.Resampling.BICUBIC)
+    looks = [
         ("narrow", "wide")[int(wide > 0.5)],
         ("coarse", "fine")[int(fine > 0.5)],
         ("noisy", "clear")[int(clear > 0.5)],
     ]
-    keep = rng.random() < 0.7
-    caption = "a photo of " + ", ".join(words[:5] + ([" ".join(style)] if keep else []))
-    return _frame(image, rng).resize((size, size), Image.Resampling.BICUBIC), caption
+    looks = [" ".join(word for word in looks if rng.random() < 0.5)]
+    words = [word for word in words if rng.random() < 0.9]  # a prompt need not say all
+    style = [word for word in style_words(picture) if rng.random() < 0.7]
+    said = ", ".join(word for word in (*words, *looks) if word) or "ultrasound"
+    return picture, with_style(f"a photo of {said}", style)
 
 
-def _shape(tissue: Tissue, rng: Rng) -> str:
-    """Paint one random shape; returns the words for it."""
-    kind, level, size = (str(rng.choice(list(words))) for words in (KINDS, LEVELS, SIZES))
-    echo, half = rng.uniform(*LEVELS[level]), rng.uniform(*SIZES[size])
-    cx, cy = rng.uniform(-0.35, 0.35), rng.uniform(0.2, 0.85)
-    if size == "large":  # large things lie where they can be seen
-        cx, cy = 0.4 * cx, 0.5 + 0.4 * (cy - 0.5)
-    angle, ratio, thick = rng.uniform(0, np.pi), rng.uniform(0.5, 1.0), rng.uniform(0.014, 0.045)
-    shadow = rng.random() < 0.4 and level == "bright"
-    attenuation = rng.uniform(8, 160) if shadow else rng.uniform(0, 3)
-    if kind == "disc":
-        tissue.paint(tissue.ellipse(cx, cy, half, ratio * half, angle), echo, attenuation if shadow else 1.0)
-    elif kind == "ring":
-        if rng.random() < 0.5:
-            tissue.paint(tissue.ellipse(cx, cy, half, ratio * half, angle), rng.uniform(-60, -18))
-        tissue.paint(tissue.ring(cx, cy, half, ratio * half, thick, angle), echo, attenuation)
-    elif kind == "broken ring":
-        count = rng.integers(4, 10)
-        for turn in np.arange(count) * 2 * np.pi / count + rng.uniform(0, 1):
-            u, v = half * np.cos(turn), ratio * half * np.sin(turn)
-            x, y = cx + np.cos(angle) * u - np.sin(angle) * v, cy + np.sin(angle) * u + np.cos(angle) * v
-            tissue.paint(tissue.rod(x, y, 0.3 * half, thick, angle + turn + np.pi / 2, 2.0), echo, attenuation)
-    elif kind == "rod":
-        bend = rng.normal(0, 0.8)
-        tissue.paint(tissue.rod(cx, cy, half, thick, angle, bend), echo, attenuation)
-    elif kind == "layer":
-        wave = 0.03 * np.sin(rng.uniform(2, 9) * tissue.x + rng.uniform(0, 6))
-        tissue.paint(np.abs(tissue.y - cy + wave) - 0.5 * half, echo, attenuation / 4)
-        shadow = False
-    else:
-        for _ in range(rng.integers(3, 8)):
-            x, y = cx + rng.normal(0, 0.5 * half + 0.03), cy + rng.normal(0, 0.5 * half + 0.03)
-            tissue.paint(tissue.ellipse(x, y, *rng.uniform(0.02, 0.06, 2), rng.uniform(0, 3)), echo, attenuation)
-    place = (
-        "left" if cx < -0.15 else "right" if cx > 0.15 else "top" if cy < 0.4 else "bottom" if cy > 0.6 else "middle"
+def _level(rng: Rng) -> tuple[str, float]:
+    word = str(rng.choice(list(LEVELS)))
+    return word, rng.uniform(*LEVELS[word])
+
+
+def _size(rng: Rng, sizes: tuple[str, ...] = ("small", "medium", "large")) -> tuple[str, float]:
+    word = str(rng.choice(sizes))
+    return word, rng.uniform(*SIZES[word])
+
+
+def _shadow(rng: Rng, level: str) -> tuple[str, float]:
+    """Attenuation, dB per depth, and the word for it where it is strong: what is bright as bone throws shadows."""
+    if level == "hyperechoic" and rng.random() < 0.5:
+        return " shadow", float(np.exp(rng.uniform(np.log(9), np.log(170))))
+    return "", rng.uniform(0, 3)
+
+
+def _place(u: float, v: float) -> str:
+    if max(abs(u), abs(v)) < 0.4:
+        return "middle"
+    return ("left" if u < 0 else "right") if abs(u) > abs(v) else ("top" if v < 0 else "bottom")
+
+
+def _single(tissue: Tissue, rng: Rng, frame: Frame) -> str:
+    """A disc or a ring anywhere in the frame."""
+    (size, half), (level, echo) = _size(rng, ("small", "medium")), _level(rng)
+    half = min(half, 0.6 * min(frame.rx, frame.ry))
+    u, v = rng.uniform(-0.8, 0.8, 2)
+    kind, (shadow, attenuation) = str(rng.choice(["disc", "disc", "ring"])), _shadow(rng, level)
+    _shape(kind, half, rng)(tissue, *frame.at(u, v), echo, attenuation)
+    return f"{size} {level} {kind} {_place(u, v)}{shadow}"
+
+
+def _rod(tissue: Tissue, rng: Rng, frame: Frame) -> str:
+    """A rod, straight or bent; thick ones are tubes."""
+    (size, half), (level, echo) = _size(rng, ("small", "medium", "large")), _level(rng)
+    (shadow, attenuation), (u, v) = _shadow(rng, level), rng.uniform(-0.6, 0.6, 2)
+    half, angle, bend = min(0.8 * half, 0.9 * frame.rx), rng.uniform(0, np.pi), float(rng.choice([0, 1])) * rng.normal()
+    thick = rng.uniform(0.014, 0.055)
+    tissue.paint(tissue.rod(*frame.at(u, v), half, thick, angle, bend), echo, attenuation)
+    kind = ("thin " if thick < 0.03 else "thick ") + ("bent " if abs(bend) > 0.7 else "") + "rod"
+    way = ("level", "rising", "upright", "falling")[round(((-angle) % np.pi) / (np.pi / 4)) % 4]
+    return f"{size} {level} {kind} {way} {_place(u, v)}{shadow}"
+
+
+def _layer(tissue: Tissue, rng: Rng) -> str:
+    level, echo = _level(rng)
+    depth, half = rng.uniform(0.25, 0.85), rng.uniform(0.03, 0.15)
+    wave = 0.03 * np.sin(rng.uniform(2, 9) * tissue.x + rng.uniform(0, 6))
+    tissue.paint(np.abs(tissue.y - depth + wave) - half, echo, soft=0.012)
+    return f"{level} layer {_place(0, (depth - 0.55) / 0.3)}"
+
+
+def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
+    """Two to seven alike: in a row, in a square, around, or scattered."""
+    level, echo = _level(rng)
+    shadow, attenuation = _shadow(rng, level)
+    kind, way = (
+        str(rng.choice(["disc", "disc", "rod", "ring"])),
+        str(rng.choice(["row", "square", "around", "scattered"])),
     )
-    return f"{size} {level} {kind} {place}" + (" shadow" if shadow else "")
+    count = 4 if way == "square" else int(rng.integers(2, 6 if way == "row" else 8))
+    reach, turn = min(frame.rx, frame.ry), rng.uniform(0, np.pi)
+    if frame is IMAGE:  # anywhere in the image, and as large as it likes
+        reach = rng.uniform(0.12, 0.3)
+        frame = Frame(*frame.at(*rng.uniform(-0.5, 0.5, 2)), reach, reach)
+    if way == "row":
+        step = 1.5 / max(count - 1, 1) * rng.uniform(0.7, 1.0)
+        spots = [((n - (count - 1) / 2) * step, 0.1 * rng.normal()) for n in range(count)]
+    elif way == "square":
+        spots = [(0.45 * u, rng.uniform(0.3, 0.45) * v) for u in (-1, 1) for v in (-1, 1)]
+        step = 0.75
+    elif way == "around":
+        away = rng.uniform(0.5, 0.9)
+        spots = [(away * np.cos(a), away * np.sin(a)) for a in np.arange(count) * 2 * np.pi / count]
+        step = away * min(2 * np.sin(np.pi / count), 1.0)
+    else:
+        spots, step = rng.uniform(-0.75, 0.75, (count, 2)), 0.5
+    c, s = np.cos(turn), np.sin(turn)
+    half = max(0.018, reach * step * rng.uniform(0.25, 0.48))
+    draw = _shape(kind, half, rng)
+    for u, v in spots:
+        draw(tissue, *frame.at(c * u - s * v, s * u + c * v), echo, attenuation)
+    return f"{NUMBERS[count]} {level} {kind}s {way}{shadow}"
 
 
-def _frame(image: np.ndarray, rng: Rng) -> Image.Image:
+def _bar(tissue: Tissue, rng: Rng, frame: Frame) -> str:
+    """A bar through the frame, along its longer or shorter axis or slanting."""
+    level, echo = _level(rng)
+    tilt = frame.angle + float(rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)], p=[0.5, 0.25, 0.25]))
+    length, thick = min(frame.rx, frame.ry) * rng.uniform(0.7, 1.05), rng.uniform(0.012, 0.03)
+    u, v = rng.normal(0, 0.08, 2)
+    tissue.paint(tissue.rod(*frame.at(u, v), length, thick, tilt), echo)
+    return f"{level} bar across"
+
+
+def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> str:
+    """A disc, a ring or arcs around a filling; and what lies inside, which may hold things itself."""
+    if frame is IMAGE:
+        size, rx = _size(rng, ("medium", "large", "large")) if deep else _size(rng, ("medium",))
+        ry, (u, v) = rx * rng.uniform(0.55, 1.0), rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9)
+    else:
+        rx, (u, v) = min(frame.rx, frame.ry) * rng.uniform(0.35, 0.62), rng.normal(0, 0.25, 2)
+        size = next(word for word, (_, high) in SIZES.items() if rx <= high)
+        ry = rx * rng.uniform(0.6, 1.0)
+    inside = Frame(*frame.at(u, v), rx, ry, rng.uniform(0, np.pi))
+    kind, (level, echo), (filling, fill) = str(rng.choice(["disc", "ring", "ring", "arcs"])), _level(rng), _level(rng)
+    if kind == "disc":
+        tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), echo, 1.0)
+        head = f"{size} {level} disc {_place(u, v)}"
+    else:
+        level = "hyperechoic" if rng.random() < 0.6 else level
+        echo, (shadow, attenuation) = rng.uniform(*LEVELS[level]), _shadow(rng, level)
+        tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), fill, 1.0)
+        if kind == "ring":
+            outline = tissue.ring(inside.cx, inside.cy, rx, ry, rng.uniform(0.012, 0.04), inside.angle)
+            tissue.paint(outline, echo, min(attenuation, 20))
+        else:
+            count, thick, long = rng.integers(4, 9), rng.uniform(0.016, 0.035), rng.uniform(0.1, 0.3)
+            for turn in np.arange(count) * 2 * np.pi / count + rng.uniform(-0.1, 0.1, count) + rng.uniform(0, 1):
+                x, y = inside.at(np.cos(turn), np.sin(turn))
+                along = inside.angle + turn + np.pi / 2
+                tissue.paint(tissue.rod(x, y, long * rx, thick, along, min(1 / rx, 2.5)), echo, min(attenuation, 40))
+        head = f"{size} {level} {kind} {_place(u, v)}{shadow} of {filling}"
+    few = [0, 1, 2, 3] if deep else [0, 1, 2]
+    contents = []
+    for _ in range(rng.choice(few, p=[0.1, 0.3, 0.35, 0.25] if deep else [0.3, 0.5, 0.2])):
+        draws = (_single, _group, _bar, _rod, _single) + ((_container,) if deep else ())
+        contents.append(draws[rng.integers(len(draws))](tissue, rng, inside))
+    return " with ".join([head, *contents])
+
+
+def _shape(kind: str, half: float, rng: Rng) -> Callable[[Tissue, float, float, float, float], None]:
+    """Paints shapes of one kind and size, all turned alike: (tissue, x, y, echo, attenuation)."""
+    ratio, angle, thick = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi), min(rng.uniform(0.012, 0.035), half)
+
+    def paint(tissue: Tissue, x: float, y: float, echo: float, attenuation: float) -> None:
+        if kind == "disc":
+            distance = tissue.ellipse(x, y, half, ratio * half, angle)
+        elif kind == "ring":
+            distance = tissue.ring(x, y, half, ratio * half, thick, angle)
+        else:
+            distance = tissue.rod(x, y, half, thick, angle)
+        tissue.paint(distance, echo, attenuation)
+
+    return paint
+
+
+def _crop(image: np.ndarray, rng: Rng) -> Image.Image:
     """The whole frame, or now and then a part of it, as scanners zoom."""
     picture = Image.fromarray(image)
-    if rng.random() < 0.6:
+    if rng.random() < 0.8:
         return picture
-    share = rng.uniform(0.5, 0.95)
+    share = rng.uniform(0.6, 0.95)
     width, height = share * picture.width, share * picture.height
     left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
     return picture.crop((round(left), round(top), round(left + width), round(top + height)))

@@ -4,6 +4,7 @@
 |---|---|
 | the five planes in class-index order, one prompt per plane, and lists of more detailed ones | this file |
 | prompts from a file, captions of training images, a token in either | `captions.py` |
+| words for brightness and contrast, measured from the pixels | `style.py` |
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
 | the Spanish and African datasets, manifests, selections, leak checks | `datasets.py` |
 | fetching both datasets | `download.py` |

@@ -1,0 +1,39 @@
+"""Words for brightness and contrast: a function of the pixels, whatever the image's size and kind."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from planes import Plane
+from planes.phantom import SITE_A, phantom
+from planes.style import BRIGHTNESS, CONTRAST, STYLES, measure_style, style_words, with_style
+
+
+def picture(mean, spread, side=128):
+    """Vertical stripes eight pixels wide, of two grey levels."""
+    stripes = np.where(np.arange(side) // 8 % 2, mean + spread, mean - spread).clip(0, 255)
+    return Image.fromarray(np.tile(stripes.astype(np.uint8), (side, 1)))
+
+
+def test_mean_and_spread_are_those_of_the_middle():
+    image = np.array(picture(100, 20))
+    image[:20], image[-20:], image[:, :20], image[:, -20:] = 255, 0, 255, 0  # outside, and so of no account
+    assert measure_style(Image.fromarray(image)) == pytest.approx((100, 20))
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "words"), [(30, 10, (0, 0)), (70, 40, (1, 1)), (110, 60, (2, 2)), (180, 5, (3, 0))]
+)
+def test_darker_images_and_flatter_ones_get_the_words_for_it(mean, spread, words):
+    assert style_words(picture(mean, spread)) == (BRIGHTNESS[words[0]], CONTRAST[words[1]])
+
+
+def test_size_and_colour_mode_change_the_measures_by_less_than_two_grey_levels():
+    image = Image.fromarray(phantom(Plane.BRAIN, SITE_A, np.random.default_rng(1), np.random.default_rng(2)))
+    for other in (image.resize((400, 300)), image.convert("RGB"), image.resize((128, 128))):
+        assert measure_style(other) == pytest.approx(measure_style(image), abs=2)
+
+
+def test_there_is_one_style_for_every_pair_of_words():
+    assert len(set(STYLES)) == len(STYLES) == len(BRIGHTNESS) * len(CONTRAST)
+    assert with_style("a photo of fetal brain", STYLES[0]) == "a photo of fetal brain, very dark, low contrast"
