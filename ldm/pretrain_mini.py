@@ -18,10 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -31,20 +28,29 @@ from ldm.bpe import write_tokenizer
 from ldm.checkpoint import Model, load, save_folder
 from ldm.generate import generate
 from ldm.images import decode_images
+from ldm.pretrain_vae import (
+    SIZE,
+    VAE,
+    draw_batch,
+    encode_all,
+    learning_rate,
+    resume,
+    save_state,
+    train_decoder,
+    train_vae,
+)
 from ldm.scenes import scene
 from ldm.text import TextConfig, TextEncoder, encode_prompts, tokenize
 from ldm.unet import UNet, UNetConfig
-from ldm.vae import AutoencoderKL, Posterior, VAEConfig
+from ldm.vae import AutoencoderKL, Posterior
 from planes import PROMPTS
 from samplers.schedule import NoiseSchedule
 
-SIZE = 128  # image side, px
 POSITIONS = 64  # tokens of a prompt, padding included
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})  # one token each, as in CLIP's
-VAE_BATCH, UNET_BATCH = 16, 32
+BATCH = 32
 SNR_CAP = 5.0  # gamma of Hang et al. 2023
 
-VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 UNET = UNetConfig(
     block_out_channels=(64, 128, 192),
     attention=(False, True, True),  # attending at the finest level would double the time of a step
@@ -63,9 +69,11 @@ def parse_args(argv=None):
     )
     parser.add_argument("--scenes", type=int, default=32_000)
     parser.add_argument("--vae-steps", type=int, default=1_800, help="0 leaves the autoencoder of --start as it is")
+    parser.add_argument("--decoder-steps", type=int, default=0, help="then the decoder alone, against a critic")
     parser.add_argument("--unet-steps", type=int, default=12_000)
     parser.add_argument("--unet-decay", type=int, help="steps after which its rate would be 0 (default: --unet-steps)")
     parser.add_argument("--vae-lr", type=float, default=1e-3)
+    parser.add_argument("--decoder-lr", type=float, default=2e-4)
     parser.add_argument("--unet-lr", type=float, default=5e-4)
     parser.add_argument("--compile", action="store_true", help="the U-Net's steps: a fifth faster after a minute")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sheets")
@@ -93,61 +101,6 @@ def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
 def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
     image, caption = scene(np.random.default_rng(job), SIZE)
     return np.asarray(image), caption
-
-
-def to_input(images: Tensor) -> Tensor:
-    """Grey bytes (B, H, W) -> (B, 3, H, W) in [-1, 1]."""
-    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
-
-
-def draw_batch(count: int, size: int, seed: int, step: int) -> tuple[Tensor, torch.Generator]:
-    """The indices of one batch and the generator for its noise, both functions of (seed, step) alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return torch.randint(count, (size,), generator=generator), generator
-
-
-def learning_rate(step: int, steps: int, peak: float, warm_up: int = 100) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    return peak * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + np.cos(np.pi * step / steps))
-
-
-def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> None:
-    """Minimise the squared error plus 1e-4 times the KL divergence per latent value."""
-    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    done = _resume(args.work / "vae.safetensors", {"vae": vae}, optimizer)
-    progress = tqdm(range(done, args.vae_steps), initial=done, total=args.vae_steps, desc="VAE", unit="step")
-    for step in progress:
-        index, generator = draw_batch(len(images), VAE_BATCH, args.seed + 1, step)
-        x = to_input(images[index].to(args.device))
-        noise = torch.randn(len(x), VAE.latent_channels, SIZE // 8, SIZE // 8, generator=generator).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            posterior = vae.encode(x)
-            decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        error = F.mse_loss(decoded.float(), x)
-        loss = error + 1e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.vae_steps, args.vae_lr)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        progress.set_postfix(psnr=f"{-10 * np.log10(error.item() / 4):.2f} dB")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.vae_steps:
-            _save(args.work / "vae.safetensors", {"vae": vae}, optimizer, step + 1)
-            pairs = torch.stack([x[:8], decoded[:8].float()], 1).flatten(0, 1)
-            save_sheet(pairs, args.work / f"vae_{step + 1:06}.png", columns=8)
-
-
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Posterior:
-    """The posteriors of all images; a fresh sample of them is drawn at every training step."""
-    parts = []
-    for batch in tqdm(images.split(64), desc="latents", unit="batch"):
-        with torch.autocast(device, torch.bfloat16):
-            p = vae.encode(to_input(batch.to(device)).contiguous(memory_format=torch.channels_last))
-        parts.append(Posterior(p.mean.float(), p.logvar.float()))
-    return Posterior(torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.logvar.cpu() for p in parts]))
 
 
 def make_text_encoder(vocabulary: int) -> TextEncoder:
@@ -197,11 +150,11 @@ def train_unet(
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     weights = (snr.clamp(max=SNR_CAP) / snr).float()
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    done = _resume(args.work / "unet.safetensors", networks, optimizer)
+    done = resume(args.work / "unet.safetensors", networks, {"optimizer": optimizer})
     progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step")
     mean_loss = None
     for step in progress:
-        index, generator = draw_batch(len(ids), UNET_BATCH, args.seed + 2, step)
+        index, generator = draw_batch(len(ids), BATCH, args.seed + 2, step)
         shape = (len(index), *posterior.mean.shape[1:])
         noise, wobble = torch.randn(2, *shape, generator=generator).unbind()
         t = torch.randint(1000, shape[:1], generator=generator)
@@ -225,42 +178,8 @@ def train_unet(
         mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
         progress.set_postfix(loss=f"{mean_loss:.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.unet_steps:
-            _save(args.work / "unet.safetensors", networks, optimizer, step + 1)
+            save_state(args.work / "unet.safetensors", networks, {"optimizer": optimizer}, step + 1)
             yield step + 1
-
-
-def save_sheet(images: Tensor, path: Path, columns: int) -> None:
-    """Images (N, 3, H, W) in [-1, 1] as one PNG."""
-    grid = (images.detach().cpu().clamp(-1, 1) + 1) * 127.5
-    rows = [torch.cat(list(row), dim=-1) for row in grid.split(columns) if len(row) == columns]
-    Image.fromarray(torch.cat(rows, dim=-2).round().byte().permute(1, 2, 0).numpy()).save(path)
-
-
-def _save(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """One safetensors file with the networks, AdamW's moments and the step; replaced in one go."""
-    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
-    for n, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{n}.{key}": value for key, value in moments.items()}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, f"{path}.tmp", {"step": str(step)})
-    Path(f"{path}.tmp").replace(path)
-
-
-def _resume(path: Path, networks: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Load what `_save` wrote, if anything; returns the number of steps done."""
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    for name, net in networks.items():
-        net.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
-    state = optimizer.state_dict()
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, n, moment = key.split(".")
-            state["state"].setdefault(int(n), {})[moment] = value
-    optimizer.load_state_dict(state)
-    return step
 
 
 def main(args):
@@ -281,6 +200,8 @@ def main(args):
         train_vae(vae, images, args)
     vae.eval()
     posterior = encode_all(vae, images, args.device)
+    if args.decoder_steps:
+        train_decoder(vae, images, posterior, args)
     if not goes_on:
         scale = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
     vae.config = replace(vae.config, scaling_factor=scale)

@@ -41,7 +41,8 @@ def test_shapes_are_not_called_by_the_words_for_style():
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_path):
-    tiny = ["--scenes", "64", "--vae-steps", "2", "--unet-decay", "2", "--save-every", "1", "--device", "cpu"]
+    tiny = ["--scenes", "64", "--vae-steps", "2", "--decoder-steps", "2", "--unet-decay", "2", "--save-every", "1"]
+    tiny += ["--device", "cpu"]
 
     def run(work, steps, out):
         flags = ["--work", str(tmp_path / work), "--out", str(tmp_path / out), "--unet-steps", str(steps)]
