@@ -49,7 +49,7 @@ from samplers.schedule import NoiseSchedule
 POSITIONS = 64  # tokens of a prompt, padding included
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})  # one token each, as in CLIP's
 BATCH = 32
-SNR_CAP = 5.0  # gamma of Hang et al. 2023
+SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
 
 UNET = UNetConfig(
     block_out_channels=(64, 128, 192),
@@ -137,7 +137,10 @@ def train_unet(
 ) -> Iterator[int]:
     """Minimise w_t |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in ten is left out.
 
-    w_t = min(SNR_t, 5) / SNR_t (Hang et al. 2023, arXiv 2303.09556, section 3.4): fewer steps spent on the last noise
+    w_t = clamp(SNR_t, 1, 5) / SNR_t: an error of x_0 weighs as much as the signal outweighs the noise, but never more
+    than 5 (min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), or hours go into the last grain, and never less
+    than 1 (truncated SNR, Salimans & Ho 2022, arXiv 2202.00512, section 4), or nothing is learned where the brightness
+    and the whole of an image are decided, and the words with them.
     posterior: (N, 4, 16, 16) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty prompt
     networks: "unet", "text" and, under "ema", a module list of both whose weights are the running mean of theirs
     Yields the step after each checkpoint.
@@ -148,7 +151,7 @@ def train_unet(
     means, values = ([pair[n] for pair in pairs] for n in (0, 1))
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = (snr.clamp(max=SNR_CAP) / snr).float()
+    weights = (snr.clamp(*SNR_RANGE) / snr).float()
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     done = resume(args.work / "unet.safetensors", networks, {"optimizer": optimizer})
     progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step")

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "<fetal-us>"
+WIDTH = load(MINI).unet.config.cross_attention_dim  # of the text embedding
 
 
 def run(script, *flags):
@@ -180,9 +181,9 @@ def test_only_the_new_row_gets_a_gradient_and_moves(text, base):
 
 
 def test_an_embedding_is_read_as_written_in_both_layouts_and_under_another_name(text, base, tmp_path):
-    vector = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     save_embedding(tmp_path / "ours.safetensors", TOKEN, vector)
-    assert {key: value.shape for key, value in load_file(tmp_path / "ours.safetensors").items()} == {TOKEN: (1, 96)}
+    assert {key: value.shape for key, value in load_file(tmp_path / "ours.safetensors").items()} == {TOKEN: (1, WIDTH)}
     save_file({"emb_params": vector[None]}, tmp_path / "webuis.safetensors")
     save_file({"<flat>": vector}, tmp_path / "flat.safetensors")
     for name, given, token in [
@@ -199,7 +200,7 @@ def test_an_embedding_is_read_as_written_in_both_layouts_and_under_another_name(
 
 def test_diffusers_encodes_a_learned_token_as_we_do(text, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    vector = torch.randn(96, generator=torch.Generator().manual_seed(0))
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     save_embedding(tmp_path / "ours.safetensors", TOKEN, vector)
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(MINI, local_files_only=True)
     pipeline.load_textual_inversion(str(tmp_path / "ours.safetensors"))
@@ -216,7 +217,7 @@ def test_training_moves_the_token_alone_and_sampling_names_it(inverted, base, tm
     moved = (vector[0] - word_embedding(base.tokenizer, base.text_encoder, "ultrasound")).abs()
     assert token == TOKEN and 1e-4 < moved.max() <= 0.0151  # Adam: at most about lr in each of 3 steps
     state = torch.load(inverted / "checkpoint.pt", weights_only=True)
-    assert [parameter.shape for parameter in state["lora"]] == [(96,)] and state["identity"]["learn_token"] == TOKEN
+    assert [parameter.shape for parameter in state["lora"]] == [(WIDTH,)] and state["identity"]["learn_token"] == TOKEN
 
     embedding = ["--embedding", inverted / "embedding.safetensors"]
     run("sample", *sample_flags(tmp_path / "with", *embedding))

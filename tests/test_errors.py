@@ -211,7 +211,10 @@ LORAS = {
     "embedding": (single(emb_params=(1, 96)), "a textual inversion, no LoRA: load it as an embedding"),
     "no down": (lambda t, key: t.pop(f"{key}.lora_down.weight"), "lora_down is missing: the file is damaged"),
     "no up": (lambda t, key: t.pop(f"{key}.lora_up.weight"), "lora_up is missing: the file is damaged"),
-    "wrong rank": (put("lora_up.weight", torch.zeros(80, 3)), "the ranks differ or are 0: the file is damaged"),
+    "wrong rank": (
+        lambda t, key: t.update({f"{key}.lora_up.weight": t[f"{key}.lora_up.weight"].repeat(1, 2)[:, :3].contiguous()}),
+        "the ranks differ or are 0: the file is damaged",
+    ),
     "not finite": (lambda t, key: t[f"{key}.lora_up.weight"].fill_(torch.nan), "a value is not finite"),
     "LoHa": (put("hada_w1_a", torch.zeros(2)), "a LoHa (LyCORIS): use a plain LoRA"),
     "LoKr": (put("lokr_w1", torch.zeros(2)), "a LoKr (LyCORIS): use a plain LoRA"),

@@ -48,9 +48,9 @@ def mini():
 
 
 @pytest.fixture(scope="module")
-def texts():
-    draw = torch.Generator().manual_seed(2)
-    return torch.randn(2, 77, 96, generator=draw), torch.randn(1, 77, 96, generator=draw)
+def texts(mini):
+    draw, width = torch.Generator().manual_seed(2), mini.unet.config.cross_attention_dim
+    return torch.randn(2, 77, width, generator=draw), torch.randn(1, 77, width, generator=draw)
 
 
 def run(network, **settings):

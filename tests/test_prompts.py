@@ -17,7 +17,7 @@ MARKS = 2  # the begin and the end mark of every chunk
 
 def random_encoder(positions):
     config = TextConfig(
-        vocab_size=649,  # the miniature's
+        vocab_size=len(load_tokenizer(MINI / "tokenizer", TextConfig())),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=3,

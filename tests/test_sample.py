@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from ldm import MINI
 from ldm.checkpoint import Model, load, save_folder
 from ldm.infotext import parse_parameters
-from ldm.text import TextConfig, TextEncoder
+from ldm.text import TextConfig, TextEncoder, load_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora.files import save_lora
@@ -39,7 +39,11 @@ TINY = {
     ),
     "vae": VAEConfig(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4),
     "text_encoder": TextConfig(
-        vocab_size=649, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=len(load_tokenizer(MINI / "tokenizer", TextConfig())),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     ),
 }
 

@@ -19,6 +19,11 @@ from planes import PLANES, PROMPTS
 from planes.phantom import write_spanish_layout
 
 ROOT = Path(__file__).resolve().parents[1]
+CONFIG = json.loads((MINI / "unet" / "config.json").read_text())
+SIDE, WIDTH = (
+    8 * CONFIG["sample_size"],
+    CONFIG["cross_attention_dim"],
+)  # px of the model's images; of its text embedding
 
 
 def run(script, *flags):
@@ -147,7 +152,7 @@ def test_sampling_writes_images_a_manifest_and_a_contact_sheet(sampled):
     assert len({row["seed"] for row in rows}) == len(rows)
     for row in rows:
         with Image.open(sampled / row["image"]) as image:
-            assert image.size == (64, 64)
+            assert image.size == (SIDE, SIDE)
             assert json.loads(image.text["fu-lora"])["prompt"] == row["prompt"] == PROMPTS[row["plane"]]
     assert (sampled / "contact_sheet.png").exists() and (sampled / "args.json").exists()
 
@@ -239,7 +244,7 @@ def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
         ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{nowhere}"], "nowhere"),
         ("train_lora", ["--spanish", "{spanish}", "--prior-weight", "-1"], "--prior-weight -1.0"),
         ("sample", ["--embedding", "{wide}"], "1024 wide"),
-        ("sample", ["--embedding", "{several}"], "[3, 96]"),
+        ("sample", ["--embedding", "{several}"], f"[3, {WIDTH}]"),
         ("sample", ["--embedding", "{empty}"], "safetensors"),
         ("sample", ["--embedding", "{known}"], "has it already"),
         ("sample", ["--token", "<x>"], "--embedding"),
@@ -254,7 +259,11 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
     for name, content in {"empty": "image,prompt\n", "lost": "image,prompt\nlost.png,a photo\n"}.items():
         places[name] = tmp_path / name
         places[name].write_text(content)
-    for name, token, shape in [("wide", "<x>", (1, 1024)), ("several", "<x>", (3, 96)), ("known", "ultrasound", (96,))]:
+    for name, token, shape in [
+        ("wide", "<x>", (1, 1024)),
+        ("several", "<x>", (3, WIDTH)),
+        ("known", "ultrasound", (WIDTH,)),
+    ]:
         places[name] = tmp_path / name
         save_file({token: torch.zeros(shape)}, places[name])
     flags = ["--out", str(tmp_path / "out"), "--device", "cpu", *(flag.format(**places) for flag in flags)]

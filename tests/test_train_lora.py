@@ -26,7 +26,8 @@ from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut
 from samplers.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = TextConfig(649, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+WORDS = len(load_tokenizer(MINI / "tokenizer", TextConfig()))
+TEXT = TextConfig(WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
 SCRIPT = runpy.run_path(str(ROOT / "train_lora.py"), run_name="train_lora")
 WIDE, SQUARE = (96, 40), (48, 48)
 
