@@ -10,7 +10,9 @@ epoch is the one that is tested: nothing is selected on any image.
 import argparse
 import csv
 import hashlib
+import itertools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -24,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from classify import ClassifyError
-from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation
+from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, draw_contrast
 from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
@@ -73,11 +75,14 @@ def parse_args(argv=None):
     add("--size", type=int, help="square side in px, aspect ignored (the recipe's: 512 or 224)")
     add("--input-range", choices=INPUT_RANGES, help="of pixels (the recipe's: minus-one-one or zero-one)")
     add("--augment", action="store_true", help="rotate, flip and (notebook) crop at random, as the recipe says")
+    add("--contrast", action="store_true", help="random brightness, contrast and gamma, with or without --augment")
+    add("--balanced-sampling", action="store_true", help="an epoch draws every class equally often, with replacement")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, default=20, help="(20)")
     length.add_argument("--passes", type=int, help="instead: images shown in all, rounded to whole epochs")
     add("--batch-size", type=int, default=24, help="(24)")
-    add("--lr", type=float, default=1e-3, help="constant learning rate of SGD with momentum 0.9 (1e-3)")
+    add("--lr", type=float, default=1e-3, help="learning rate of SGD with momentum 0.9 (1e-3)")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr; cosine: to 0 (constant)")
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="that decode images (4 at most)")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -220,16 +225,24 @@ def main(args):
     print(f"{len(training)} training images {dict(counts['sources'])}, {len(validation)} validation, {len(test)} test")
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.size} px, on {device}")
 
-    # SGD at a constant rate
+    # SGD at a constant rate, or one that falls by half a cosine to 0
     dtype = DTYPES[args.dtype]
-    loader = batches(train_set, args.batch_size, args.workers, shuffle_seed=args.seed)
+    loader = batches(train_set, args.batch_size, args.workers, args.seed, args.balanced_sampling)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)
     history = []
     epochs = max(1, round(args.passes / len(training))) if args.passes else args.epochs
+    steps = itertools.count()
+
+    def cosine() -> float:
+        return args.lr * (1 + math.cos(math.pi * next(steps) / (epochs * len(loader)))) / 2
+
+    rate = cosine if args.schedule == "cosine" else None
     for epoch in range(epochs):
+        contrast = partial(draw_contrast, args.seed, epoch) if args.contrast else None
         augmentation = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch) if args.augment else None
         bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", **BAR, unit="batch")
-        row = {"epoch": epoch + 1, "loss": train_epoch(model, bar, optimizer, args.input_range, augmentation, dtype)}
+        loss = train_epoch(model, bar, optimizer, args.input_range, augmentation, dtype, contrast, rate)
+        row = {"epoch": epoch + 1, "loss": loss}
         if validation:
             held_out = predict(model, batches(validation_set, args.batch_size, args.workers), args.input_range, dtype)
             row["validation_accuracy"] = (
@@ -257,7 +270,8 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".part-") as part:
         part = Path(part)
-        settings = ("model", "recipe", "size", "input_range", "augment", "batch_size", "lr", "seed")
+        settings = ("model", "recipe", "size", "input_range", "augment", "contrast", "balanced_sampling")
+        settings += ("batch_size", "lr", "schedule", "seed")
         description = {key: getattr(args, key) for key in settings} | {"epochs": epochs, "training": counts}
         save(part / "model.safetensors", model, description)
         write_table(part / "predictions.csv", predictions)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
 
 from classify import ClassifyError
 from planes import PLANES
@@ -41,6 +41,9 @@ RECIPES = {
     "notebook": Recipe(224, "zero-one", rotation=15, horizontal_flip=0.5, vertical_flip=0.0, crop=(0.08, 1.0)),
 }
 CROP_ASPECT = (3 / 4, 4 / 3)  # of a random crop, in units of the image's own aspect (Szegedy et al. 2015)
+
+CONTRAST_GAMMA, CONTRAST_GAIN, CONTRAST_OFFSET = 0.7, (0.7, 1.4), 0.12
+"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to either side."""
 
 MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images of 512 x 512
 
@@ -99,13 +102,24 @@ def decode(path: Path, size: int) -> Tensor:
     return torch.from_numpy(pixels)[None] if grey else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def batches(images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed: int | None = None) -> DataLoader:
-    """Loader of (images (B, 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass."""
+def batches(
+    images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed: int | None = None, balanced: bool = False
+) -> DataLoader:
+    """Loader of (images (B, 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass.
+
+    balanced: a pass draws as many images as there are, with replacement, each class equally often on average
+    """
+    generator, sampler = torch.Generator().manual_seed(shuffle_seed or 0), None
+    if balanced:
+        counts = torch.bincount(torch.tensor(images.targets))
+        weights = (1 / counts.double())[images.targets]
+        sampler = WeightedRandomSampler(weights, len(images), generator=generator)
     return DataLoader(
         images,
         batch_size,
-        shuffle=shuffle_seed is not None,
-        generator=torch.Generator().manual_seed(shuffle_seed or 0),
+        shuffle=shuffle_seed is not None and not balanced,
+        sampler=sampler,
+        generator=generator,
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 
@@ -145,13 +159,30 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
     return np.ones(2)
 
 
-def prepare(images: Tensor, input_range: str, affine: Tensor | None = None) -> Tensor:
-    """Images as a network takes them: float, moved by the augmentation, scaled to the input range.
+def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index) alone.
+
+    indices: (B,) positions in the data set
+    """
+    rows = []
+    for index in indices.tolist():
+        rng = np.random.default_rng((seed, epoch, index, 1))  # 1: other numbers than draw_augmentation's
+        gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
+        rows.append((gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)))
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None) -> Tensor:
+    """Images as a network takes them: float, altered by the augmentations, scaled to the input range.
 
     images: (B, 3, H, W) uint8
     affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is black
+    contrast: (B, 3) from `draw_contrast`, or None: gain x^gamma + offset of pixels x in [0, 1], clipped to [0, 1]
     """
     x = images.float() / 255
+    if contrast is not None:
+        gamma, gain, offset = contrast.to(x.device)[:, :, None, None, None].unbind(dim=1)
+        x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
         grid = F.affine_grid(affine.to(x.device), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -160,4 +191,4 @@ def prepare(images: Tensor, input_range: str, affine: Tensor | None = None) -> T
 
 
 Augmentation = Callable[[Tensor], Tensor]
-"""indices (B,) -> affine (B, 2, 3): `draw_augmentation` with all else filled in."""
+"""indices (B,) -> affine (B, 2, 3) or contrast (B, 3): a drawing function with all else filled in."""

@@ -1,7 +1,7 @@
 """One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum 0.9, batch 24)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,13 @@ def train_epoch(
     input_range: str,
     augmentation: Augmentation | None = None,
     dtype: torch.dtype = torch.float32,
+    contrast: Augmentation | None = None,
+    rate: Callable[[], float] | None = None,
 ) -> float:
     """Train on every batch once, by cross-entropy; returns the mean loss per image.
 
+    augmentation, contrast: what alters the images (`data.draw_augmentation`, `data.draw_contrast`)
+    rate: the learning rate of the next step, asked before each; None: the optimizer's own
     dtype: autocast to it unless float32; parameters stay float32
     Raises ClassifyError once the loss is not finite.
     """
@@ -34,9 +38,11 @@ def train_epoch(
     total, count = 0.0, 0
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
-        inputs = prepare(images.to(device), input_range, affine)
+        inputs = prepare(images.to(device), input_range, affine, contrast(indices) if contrast else None)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(inputs), targets.to(device))
+        if rate:
+            optimizer.param_groups[0]["lr"] = rate()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
