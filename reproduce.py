@@ -29,7 +29,7 @@ from ldm.checkpoint import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags
 from ldm.images import ImageError
 from lora import LoRAError
-from planes import PLANES
+from planes import PAPER_COUNTS, PLANES
 from planes.datasets import DatasetError, read_synthetic, require_images
 from planes.phantom import write_african_layout, write_spanish_layout
 from samplers import SamplerError
@@ -49,8 +49,10 @@ class Scale:
 
     def phantoms(self, data: DataModel) -> tuple[int, int]:
         """How many phantoms of the first and of the second site a data model has."""
+        of_plane = self.per_plane.get(data.spanish)
+        spanish = len(PLANES) * of_plane if of_plane else sum(PHANTOMS["train"].values())
         african = (PHANTOMS["patients"] + 1) // 2 * (3 * 4 + 2 * 3) if data.african else 0  # two countries lack thorax
-        return len(PLANES) * (self.per_plane[data.spanish] or 0) if data.spanish else 0, african
+        return spanish if data.spanish else 0, african
 
 
 PAPER = Scale(
@@ -61,14 +63,14 @@ PAPER = Scale(
     count=500,
     classify="",
 )
-EMBEDDED = Scale(
-    per_plane={"all": 60, "balanced": 60, "lora": 20},
+EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
+    per_plane={"all": None, "balanced": 23, "lora": 20},
     train_lora="--target transformer --lr 2e-3 --batch-size 20 --guidance-scale 4",
     rank=32,
     sample="--guidance-scale 4 --batch-size 20",
-    count=60,
-    classify="--size 64 --lr 5e-3",
-    passes=dict.fromkeys(CLASSIFIERS, 3600) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
+    count=50,
+    classify="--size 64 --lr 5e-3 --schedule cosine",
+    passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
 )
 QUICK_COUNT = 20  # synthetic images per plane and sampler of --quick
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
@@ -78,7 +80,11 @@ MANIFESTS = {  # the authors' lists
     "lora": "lora_train_data.csv",
 }
 TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
-PHANTOMS = {"train": 60, "patients": 25}  # images per plane at site A; patients per country at site B
+PHANTOMS = {  # images of each plane at site A; patients per country at site B
+    "train": {plane: round(count / 10) for plane, count in PAPER_COUNTS.items()},
+    "patients": 25,
+}
+QUICK_SEEDS = [0, 1, 2]
 TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 
@@ -95,10 +101,10 @@ def parse_args(argv=None):
     add("--recipe", choices=RECIPES, default="paper", help="of the classifiers: the paper's, or its notebook's (paper)")
     add("--weights", help="of the classifiers: imagenet, none or a file (default: imagenet with --model, else none)")
     add("--only", nargs="+", default=[], metavar="ROW", help='some rows: "HB+DA/ResNet18", HB+DA, resnet18, "table 2"')
-    add("--quick", action="store_true", help="ResNet18 on four data models, one LoRA, fewer synthetic images")
+    add("--quick", action="store_true", help="ResNet18 on six data models, three seeds, fewer synthetic images")
     add("--beyond", action="store_true", help="also detailed prompts, Textual Inversion and DreamBooth")
     add("--plan", action="store_true", help="print the rows, what they need and what is missing here; run nothing")
-    add("--seeds", type=int, nargs="+", default=[0], help="of the classifiers: each row is run with each (0)")
+    add("--seeds", type=int, nargs="+", help="of the classifiers: each row is run with each (0; --quick: 0 1 2)")
     add("--seed", type=int, default=0, help="of selections, phantoms, the LoRAs and the synthetic images (0)")
     add("--device", help="of every stage (default: CUDA where there is one)")
     add("--out", type=Path, default=Path("runs/reproduce"))
@@ -107,6 +113,7 @@ def parse_args(argv=None):
         parser.error("--spanish and --african belong together: give both, or neither for phantoms")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
+    args.seeds = args.seeds or (QUICK_SEEDS if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
     try:
         args.rows = choose((QUICK_ROWS if args.quick else ROWS) + (BEYOND_ROWS if args.beyond else ()), args.only)
@@ -121,7 +128,7 @@ def make_phantoms(args) -> tuple[Path, Path]:
     stamp, settings = args.out / "phantoms" / "args.json", json.dumps(PHANTOMS | {"seed": args.seed})
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
         print("phantoms of two sites", flush=True)
-        write_spanish_layout(spanish, train=PHANTOMS["train"], test=0, seed=args.seed)
+        write_spanish_layout(spanish, PHANTOMS["train"], test=0, seed=args.seed)
         write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
         stamp.write_text(settings, encoding="utf-8")
     return spanish, african
@@ -176,7 +183,9 @@ class Experiment:
         rank = self.scale.rank
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
-        if kind == "prompts":
+        if kind == "styles":
+            lora, flags = self.lora(rank, "lora_styles", "--style-words"), ["--prompts", "styles"]
+        elif kind == "prompts":
             lora, flags = self.lora(rank), ["--prompts", "detailed"]
         elif kind == "token":
             lora = self.lora(rank, "token", "--learn-token", TOKEN)
@@ -205,6 +214,7 @@ class Experiment:
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
         flags += ["--african-train"] * data.african + ["--augment"] * data.augment
+        flags += ["--contrast"] * data.contrast + ["--balanced-sampling"] * data.balanced_sampling
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
         out = row_folder(args.out, data.name, row.classifier, seed)

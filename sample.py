@@ -38,7 +38,7 @@ from ldm.shots import Shot, is_saved, lora_hashes, lora_labels, model_hash, read
 from lora.files import load_lora
 from lora.layer import LoRAError, merge
 from planes import PLANES
-from planes.captions import choose_prompt, read_prompts, with_token
+from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_token
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
@@ -55,7 +55,10 @@ def parse_args(argv=None):
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", help="another name for the token of --embedding (default: the file's)")
     add("--rare-token", help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
-    add("--prompts", help="of each plane: paper, detailed, or a JSON file of a list of prompts per plane (paper)")
+    add(
+        "--prompts",
+        help="of each plane: paper, styles, detailed, or a JSON file of a list of prompts per plane (paper)",
+    )
     add("--planes", nargs="+", choices=[*PLANES], help="planes whose prompts are sampled (all five)")
     add("--prompt", help="instead of the planes' prompts, this one; (word:1.2), [word] and BREAK as in the webui")
     add("--negative-prompt", default="", help="what guidance leads away from (nothing)")
@@ -148,9 +151,10 @@ def settings_of(like: Path) -> dict[str, object]:
 def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -> Iterator[list[Shot]]:
     """The images of each (plane, sampler), in order; seeds do not depend on which planes or samplers were asked for.
 
-    prompts: of each plane; an image's seed chooses among them
+    prompts: of each plane; an image's seed chooses among them, in turn where they are styles, else at random
     common: fields of every shot
     """
+    choose = prompt_in_turn if args.prompts == "styles" else choose_prompt
     for plane in args.planes:
         for sampler in args.samplers:
             number = PLANES.index(plane) if plane in PLANES else 0
@@ -159,7 +163,7 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
                 Shot(
                     image=f"{plane}/{sampler}_{seed}.png",
                     plane=str(plane),
-                    prompt=choose_prompt(prompts[plane], seed),
+                    prompt=choose(prompts[plane], seed),
                     sampler=sampler,
                     seed=seed,
                     order=args.order if sampler == "unipc" else None,

@@ -35,7 +35,7 @@ from ldm.text import encode_prompts
 from lora import training
 from lora.files import save_lora
 from lora.layer import TARGETS, LoRAError, inject, lora_parameters
-from planes.captions import prior_pairs, training_images, with_token
+from planes.captions import prior_pairs, say_style, training_images, with_token
 from planes.datasets import DatasetError
 from planes.folders import REPEATS
 from samplers.schedule import NoiseSchedule
@@ -62,6 +62,7 @@ def parse_args(argv=None):
     add("--learn-token", help="a new token, such as <fetal-us>, that captions name and whose embedding is trained")
     add("--init-word", default="ultrasound", help="whose embedding --learn-token begins at (ultrasound)")
     add("--token-lr", type=float, default=5e-3, help="learning rate of --learn-token (5e-3)")
+    add("--style-words", action="store_true", help="captions also say how bright each image is, and its contrast")
     add("--rare-token", help="a word that captions then name: a photo of sks fetal femur")
     add("--prior", type=Path, help="a manifest.csv of sample.py: images of the base model, to be held on to")
     add("--prior-weight", type=float, default=1.0, help="of the loss on a batch of --prior in each step (1)")
@@ -116,6 +117,7 @@ def main(args):
         own = args.images and any(REPEATS.fullmatch(folder.name) for folder in args.images.glob("*/"))
         args.repeats = 1 if own else 100
     images = [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in images]
+    images = [say_style(image) for image in images] if args.style_words else images
     prior = prior_pairs(args.prior) if args.prior else []
     model = load_model(args, device=args.device)
     downsampling, dtype = model.vae.config.downsampling, DTYPES[args.dtype]

@@ -161,13 +161,17 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     if args.synthetic:
         lost = missing_images(read_synthetic(args.synthetic))
         state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
-    elif any(row.data.synthetic for row in args.rows):
-        ranks = (scale.rank,) if args.quick or args.only else RANKS
+    elif kinds := {row.data.synthetic for row in args.rows if row.data.synthetic}:
+        ranks = () if kinds.isdisjoint({"lora", "prompts"}) else (scale.rank,) if args.quick or args.only else RANKS
+        others = len(kinds - {"lora", "prompts"})  # with captions or a loss of their own
         lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
-        unit = 1 / GPU_FLOPS if full else 1
-        seconds += (len(ranks) * 10_000 * lora + (images + 10 * 36 * (len(ranks) - 1)) * sample) * unit
+        unit, images = 1 / GPU_FLOPS if full else 1, images * len(kinds)
+        panels = 10 * 36 * max(len(ranks) - 1, 0)  # images of the ranks that only figure 3 shows
+        seconds += ((len(ranks) + others) * 10_000 * lora + (images + panels) * sample) * unit
         disk += images * (512 if full else 64) ** 2 * 3
-        state.append(f"LoRAs to train: rank {', '.join(map(str, ranks))}; synthetic images to make: {images:,}")
+        wanted = [f"rank {', '.join(map(str, ranks))}"] * bool(ranks)
+        wanted += [f"{others} of rank {scale.rank} with other captions"] * bool(others)
+        state.append(f"LoRAs to train: {' and '.join(wanted)}; synthetic images to make: {images:,}")
     state += models
     if args.weights == "imagenet":
         state += missing_weights(dict.fromkeys(row.classifier for row in args.rows))

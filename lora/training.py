@@ -102,6 +102,7 @@ def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:
         "train_text_encoder": ["text_encoder_lr"],
         "learn_token": ["init_word", "token_lr"],
         "rare_token": [],
+        "style_words": [],
         "prior": ["prior_weight"],
     }.items():
         same += [flag, *more] if settings[flag] else []

@@ -4,20 +4,27 @@ import csv
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
+
+from PIL import Image
 
 from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
+from planes.style import STYLES, style_words, with_style
 
 
 def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
-    """The prompts of each plane: "paper" (PROMPTS, one each), "detailed" (PROMPT_LISTS), or a JSON file of such lists.
+    """The prompts of each plane: "paper" (PROMPTS, one each), "styles" (PROMPTS with every pair of words for brightness
+    and contrast), "detailed" (PROMPT_LISTS), or a JSON file of such lists.
 
     Raises DatasetError unless the file is an object that has a list of at least one prompt for each plane, and no more.
     """
     if source == "paper":
         return {plane: (prompt,) for plane, prompt in PROMPTS.items()}
+    if source == "styles":
+        return {plane: tuple(with_style(prompt, words) for words in STYLES) for plane, prompt in PROMPTS.items()}
     if source == "detailed":
         return PROMPT_LISTS
     try:
@@ -36,6 +43,24 @@ def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
 def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:
     """One of the prompts at random: a function of the image's seed alone."""
     return random.Random(seed).choice(prompts)
+
+
+def prompt_in_turn(prompts: tuple[str, ...], seed: int) -> str:
+    """One of the prompts, each as often as the others over consecutive seeds: a function of the image's seed alone."""
+    return prompts[seed % len(prompts)]
+
+
+def say_style(image: Captioned) -> Captioned:
+    """The image with the words for its brightness and contrast behind its caption (`planes.style`).
+
+    Raises DatasetError for a file that cannot be read as an image.
+    """
+    try:
+        with Image.open(image.path) as picture:
+            words = style_words(picture)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{image.path}: not a readable image ({error}); replace or remove it") from None
+    return replace(image, caption=with_style(image.caption, words))
 
 
 def with_token(text: str, token: str | None) -> str:

@@ -1,13 +1,14 @@
-"""Procedural ultrasound phantoms: five planes, two sites with a domain shift, in the two datasets' own layouts.
+"""Procedural ultrasound phantoms: five planes, sites with a domain shift, in the two datasets' own layouts.
 
-    python -m planes.phantom --out runs/phantoms        # site A as spanish/, site B as african/
+    python -m planes.phantom --out runs/phantoms                     # site A as spanish/, site B as african/
+    python -m planes.phantom --out runs/third --african-site C       # site C in the place of B, to choose settings on
 
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
 
 import argparse
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -133,7 +134,7 @@ ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = {
 }
 
 
-# --- two sites: the domain shift of the paper, in small ---
+# --- the sites: the domain shift of the paper, in small ---
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,23 @@ SITE_B = Site(  # portable scanners: narrower sectors, coarse speckle, high cont
     letters=(4, 14),
 )
 
+SITE_C = (
+    Site(  # a clinic between the two: every choice of a setting is made on it, so that B is read by the report alone
+        sizes=((200, 170), (176, 150), (188, 176)),
+        half_angle=(0.45, 0.58),
+        radius=(0.5, 0.8),
+        axial=(0.004, 0.006),
+        lateral=(0.012, 0.018),
+        dynamic_range=(45, 54),
+        gain=(-5, 2),
+        tgc=(-4, 3),
+        noise=(-58, -50),
+        looks=(2, 4),
+        letters=(2, 9),
+    )
+)
+SITES: dict[str, Site] = {"A": SITE_A, "B": SITE_B, "C": SITE_C}
+
 
 def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
     """One image (height, width) uint8 of a plane. `patient` draws what a patient's images share, `image` the rest."""
@@ -196,17 +214,21 @@ def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
     return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
 
 
-def write_spanish_layout(root: Path, train: int, test: int, seed: int, site: Site = SITE_A) -> None:
+def write_spanish_layout(
+    root: Path, train: int | Mapping[Plane, int], test: int, seed: int, site: Site = SITE_A
+) -> None:
     """Phantoms laid out as FETAL_PLANES_DB: `train` and `test` images per plane, one to four of a patient.
 
+    train: of every plane, or of each its own
     Writes root/FETAL_PLANES_DB_data.csv and root/Images/*.png; the file's odd spaces are the original's.
     """
     codes = {Plane.OTHER: 1, Plane.ABDOMEN: 2, Plane.BRAIN: 3, Plane.FEMUR: 5, Plane.THORAX: 6}
     labels = {plane: f"Fetal {plane}" for plane in PLANES} | {Plane.OTHER: "Other"}
     (root / "Images").mkdir(parents=True, exist_ok=True)
     rng, rows, number = np.random.default_rng([seed, 1]), [], 0
-    for flag, count in ((1, train), (0, test)):
-        queue = [plane for plane in PLANES for _ in range(count)]
+    counts = train if isinstance(train, Mapping) else dict.fromkeys(PLANES, train)
+    for flag, count_of in ((1, counts), (0, dict.fromkeys(PLANES, test))):
+        queue = [plane for plane in PLANES for _ in range(count_of[plane])]
         rng.shuffle(queue)
         while queue:
             number += 1
@@ -256,14 +278,15 @@ def _write_csv(path: Path, header: list[str], rows: list[list], delimiter: str) 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Write both sites' phantoms in the layouts of the real datasets.")
-    parser.add_argument("--out", type=Path, required=True, help="gets spanish/ (site A) and african/ (site B)")
+    parser.add_argument("--out", type=Path, required=True, help="gets spanish/ (site A) and african/")
     parser.add_argument("--train", type=int, default=230, help="site A: training images per plane")
     parser.add_argument("--test", type=int, default=40, help="site A: test images per plane")
-    parser.add_argument("--patients", type=int, default=25, help="site B: patients per country")
+    parser.add_argument("--african-site", choices=SITES, default="B", help="whose phantoms african/ holds")
+    parser.add_argument("--patients", type=int, default=25, help="patients per country of african/")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     write_spanish_layout(args.out / "spanish", args.train, args.test, args.seed)
-    write_african_layout(args.out / "african", args.patients, args.seed)
+    write_african_layout(args.out / "african", args.patients, args.seed, SITES[args.african_site])
 
 
 if __name__ == "__main__":

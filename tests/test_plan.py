@@ -9,6 +9,7 @@ import pytest
 from eval.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
 from eval.preview import Selections, missing_weights
 from ldm import MINI
+from planes import PLANES
 
 pytestmark = pytest.mark.slow
 
@@ -16,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 
 
-def test_the_plan_is_twenty_rows_of_table_1_and_four_of_table_2():
-    assert Counter(row.table for row in ROWS) == {"1": 20, "2": 4}
-    assert len({(row.data, row.classifier) for row in ROWS}) == 23  # ES with ViT is in both
+def test_the_plan_is_both_tables_the_controls_and_the_style_words():
+    assert Counter(row.table for row in ROWS) == {"1": 20, "2": 4, "controls": 20, "styles": 10}
+    assert len({(row.data, row.classifier) for row in ROWS}) == 53  # ES with ViT is in both tables
     assert [row.name for row in ROWS if row.table == "2"] == [
         f"{data}/ViT b16" for data in ("AF", "ES", "ES+AF", "HB-all")
     ]
@@ -30,10 +31,12 @@ def test_the_plan_is_twenty_rows_of_table_1_and_four_of_table_2():
         ("HB+DA/ResNet18", 1),
         ("hb+da/resnet18", 1),
         ("HB+DA", 5),
-        ("MobileNet v2", 4),
-        ("vit_b_16", 8),
+        ("MobileNet v2", 10),
+        ("vit_b_16", 14),
         ("table 2", 4),
         ("table beyond", 3),
+        ("controls", 20),
+        ("table styles", 10),
     ],
 )
 def test_rows_are_chosen_by_row_data_model_classifier_or_table(name, count):
@@ -61,6 +64,37 @@ def test_the_embedded_default_needs_nothing_and_says_how_long_it_takes(script, c
     assert "phantoms of two sites stand in" in text and "on two CPU cores" in text
     assert text.count("(table 1)") == 20 and "as above" in text
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("only", "loras", "images"),
+    [
+        ("HB+DA", "rank 32", 500),
+        ("HB-styles+DA", "1 of rank 32 with other captions", 500),
+        ("resnet18", "rank 32 and 1 of rank 32 with other captions", 1000),
+    ],
+)
+def test_a_plan_counts_the_loras_and_images_that_its_rows_need(script, capsys, tmp_path, only, loras, images):
+    text = plan(script, capsys, "--only", only, "--out", tmp_path)
+    assert f"LoRAs to train: {loras}; synthetic images to make: {images:,}\n" in text
+
+
+def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportions(script, capsys, tmp_path):
+    rows = [line.split() for line in plan(script, capsys, "--out", tmp_path).splitlines() if "ResNet18" in line]
+    counts = {row[0]: tuple(map(int, row[3:5] if row[1].startswith("(") else row[2:4])) for row in rows}
+    assert len(counts) == 10
+    assert {name.split("/")[0]: count for name, count in counts.items()} == {
+        **dict.fromkeys(("ES", "ES+DA", "ES+DA+balanced", "ES+DA+contrast"), (615, 0)),
+        **dict.fromkeys(("BAL", "BAL+DA"), (115, 0)),
+        **dict.fromkeys(("HB", "HB+DA", "HB-styles", "HB-styles+DA"), (115, 500)),
+    }
+
+
+def test_quick_runs_six_data_models_with_three_seeds_unless_told_otherwise(script):
+    args = script["parse_args"](["--quick"])
+    assert args.seeds == [0, 1, 2] and {row.classifier for row in args.rows} == {"resnet18"}
+    assert {row.data.name for row in args.rows} == {"ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA"}
+    assert script["parse_args"](["--quick", "--seeds", "4"]).seeds == [4] and script["parse_args"]([]).seeds == [0]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real datasets are not beside the checkout")
@@ -140,7 +174,7 @@ def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path):
 
     space = script["main"].__globals__
     before = space["PHANTOMS"]
-    space["PHANTOMS"] = {"train": 1, "patients": 3}
+    space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 2), "patients": 3}
     try:
         af = next(row.data for row in ROWS if row.data.name == "AF")
         write_african_layout(tmp_path, patients=3, seed=0)

@@ -30,7 +30,7 @@ space["EMBEDDED"] = script["Scale"](
     classify="--size 64 --batch-size 6",
     passes=dict.fromkeys(script["CLASSIFIERS"], 15),
 )
-space["PHANTOMS"] = {"train": 4, "patients": 4}
+space["PHANTOMS"] = {"train": dict.fromkeys(script["PLANES"], 4), "patients": 4}
 space["QUICK_COUNT"], space["PANEL_COUNT"] = 3, 2
 script["main"](script["parse_args"](sys.argv[1:]))
 """

@@ -7,6 +7,7 @@ import hashlib
 import json
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora.files import save_lora
 from lora.layer import inject, lora_layers
+from planes.style import STYLES, with_style
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "sample.py")
 SAMPLE = runpy.run_path(SCRIPT, run_name="sample")
@@ -228,6 +230,18 @@ def test_batches_are_consecutive_images_with_prompts_of_equal_length():
     shots = [Image(prompt) for prompt in prompts]
     rows = [[shots.index(shot) for shot in batch] for batch in SAMPLE["batches"](shots, 2, contexts)]
     assert rows == [[0, 1], [2], [3, 4], [5]]
+
+
+def test_every_style_is_drawn_equally_often_and_stands_in_the_manifest(tiny, tmp_path):
+    flags = ["--model", tiny, "--prompts", "styles", "--planes", "brain", "--steps", 1, "--batch-size", 8]
+    sample(tmp_path / "few", *flags, "--count", 5)
+    sample(tmp_path / "all", *flags, "--count", 2 * len(STYLES))
+    few, drawn = (
+        [row["prompt"] for row in csv.DictReader((tmp_path / name / "manifest.csv").read_text().splitlines())]
+        for name in ("few", "all")
+    )
+    assert Counter(drawn) == dict.fromkeys((with_style("a photo of fetal brain", words) for words in STYLES), 2)
+    assert drawn[:5] == few
 
 
 @pytest.mark.slow

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from planes import Plane
+from planes import PLANES, PROMPTS, Plane
+from planes.captions import prompt_in_turn, read_prompts, say_style
+from planes.datasets import DatasetError
+from planes.folders import Captioned
 from planes.phantom import SITE_A, phantom
 from planes.style import BRIGHTNESS, CONTRAST, STYLES, measure_style, style_words, with_style
 
@@ -37,3 +40,21 @@ def test_size_and_colour_mode_change_the_measures_by_less_than_two_grey_levels()
 def test_there_is_one_style_for_every_pair_of_words():
     assert len(set(STYLES)) == len(STYLES) == len(BRIGHTNESS) * len(CONTRAST)
     assert with_style("a photo of fetal brain", STYLES[0]) == "a photo of fetal brain, very dark, low contrast"
+
+
+def test_the_prompts_of_styles_are_the_papers_with_every_pair_of_words_and_taken_in_turn():
+    prompts = read_prompts("styles")
+    assert {*prompts} == {*PLANES} and all(len(set(prompts[plane])) == len(STYLES) for plane in PLANES)
+    assert all(prompt.startswith(f"{PROMPTS[plane]}, ") for plane in PLANES for prompt in prompts[plane])
+    for first in (0, 50_000, 7):
+        drawn = [prompt_in_turn(prompts["femur"], seed) for seed in range(first, first + 50)]
+        assert sorted(map(drawn.count, prompts["femur"])) == [4] * 10 + [5] * 2
+
+
+def test_an_images_caption_is_told_its_words_and_a_file_that_is_none_is_named(tmp_path):
+    picture(30, 10).save(tmp_path / "a.png")
+    said = say_style(Captioned(tmp_path / "a.png", "a photo of fetal brain", 3))
+    assert said == Captioned(tmp_path / "a.png", "a photo of fetal brain, very dark, low contrast", 3)
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"b\.png: not a readable image"):
+        say_style(Captioned(tmp_path / "b.png", "a photo", 1))

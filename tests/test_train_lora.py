@@ -21,8 +21,9 @@ from ldm.images import encode_images
 from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
-from lora import lora_layers, remove
+from lora import LoRAError, lora_layers, remove
 from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut
+from planes.style import style_words
 from samplers.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +93,17 @@ def trained(tiny, folder, tmp_path_factory):
     """Two epochs of four batches, two of square images and two of wide ones: two steps each."""
     out = tmp_path_factory.mktemp("trained") / "out"
     return out, train(tiny, folder, out, *KOHYA, "--epochs", 2)
+
+
+def test_captions_say_how_bright_the_images_are_and_resuming_holds_to_it(tiny, folder, tmp_path):
+    out = tmp_path / "out"
+    train(tiny, folder, out, "--style-words")
+    tags = json.loads(header(out)["ss_tag_frequency"])
+    for name, (_, count) in {"2_fetal brain": (WIDE, 2), "1_fetal femur": (SQUARE, 3)}.items():
+        words = [word for path in (folder / name).iterdir() for word in style_words(Image.open(path))]
+        assert tags[name] == {name[2:]: count} | Counter(words)
+    with pytest.raises(LoRAError, match="style_words was True, is None"):
+        train(tiny, folder, out, "--resume")
 
 
 # the order of images
