@@ -1,17 +1,20 @@
-"""Two classifiers on the same test images: is the difference more than chance? And means, spreads and groups of one.
+"""Two classifiers, or two data models, on the same test images: is the difference more than chance? And groups of one.
 
-Both tests pair the images. McNemar's counts images as if they were independent; the bootstrap draws patients, as
-`eval.metrics.bootstrap` does, and so also serves the F-score and the AUC.
+McNemar's test counts images as if they were independent. The bootstrap draws patients, as `eval.metrics.bootstrap`
+does, and reckons with the seeds of the training; so it serves averages over classifiers, the F-score and the AUC too.
 """
 
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
-from scipy.special import ndtri, stdtr
 
-from eval.metrics import Definition, Scores, _draw, _indices, _interval, _weighted_scores
+from eval.levels import over_both, over_patients
+from eval.metrics import Definition, Scores, _draw, _indices, _weighted_scores
+
+Over = Literal["patients", "patients and seeds"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,17 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first, as a fraction, with its interval and two-sided p-value. nan where the metric is undefined."""
+    """Second minus first, as a fraction, with its interval and two-sided p-value. nan where the metric is undefined.
+
+    over: what else might have come up, for the interval and the p-value. Over patients alone they speak of these
+        trained networks and say nothing of the data that trained them: another seed may turn the sign.
+    """
 
     value: float
     low: float
     high: float
     p_value: float
+    over: Over = "patients"
 
 
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemar:
@@ -47,8 +55,8 @@ def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNem
 
 def paired_bootstrap(
     targets: np.ndarray,
-    first: np.ndarray,
-    second: np.ndarray,
+    first: Sequence,
+    second: Sequence,
     patients: Sequence[Hashable],
     definition: Definition = "notebook",
     *,
@@ -56,34 +64,34 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Differences by bootstrap over patients, the same drawn for all: metric's name -> second minus first.
+    """Differences of averages over classifiers, with intervals: metric's name -> second minus first.
 
     targets: (N,) class indices
-    first, second: (N,), or (M, N) of M runs (classifiers, seeds) whose scores are averaged in every replicate; the
-        interval is over patients, for these runs
-    patients: (N,) whose image it is
+    first, second: predictions of a run, (N,); or for each classifier those of a run, (N,), or of its seeds, (M, N).
+        Seeds are averaged, then classifiers, each weighing the same
+    patients: (N,) whose image it is; every replicate draws the same ones for all runs
     definition: of the AUC, from the labels, as for `score`
-    The p-value is that of the level at which the interval would end at zero, and never 0 (Davison and Hinkley 1997,
-    Eq. 4.11: the observed data count as one more replicate).
+    Where every classifier has several seeds, the interval is over patients and seeds (`eval.levels.over_both`), else
+    over patients alone (`eval.levels.over_patients`).
     """
-    first, second = np.atleast_2d(first), np.atleast_2d(second)
+    sides = [[np.atleast_2d(runs) for runs in (side if np.ndim(side[0]) else [side])] for side in (first, second)]
     weights, clusters = _draw(patients, len(targets), replicates, seed)
     weights = np.concatenate([np.ones((1, len(targets))), weights])  # row 0: the observed data
 
-    def mean_scores(runs: np.ndarray) -> np.ndarray:
-        return np.mean([_weighted_scores(weights, *_indices(targets, run), definition, None) for run in runs], axis=0)
+    def scores(runs: np.ndarray) -> np.ndarray:
+        return np.stack([_weighted_scores(weights, *_indices(targets, run), definition, None) for run in runs])
 
-    # rounded, for ties to be ties in whatever order the runs were summed
-    differences = np.round(mean_scores(second) - mean_scores(first), 12)
-    value, replicas = differences[0], differences[1:]
-    low, high = _interval(replicas, clusters, level)
-    defined = (~np.isnan(replicas)).sum(axis=0)
-    beyond = np.minimum((replicas <= 0).sum(axis=0), (replicas >= 0).sum(axis=0))
-    tail = np.minimum((1 + beyond) / (1 + defined), 0.5)
-    freedom = max(clusters - 1, 1)  # undo what _interval does to a tail
-    p_value = np.where(np.isnan(value), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters)))
-    columns = zip(fields(Scores), value.tolist(), low.tolist(), high.tolist(), p_value.tolist())
-    return {field.name: Difference(*numbers) for field, *numbers in columns}
+    cells = [scores(runs) for side in sides for runs in side]
+    coefficients = [sign / len(side) for sign, side in zip((-1, 1), sides) for _ in side]
+    over: Over = "patients"
+    if min(map(len, cells)) > 1:
+        over, found = "patients and seeds", over_both(cells, coefficients, clusters, level)
+    else:
+        total = sum(coefficient * cell.mean(axis=0) for coefficient, cell in zip(coefficients, cells))
+        # rounded, for ties to be ties in whatever order the runs were summed
+        found = over_patients(np.round(total, 12), clusters, level)
+    columns = zip(fields(Scores), *(column.tolist() for column in found))
+    return {field.name: Difference(*numbers, over) for field, *numbers in columns}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t, ttest_ind
 
 from eval.compare import Difference, McNemar, by_group, mcnemar, paired_bootstrap, spread
-from eval.metrics import Scores, bootstrap, score
+from eval.levels import over_both, over_patients
+from eval.metrics import Scores, _draw, bootstrap, score
 
 NAMES = list(Scores.__dataclass_fields__)
 
@@ -143,6 +144,114 @@ def test_lists_of_unequal_length_are_refused():
         by_group([0, 1], [0, 1], ["Malawi"])
 
 
+# --- patients and seeds ---
+
+
+def same_in_every_patient(*right):
+    """Runs that read right so many of every patient's 10 images; returns targets, runs, owners of 5 patients."""
+    targets = np.arange(50) % 4
+    runs = np.stack([np.where(np.arange(50) % 10 < n, targets, 4) for n in right])
+    return targets, runs, np.arange(50) // 10
+
+
+def test_where_all_patients_are_alike_the_interval_over_seeds_is_welchs_t_test():
+    targets, first, owner = same_in_every_patient(6, 7, 5)
+    _, second, _ = same_in_every_patient(9, 7, 8, 9)
+    found = paired_bootstrap(targets, [first], [second], owner)["accuracy"]
+    welch = ttest_ind([0.9, 0.7, 0.8, 0.9], [0.6, 0.7, 0.5], equal_var=False)
+    low, high = welch.confidence_interval(0.95)
+    assert found.over == "patients and seeds" and found.value == pytest.approx(0.825 - 0.6)
+    assert (found.low, found.high, found.p_value) == pytest.approx((low, high, welch.pvalue), rel=1e-9)
+
+
+def test_classifiers_weigh_the_same_and_each_brings_its_own_spread_over_seeds():
+    targets, first, owner = same_in_every_patient(6, 7, 5)
+    second = [same_in_every_patient(*right)[1] for right in ((9, 7), (5, 6, 7, 8))]
+    found = paired_bootstrap(targets, [first, first], second, owner)["accuracy"]
+    assert found.value == pytest.approx((0.8 + 0.65) / 2 - 0.6)
+    variances = [np.var(x, ddof=1) / len(x) / 4 for x in ([0.6, 0.7, 0.5], [0.6, 0.7, 0.5], [0.9, 0.7], [5, 6, 7, 8])]
+    variances[3] /= 100
+    freedom = sum(variances) ** 2 / sum(v**2 / n for v, n in zip(variances, (2, 2, 1, 3)))
+    half = t.ppf(0.975, freedom) * np.sqrt(sum(variances))
+    assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half), rel=1e-9)
+
+
+def test_where_all_seeds_are_alike_the_interval_is_that_over_patients():
+    targets, first, second, owner = clustered(np.random.default_rng(5), 60, second_gain=0.2)
+    alone = paired_bootstrap(targets, first, second, owner)
+    twice = paired_bootstrap(targets, [np.stack([first] * 3)], [np.stack([second] * 3)], owner)
+    for name in NAMES:
+        one, both = alone[name], twice[name]
+        assert (one.over, both.over) == ("patients", "patients and seeds") and both.value == one.value
+        assert both.high - both.low == pytest.approx(one.high - one.low, rel=0.1)  # a t interval against percentiles
+
+
+def test_one_seed_of_one_classifier_leaves_the_interval_over_patients_alone():
+    targets, first, second, owner = clustered(np.random.default_rng(6), 40)
+    several, single = np.stack([first, second, first]), np.stack([second])
+    found = paired_bootstrap(targets, [several, several], [several, single], owner)
+    assert {difference.over for difference in found.values()} == {"patients"}
+    mean = np.mean([score(targets, run).accuracy for run in several])
+    expected = (mean + score(targets, second).accuracy) / 2 - mean
+    assert found["accuracy"].value == pytest.approx(expected, abs=1e-11)
+
+
+def test_swapping_the_two_mirrors_the_result_over_seeds_and_their_order_does_not_matter():
+    targets, first, second, owner = clustered(np.random.default_rng(7), 40)
+    one, other = np.stack([first, second, np.roll(first, 1)]), np.stack([second, np.roll(second, 2)])
+    there, back = paired_bootstrap(targets, [one], [other], owner), paired_bootstrap(targets, [other], [one], owner)
+    again = paired_bootstrap(targets, [one[[2, 0, 1]]], [other[::-1]], owner)
+    for name in NAMES:
+        a, b, c = there[name], back[name], again[name]
+        mirrored = (-b.value, -b.high, -b.low, b.p_value)
+        assert (a.value, a.low, a.high, a.p_value) == pytest.approx(mirrored, abs=1e-9)
+        assert (a.value, a.low, a.high, a.p_value) == pytest.approx((c.value, c.low, c.high, c.p_value), abs=1e-9)
+
+
+def test_a_data_model_against_itself_differs_by_nothing_but_other_seeds_might():
+    targets, first, second, owner = clustered(np.random.default_rng(8), 40)
+    runs = np.stack([first, second, np.roll(first, 1)])
+    found = paired_bootstrap(targets, [runs], [runs[[1, 2, 0]]], owner)["accuracy"]
+    assert (found.value, found.p_value) == (0, 1) and found.high == -found.low > 0.01
+    same = paired_bootstrap(targets, [runs[[0, 0]]], [runs[[0, 0]]], owner)["accuracy"]
+    assert same == Difference(0, 0, 0, 1, "patients and seeds")
+
+
+def runs_of(rng, level, patients=66, images=(1, 7), ease=0.25):
+    """Which images every run reads right, (..., N), with the probability `level`, (...), plus a patient's ease; owners.
+
+    level +- ease must lie between 0 and 1, for `level` to be the truth.
+    """
+    owner = np.repeat(np.arange(patients), rng.integers(*images, patients))
+    probability = np.asarray(level)[..., None] + rng.uniform(-ease, ease, patients)[owner]
+    return rng.random(probability.shape) < probability, owner
+
+
+def accuracies(right, owner, seed, replicates=300):
+    """The scores that `over_both` takes, (..., 1 + R), and the number of patients."""
+    weights, clusters = _draw(owner, len(owner), replicates, seed)
+    weights = np.concatenate([np.ones((1, len(owner))), weights])
+    return right.astype(float) @ (weights / weights.sum(axis=1, keepdims=True)).T, clusters
+
+
+def test_the_variance_of_what_a_run_does_on_these_patients_is_counted_once():
+    """The docstring's sum, written out: patients' and seeds' variances each hold that of a run on these patients."""
+    rng, clusters = np.random.default_rng(9), 12
+    seeds, patients, own = rng.normal(0, 2, (2, 3, 1)), rng.normal(0, 1, 400), rng.normal(0, 1, (2, 3, 400))
+    cells = seeds + patients * np.array([[[1]], [[2]]]) + own
+    value, low, high, p_value = over_both(cells, [-1, 1], clusters)
+    scale = clusters / (clusters - 1)
+    of_patients = scale * (cells[1].mean(axis=0) - cells[0].mean(axis=0))[1:].var()
+    of_seeds = cells[:, :, 0].var(axis=1, ddof=1) / 3
+    of_both = scale * sum((cell - cell.mean(axis=0))[:, 1:].var(axis=1).sum() / 2 / 3 for cell in cells)
+    variance = of_patients + of_seeds.sum() - of_both
+    assert 0.2 < of_both < of_seeds.sum()
+    freedom = variance**2 / (of_patients**2 / 11 + (of_seeds**2 / 2).sum())
+    half = t.ppf(0.975, freedom) * np.sqrt(variance)
+    assert (low, high) == pytest.approx((value - half, value + half))
+    assert p_value == pytest.approx(2 * t.sf(abs(value) / np.sqrt(variance), freedom))
+
+
 # --- coverage ---
 
 STUDIES = 1000
@@ -173,6 +282,47 @@ def test_95_percent_intervals_of_a_paired_difference_hold_the_truth_in_93_to_97_
         found = paired_bootstrap(*clustered(rng, 66, second_gain=0.2), replicates=400, seed=study)["accuracy"]
         covered += found.low <= 0.06 <= found.high
     assert 0.93 <= covered / STUDIES <= 0.97
+
+
+def covered(rng, seeds, classifiers, study, seed_sd=0.08, gain=0.05):
+    """A study of a gain by 5 points: whether the interval over patients and seeds, and that over patients, hold it.
+
+    66 patients of 1 to 6 images each, 233 in the mean, as in the African test; classifiers from 40 to 60 %.
+    """
+    level = np.linspace(0.4, 0.6, classifiers)[:, None] + rng.normal(0, seed_sd, (2, classifiers, seeds))
+    right, owner = runs_of(rng, level + np.array([0, gain])[:, None, None])
+    scores, clusters = accuracies(right, owner, study)
+    coefficients = np.repeat([-1, 1], classifiers) / classifiers
+    _, low, high, p_value = over_both([*scores[0], *scores[1]], coefficients, clusters)
+    assert (p_value < 0.05) == (not low <= 0 <= high)
+    _, low_row, high_row, _ = over_both([scores[0, 0]], [1], clusters)
+    _, old_low, old_high, _ = over_patients((scores[1] - scores[0]).mean(axis=(0, 1)), clusters)
+    return low <= gain <= high, low_row <= 0.4 <= high_row, old_low <= gain <= old_high
+
+
+def test_intervals_over_seeds_hold_the_truth_where_those_over_patients_miss_it_every_other_time():
+    """3 seeds of 3 classifiers with a standard deviation of 8 points; 100 studies, binomial sd 2 points."""
+    rng = np.random.default_rng(10)
+    difference, _, old = np.mean([covered(rng, 3, 3, study) for study in range(100)], axis=0)
+    assert difference >= 0.9 and old < 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "classifiers"), [(3, 5), (3, 3), (5, 5), (5, 3)])
+def test_95_percent_intervals_over_patients_and_seeds_hold_the_truth_in_93_to_97_of_100_studies(seeds, classifiers):
+    """Seeds with a standard deviation of 8 points; 2000 studies, binomial sd 0.5 points."""
+    rng = np.random.default_rng(11)
+    studies = [covered(rng, seeds, classifiers, study) for study in range(2 * STUDIES)]
+    difference, row, old = np.mean(studies, axis=0)
+    assert 0.93 <= difference <= 0.975 and 0.925 <= row <= 0.975  # a single row of three seeds: 93 to 94
+    assert old < 0.6
+
+
+@pytest.mark.slow
+def test_seeds_that_change_little_leave_intervals_too_wide_but_no_wider_than_98_of_100():
+    rng = np.random.default_rng(12)
+    difference, _, old = np.mean([covered(rng, 3, 3, study, seed_sd=0.01) for study in range(STUDIES)], axis=0)
+    assert 0.95 <= difference <= 0.99 and old > 0.9
 
 
 @pytest.mark.slow
