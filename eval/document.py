@@ -1,4 +1,4 @@
-"""A small document (headings, paragraphs, commands, tables, pictures), as Markdown and as one HTML file."""
+"""A small document (headings, paragraphs, tables, pictures, folded parts), as Markdown and as one HTML file."""
 
 import base64
 import html
@@ -27,7 +27,8 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first `labels` columns are words, the others numbers, set to the right.
+    """Cells as text. The first `labels` columns are words, the others numbers, set to the right; lines break only in a
+    table of words alone.
 
     ValueError for a row that is not as long as the header.
     """
@@ -50,17 +51,39 @@ class Picture:
     caption: str
 
 
-Block = Heading | Paragraph | Code | Table | Picture
+@dataclass(frozen=True)
+class Beside:
+    """Pictures next to each other where the page is wide enough."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Details:
+    """A part that HTML folds away under one line; in Markdown a heading of level 3."""
+
+    summary: str
+    blocks: Sequence["Block"]
+
+
+Block = Heading | Paragraph | Code | Table | Picture | Beside | Details
 
 STYLE = """
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; }
-h1, h2, h3 { line-height: 1.2; margin-top: 2em; }
+body { margin: 1rem auto; max-width: 76rem; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; }
+h1, h2, h3 { line-height: 1.2; margin-top: 1.6em; }
+h1 { margin: 0; }
+h1 + p { max-width: none; font-size: 1.15rem; font-weight: 600; }
 p, figcaption { max-width: 46rem; }
+.beside { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start; }
+.beside figure { flex: 1 1 26rem; margin: 0.5rem 0; }
+details { border-top: 1px solid #ddd; padding: 0.4rem 0; }
+summary { cursor: pointer; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }
+th, td { padding: 0.2rem 0.5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .label { text-align: left; }
+.words td { white-space: normal; }
 pre { padding: 0.5rem; background: #f4f4f4; overflow-x: auto; }
 figure { margin: 1.5rem 0; }
 img { max-width: 100%; }
@@ -91,6 +114,10 @@ def _markdown(block: Block, folder: Path) -> str:
             return f"```\n{text}\n```"
         case Picture(path, caption):
             return f"![{caption}]({path.resolve().relative_to(folder.resolve()).as_posix().replace(' ', '%20')})"
+        case Beside(pictures):
+            return "\n\n".join(_markdown(picture, folder) for picture in pictures)
+        case Details(summary, blocks):
+            return "\n\n".join(_markdown(inner, folder) for inner in (Heading(summary, 3), *blocks))
         case Table(header, rows, labels):
             rule = ["---"] * labels + ["--:"] * (len(header) - labels)
             lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, rule, *rows)]
@@ -110,9 +137,15 @@ def _html(block: Block) -> str:
             caption = html.escape(caption)
             image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        case Beside(pictures):
+            return f'<div class="beside">{"".join(map(_html, pictures))}</div>'
+        case Details(summary, blocks):
+            inside = "\n".join(map(_html, blocks))
+            return f"<details><summary>{html.escape(summary)}</summary>\n{inside}\n</details>"
         case Table(header, rows, labels):
             lines = "\n".join([_cells("th", header, labels), *(_cells("td", row, labels) for row in rows)])
-            return f'<div class="wide"><table>\n{lines}\n</table></div>'
+            kind = ' class="words"' if labels == len(header) else ""
+            return f'<div class="wide"><table{kind}>\n{lines}\n</table></div>'
 
 
 def _cells(tag: str, cells: Sequence[object], labels: int) -> str:
