@@ -1,4 +1,4 @@
-"""The figures: image sheets, confusion matrices, t-SNE panels, accuracies, losses. Equal input gives equal PNG bytes.
+"""The figures: image sheets, confusion matrices, t-SNE panels, losses. Equal input gives equal PNG bytes.
 
 Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched; `save` writes it.
 """
@@ -89,7 +89,7 @@ def confusion_grid(
 ) -> Figure:
     """Confusion matrices side by side: the share of each row (a true class) in percent, as number and as shade.
 
-    matrices: (row, column) -> (K, K) counts, row = target, column = prediction; a missing one is said to be missing
+    matrices: (row, column) -> (K, K) counts, row = target, column = prediction; one left out leaves its place empty
     classes: names of the K classes; a class that no target has is left out of the matrices' rows
     """
     figure = Figure(figsize=(1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained")
@@ -110,8 +110,6 @@ def confusion_grid(
         if j == 0:
             axes.set_ylabel(rows[i], fontsize=9, fontweight="bold", rotation=0, ha="right", va="center", labelpad=8)
         if (rows[i], columns[j]) not in matrices:
-            middle = (len(classes) - 1) / 2, (len(present) - 1) / 2
-            axes.text(*middle, "missing", ha="center", va="center", fontsize=8, color="0.5")
             continue
         counts = np.asarray(matrices[rows[i], columns[j]])[seen]
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -120,49 +118,6 @@ def confusion_grid(
             colour = "white" if value > 0.6 else "black"
             axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     figure.supxlabel("prediction", fontsize=9)
-    return figure
-
-
-def interval_figure(
-    groups: Mapping[str, Mapping[str, tuple[float, float, float, float | None] | None]], xlabel: str
-) -> Figure:
-    """Values with their intervals, one line each, in groups; what was published beside them as an open diamond.
-
-    groups: group (a data model) -> label (a classifier) -> (value, low, high, published or None) in the unit of the
-        axis; None for a row that is missing
-    """
-    lines = [(group, label, entry) for group, entries in groups.items() for label, entry in entries.items()]
-    figure = Figure(figsize=(7, 0.9 + 0.24 * (len(lines) + len(groups))), layout="constrained")
-    axes = figure.subplots()
-    labels, ticks, group_ticks = [], [], []
-    y = 0.0
-    for n, (group, label, entry) in enumerate(lines):
-        if n == 0 or group != lines[n - 1][0]:
-            y += 1
-            group_ticks.append(y + (len(groups[group]) - 1) / 2)
-            if n:
-                axes.axhline(y - 1, color="0.85", linewidth=0.8)
-        labels.append(label if entry else f"{label} (missing)")
-        ticks.append(y)
-        if entry:
-            value, low, high, published = entry
-            ours = axes.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", color=LINES[0], ms=5, lw=1.4)
-            ours.set_label("here, with 95 % interval")
-            if published is not None:
-                axes.plot(published, y, "D", mfc="none", mec=LINES[1], ms=5, mew=1.3, label="published")
-        y += 1
-    axes.set_yticks(ticks, labels, fontsize=8)
-    axes.set(ylim=(y, 0), xlabel=xlabel)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    names = axes.secondary_yaxis("right")
-    names.set_yticks(group_ticks, list(groups), fontsize=9, fontweight="bold")
-    names.tick_params(length=0)
-    names.spines[:].set_visible(False)
-    handles = dict(sorted(dict(zip(*reversed(axes.get_legend_handles_labels()))).items()))  # one of each
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

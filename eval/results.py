@@ -7,8 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit
 
-from eval.metrics import Definition, Scores, _draw, _interval, _weighted_scores, confusion
+from eval.compare import Difference, paired_bootstrap, spread
+from eval.levels import over_both, over_patients
+from eval.metrics import Definition, Scores, _draw, _weighted_scores, confusion
 from planes import PLANES
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
@@ -50,7 +53,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of one row: a fraction for each seed, and the interval of their mean by bootstrap over patients."""
+    """A metric of one row: a fraction for each seed, and the interval of their mean.
+
+    The interval is over patients and seeds; with one seed over patients alone, and so for this trained network.
+    """
 
     values: tuple[float, ...]
     low: float
@@ -60,8 +66,16 @@ class Estimate:
     def mean(self) -> float:
         return float(np.mean(self.values))
 
-    def covers(self, value: float) -> bool:
-        return self.low <= value <= self.high
+    def reaches(self, value: float, level: float = 0.95) -> bool | None:
+        """Whether one more seed, tested on the same images, might give this value; None if there is but one.
+
+        It lies in the prediction interval of a normal sample. A published number is one such run.
+        """
+        if len(self.values) < 2:
+            return None
+        mean, deviation = spread(self.values)
+        n = len(self.values)
+        return bool(abs(value - mean) <= stdtrit(n - 1, (1 + level) / 2) * deviation * np.sqrt(1 + 1 / n))
 
 
 def read_result(folder: Path, table: str, data: str, classifier: str, seed: int) -> Result:
@@ -109,15 +123,26 @@ def estimate(
 
     seeds: the row's results, all of the same test images
     distinct: leave out the test images that are copies
-    Every replicate draws the same patients for all seeds and averages the seeds' scores, so the interval speaks of the
-    test set: how far the mean would move with other patients. With one seed it is that of eval.metrics.bootstrap.
+    Every replicate draws the same patients for all seeds. Ends of intervals are fractions: none beyond 0 and 1.
     """
     kept = ~seeds[0].copies if distinct else np.full(len(seeds[0].copies), True)
     weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), replicates, seed=0)
     weights = np.concatenate([np.ones((1, kept.sum())), weights])  # row 0: the test set itself
     runs = ((r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds)
     scores = np.stack([_weighted_scores(weights, *run) for run in runs])
-    low, high = _interval(scores[:, 1:].mean(axis=0), clusters, level)
+    found = over_both([scores], [1], clusters, level) if len(seeds) > 1 else over_patients(scores[0], clusters, level)
+    low, high = np.clip(found[1:3], 0, 1)
     return {
         name: Estimate(tuple(scores[:, 0, n].tolist()), float(low[n]), float(high[n])) for n, name in enumerate(METRICS)
     }
+
+
+def compare(first: Sequence[Sequence[Result]], second: Sequence[Sequence[Result]]) -> dict[str, Difference]:
+    """Two data models, second less first, by metric, averaged over classifiers that weigh the same.
+
+    first, second: for each classifier, its results; both data models have the same classifiers, and as many seeds as
+        there are
+    """
+    sides = ([np.stack([result.predictions for result in row]) for row in rows] for rows in (first, second))
+    test = first[0][0]
+    return paired_bootstrap(test.targets, *sides, test.patients)

@@ -27,7 +27,7 @@ class Findings:
 
     recognised: label -> sampler -> fraction of images taken for the plane of their prompt
     quality: rows of eval.quality.quality_table
-    figures: (title, file, caption)
+    figures: (title, file, caption), figure 2 first
     notes: sentences
     """
 

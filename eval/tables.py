@@ -1,4 +1,4 @@
-"""The report's tables. A row that was not run is shown as missing; fractions become percent here."""
+"""The report's tables, of what was run and nothing else. Fractions become percent here."""
 
 import csv
 import io
@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eval.compare import Difference, by_group, mcnemar, paired_bootstrap, spread
+from eval.compare import Difference, by_group, mcnemar, spread
 from eval.document import Table
+from eval.gain import Cells, Gain, Row
 from eval.metrics import Scores
 from eval.plan import CLASSIFIERS
-from eval.published import TABLE_1
-from eval.results import METRICS, Estimate, Result, estimate
+from eval.published import PUBLISHED, TRAINING, published_difference
+from eval.results import METRICS, Estimate, Result, compare, estimate
 from planes import PLANES
 
 NAMES = {"accuracy": "ACC", "recall": "Recall", "precision": "Precision", "f_score": "F-score", "auc": "AUC"}
-MISSING, NONE = "missing", "–"
+NONE = "–"
+ONE_SEED = "*"  # marks an interval over patients alone
 SOURCES = {"real": "spain", "synthetic": "synthetic", "african": "africa"}
-
-Row = tuple[str, str]
-"""A data model and a classifier, such as ("HB+DA", "resnet18")."""
+COMPARED = ("accuracy", "f_score", "auc")
 
 
 def percent(value: float) -> str:
@@ -27,9 +27,16 @@ def percent(value: float) -> str:
     return NONE if np.isnan(value) else f"{100 * value:.2f}"
 
 
-def interval(low: float, high: float) -> str:
+def points(value: float) -> str:
+    """A difference of fractions in points; a dash if it is nan."""
+    return NONE if np.isnan(value) else f"{100 * value:+.2f}"
+
+
+def interval(found: Estimate) -> str:
     """Bounds of an interval in percent."""
-    return NONE if np.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
+    if np.isnan(found.low):
+        return NONE
+    return f"{100 * found.low:.1f} to {100 * found.high:.1f}{ONE_SEED * (len(found.values) == 1)}"
 
 
 def p_value(p: float) -> str:
@@ -37,147 +44,143 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def overview(rows: Sequence[Row], cells: Mapping[Row, Sequence[Result]], seeds: Sequence[int]) -> Table:
-    """All metrics of all rows, the published number of each in brackets."""
-    header = ["Data", "Classifier", "Seeds", "# real", "# synthetic", "# African", *NAMES.values()]
-    body = []
-    for row in rows:
-        published = TABLE_1.get(row)
-        if row in cells:
-            sources = cells[row][0].training["sources"]
-            counts = [sources.get(source, 0) for source in SOURCES.values()]
-            scores = {metric: entry.mean for metric, entry in estimate(cells[row]).items()}
-        else:
-            counts, scores = [NONE] * 3, {}
-        values = []
-        for metric in METRICS:
-            ours = percent(scores[metric]) if scores else MISSING
-            values.append(ours if published is None else f"{ours} ({percent(getattr(published, metric))})")
-        body.append([*_names(row), f"{len(cells.get(row, ()))} of {len(seeds)}", *counts, *values])
-    return Table(header, body, labels=2)
+def overview(rows: Sequence[Row], cells: Cells, seeds: Sequence[int], compared: bool) -> Table:
+    """All metrics of all rows.
 
-
-def metric_table(
-    metric: str, rows: Sequence[Row], estimates: Mapping[Row, Mapping[str, Estimate]], compared: bool
-) -> Table:
-    """One metric of all rows: mean and standard deviation over seeds, interval of the mean, the published number.
-
-    compared: also the difference to the published number, and whether the interval covers it
+    compared: with the published number of each in brackets
     """
-    header = ["Data", "Classifier", NAMES[metric], "SD over seeds", "95 % interval", "Published"]
-    header += ["Difference", "Interval covers it"] * compared
+    african = any("africa" in cells[row][0].training["sources"] for row in rows)
+    kinds = [kind for kind in SOURCES if kind != "african" or african]
+    names = list(NAMES.values())
+    header = ["Data", "Classifier", "Seeds", *(f"# {kind}" for kind in kinds), names[0], "95 % interval", *names[1:]]
     body = []
     for row in rows:
-        published: Scores | None = TABLE_1.get(row)
-        theirs = None if published is None else getattr(published, metric)
-        line = [*_names(row), MISSING, NONE, NONE, NONE if theirs is None else percent(theirs)]
-        difference = [NONE, NONE]
-        if row in estimates:
-            ours = estimates[row][metric]
-            deviation = percent(spread(ours.values)[1]) if len(ours.values) > 1 else NONE
-            line[2:5] = percent(ours.mean), deviation, interval(ours.low, ours.high)
-            if theirs is not None:
-                difference = [f"{100 * (ours.mean - theirs):+.2f}", "yes" if ours.covers(theirs) else "no"]
-        body.append(line + difference * compared)
+        sources, found = cells[row][0].training["sources"], estimate(cells[row])
+        values = [percent(found[metric].mean) for metric in METRICS]
+        if compared and row in PUBLISHED:
+            theirs = [percent(getattr(PUBLISHED[row], metric)) for metric in METRICS]
+            values = [f"{ours} ({number})" for ours, number in zip(values, theirs)]
+        values.insert(1, interval(found["accuracy"]))
+        counts = [sources.get(SOURCES[kind], 0) for kind in kinds]
+        body.append([*_names(row), f"{len(cells[row])} of {len(seeds)}", *counts, *values])
     return Table(header, body, labels=2)
 
 
-def auc_table(rows: Sequence[Row], cells: Mapping[Row, Sequence[Result]]) -> Table:
+def metric_table(metric: str, estimates: Mapping[Row, Mapping[str, Estimate]], compared: bool) -> Table:
+    """One metric of all rows: mean and standard deviation over seeds, interval of the mean.
+
+    compared: also the published number, the difference to it, and whether one more seed of ours might give it
+    """
+    header = ["Data", "Classifier", NAMES[metric], "SD over seeds", "95 % interval"]
+    header += ["Published", "Difference", "Another seed might give it"] * compared
+    body = []
+    for row, found in estimates.items():
+        ours = found[metric]
+        line = [*_names(row), percent(ours.mean), percent(spread(ours.values)[1]), interval(ours)]
+        if compared and row in PUBLISHED:
+            theirs = getattr(PUBLISHED[row], metric)
+            reached = {True: "yes", False: "no", None: NONE}[ours.reaches(theirs)]
+            line += [percent(theirs), points(ours.mean - theirs), reached]
+        elif compared:
+            line += [NONE] * 3
+        body.append(line)
+    return Table(header, body, labels=2)
+
+
+def published_table(rows: Mapping[Row, Scores]) -> Table:
+    """The paper's own numbers, with what it trained on."""
+    body = []
+    for (data, classifier), scores in rows.items():
+        t = TRAINING[data]
+        numbers = [percent(getattr(scores, metric)) for metric in METRICS]
+        body.append([data, CLASSIFIERS[classifier], t.spanish, t.synthetic, t.african, t.patients, *numbers])
+    header = ["Data", "Classifier", "# Spanish", "# synthetic", "# African", "# patients", *NAMES.values()]
+    return Table(header, body, labels=2)
+
+
+def gain_table(gains: Sequence[Gain], compared: bool) -> Table:
+    """Differences in accuracy between data models, over the classifiers that both have.
+
+    compared: with the paper's difference over the same classifiers
+    """
+    header = ["What is changed", "Difference", "Verdict", "ACC, points", "95 % interval", "p", "Classifiers", "Seeds"]
+    body = []
+    for gain in gains:
+        found, (low, high) = gain.accuracy, gain.seeds
+        patients = found.over == "patients"
+        line = [gain.step.what, f"{gain.step.data} less {gain.step.baseline}", gain.verdict, points(found.value)]
+        line += [f"{100 * found.low:+.1f} to {100 * found.high:+.1f}{ONE_SEED * patients}"]
+        line += [NONE if patients else p_value(found.p_value).removeprefix("p ").removeprefix("= ")]
+        line += [len(gain.classifiers), low if low == high else f"{low} to {high}"]
+        body.append(line + [points(gain.published)] * compared)
+    return Table(header + ["Published"] * compared, body, labels=3)
+
+
+def comparison_table(baseline: str, data: str, cells: Cells, left_out: Mapping[str, str], compared: bool) -> Table:
+    """Two data models on the same images, by classifier: McNemar's test of each seed, the difference over all seeds.
+
+    left_out: classifiers that are not in the last line, the average
+    compared: with the paper's difference in accuracy
+    """
+    header = ["Classifier", f"Right only with {baseline} : only with {data}, by seed"]
+    header += [f"{NAMES[metric]}, {data} less {baseline}" for metric in COMPARED] + ["Published ACC"] * compared
+    both = [c for c in CLASSIFIERS if (baseline, c) in cells and (data, c) in cells]
+    averaged, body = [c for c in both if c not in left_out], []
+    for classifiers in [[c] for c in both] + [averaged] * (len(averaged) > 1):
+        first, second = ([cells[name, c] for c in classifiers] for name in (baseline, data))
+        tests = [
+            mcnemar(one.targets, one.predictions, other.predictions)
+            for one in first[0]
+            for other in second[0]
+            if one.seed == other.seed and len(classifiers) == 1
+        ]
+        pairs = [f"{test.only_first} : {test.only_second}, {p_value(test.p_value)}" for test in tests]
+        found = compare(first, second)
+        name = CLASSIFIERS[classifiers[0]] if len(classifiers) == 1 else f"all {len(classifiers)}"
+        line = [name, "; ".join(pairs) or NONE, *(_difference(found[metric]) for metric in COMPARED)]
+        body.append(line + [points(published_difference(baseline, data, classifiers))] * compared)
+    return Table(header, body, labels=2)
+
+
+def auc_table(rows: Sequence[Row], cells: Cells) -> Table:
     """AUC by both definitions, with intervals."""
     body = []
     for row in rows:
-        line = [MISSING, NONE, MISSING, NONE]
-        if row in cells:
-            both = [estimate(cells[row], definition)["auc"] for definition in ("notebook", "plain")]
-            line = [text for auc in both for text in (percent(auc.mean), interval(auc.low, auc.high))]
-        body.append([*_names(row), *line])
+        both = [estimate(cells[row], definition)["auc"] for definition in ("notebook", "plain")]
+        body.append([*_names(row), *(text for auc in both for text in (percent(auc.mean), interval(auc)))])
     header = ["Data", "Classifier", "AUC, notebook", "95 % interval", "AUC, plain", "95 % interval"]
     return Table(header, body, labels=2)
 
 
-def distinct_table(rows: Sequence[Row], cells: Mapping[Row, Sequence[Result]]) -> Table:
+def distinct_table(rows: Sequence[Row], cells: Cells) -> Table:
     """Accuracy, F-score and AUC on all test images and on those that are no copies."""
-    metrics = ("accuracy", "f_score", "auc")
     header = ["Data", "Classifier"]
-    for metric in metrics:
+    for metric in COMPARED:
         header += [f"{NAMES[metric]}, all", "without copies", "95 % interval"]
     body = []
     for row in rows:
-        line = [MISSING, MISSING, NONE] * len(metrics)
-        if row in cells:
-            everything, rest = estimate(cells[row]), estimate(cells[row], distinct=True)
-            line = []
-            for metric in metrics:
-                kept = rest[metric]
-                line += [percent(everything[metric].mean), percent(kept.mean), interval(kept.low, kept.high)]
-        body.append([*_names(row), *line])
+        everything, rest = estimate(cells[row]), estimate(cells[row], distinct=True)
+        line = [*_names(row)]
+        for metric in COMPARED:
+            line += [percent(everything[metric].mean), percent(rest[metric].mean), interval(rest[metric])]
+        body.append(line)
     return Table(header, body, labels=2)
 
 
-def group_table(rows: Sequence[Row], cells: Mapping[Row, Sequence[Result]], key: str) -> Table:
+def group_table(rows: Sequence[Row], cells: Cells, key: str) -> Table:
     """Share of the images of each "plane" or "country" that are classified rightly, over all seeds, in percent."""
 
     def groups(result: Result) -> np.ndarray:
         return np.array(PLANES)[result.targets] if key == "plane" else result.centers
 
-    test = groups(next(iter(cells.values()))[0])
+    test = groups(cells[rows[0]][0])
     names = [name for name in PLANES if name in test] if key == "plane" else sorted(set(test))
     body = []
     for row in rows:
-        line = [MISSING] * len(names)
-        if row in cells:
-            counts = [by_group(result.targets, result.predictions, test) for result in cells[row]]
-            sums = {name: np.sum([count[name] for count in counts], axis=0) for name in names}
-            line = [percent(correct / total) for correct, total in sums.values()]
-        body.append([*_names(row), *line])
+        counts = [by_group(result.targets, result.predictions, test) for result in cells[row]]
+        sums = [np.sum([count[name] for count in counts], axis=0) for name in names]
+        body.append([*_names(row), *(percent(correct / total) for correct, total in sums)])
     return Table(["Data", "Classifier", *(f"{name} ({(test == name).sum()})" for name in names)], body, labels=2)
-
-
-def compare(first: Sequence[Sequence[Result]], second: Sequence[Sequence[Result]]) -> dict[str, Difference] | None:
-    """Paired bootstrap of two data models, second less first, by metric; None if they have no seed in common.
-
-    first, second: for each classifier, its results; the seeds that all of them have are compared, so that every
-        classifier weighs the same
-    """
-    seeds = set.intersection(*({result.seed for result in row} for row in (*first, *second)))
-    stacks = [
-        np.array([result.predictions for row in rows for result in row if result.seed in seeds])
-        for rows in (first, second)
-    ]
-    test = first[0][0]
-    return paired_bootstrap(test.targets, *stacks, test.patients) if seeds else None
-
-
-def comparison_table(baseline: str, data: str, cells: Mapping[Row, Sequence[Result]]) -> Table:
-    """Two data models on the same images, by classifier: exact McNemar test of each seed, paired bootstrap of all."""
-    metrics = ("accuracy", "f_score", "auc")
-    header = ["Classifier", f"Right only with {baseline} : only with {data}, by seed"]
-    header += [f"{NAMES[metric]}, {data} less {baseline}" for metric in metrics] + ["Published ACC"]
-    pairs, body = {}, []
-    for classifier, name in CLASSIFIERS.items():
-        published = published_difference(baseline, data, [classifier])
-        if (baseline, classifier) not in cells or (data, classifier) not in cells:
-            body.append([name, MISSING, *[MISSING] * len(metrics), published])
-            continue
-        pairs[classifier] = first, second = cells[baseline, classifier], cells[data, classifier]
-        tests = []
-        for one in first:
-            for other in second:
-                if one.seed == other.seed:
-                    test = mcnemar(one.targets, one.predictions, other.predictions)
-                    tests.append(f"{test.only_first} : {test.only_second}, {p_value(test.p_value)}")
-        body.append([name, "; ".join(tests) or NONE, *_differences(compare([first], [second]), metrics), published])
-    if len(pairs) > 1:
-        together = _differences(compare(*zip(*pairs.values())), metrics)
-        body.append([f"all {len(pairs)}", NONE, *together, published_difference(baseline, data, list(pairs))])
-    return Table(header, body, labels=2)
-
-
-def published_difference(baseline: str, data: str, classifiers: Sequence[str]) -> str:
-    """The paper's accuracy of `data` less that of `baseline`, in points, averaged over classifiers."""
-    if not {(name, c) for name in (baseline, data) for c in classifiers} <= TABLE_1.keys():
-        return NONE
-    return f"{100 * np.mean([TABLE_1[data, c].accuracy - TABLE_1[baseline, c].accuracy for c in classifiers]):+.2f}"
 
 
 def quality_table(rows: Sequence[Mapping[str, object]]) -> Table:
@@ -214,15 +217,14 @@ def recognised_table(recognised: Mapping[str, Mapping[str, float]]) -> Table:
     """Shares in percent: label, such as "ES, with LoRA" -> sampler -> fraction."""
     samplers = list(dict.fromkeys(sampler for shares in recognised.values() for sampler in shares))
     rows = [
-        [label, *(percent(shares[sampler]) if sampler in shares else MISSING for sampler in samplers)]
-        for label, shares in recognised.items()
+        [label, *(percent(shares.get(sampler, np.nan)) for sampler in samplers)] for label, shares in recognised.items()
     ]
     return Table(["Classifier of real images; synthetic images", *samplers], rows)
 
 
 def results_csv(results: Sequence[Result]) -> str:
-    """A line for each row and seed: metrics as fractions with 95 % intervals, by both definitions of AUC, on all test
-    images (all_...) and on those that are no copies (distinct_...)."""
+    """A line for each row and seed: metrics as fractions with 95 % intervals over patients, by both definitions of
+    AUC, on all test images (all_...) and on those that are no copies (distinct_...)."""
     file = io.StringIO()
     writer = None
     for result in results:
@@ -247,10 +249,8 @@ def _names(row: Row) -> tuple[str, str]:
     return row[0], CLASSIFIERS[row[1]]
 
 
-def _differences(found: Mapping[str, Difference] | None, metrics: Sequence[str]) -> list[str]:
-    if found is None:
-        return [MISSING] * len(metrics)
-    return [
-        f"{100 * d.value:+.2f} ({100 * d.low:+.1f} to {100 * d.high:+.1f}), {p_value(d.p_value)}"
-        for d in (found[metric] for metric in metrics)
-    ]
+def _difference(found: Difference) -> str:
+    if np.isnan(found.value):
+        return NONE
+    text = f"{points(found.value)} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    return text + ONE_SEED if found.over == "patients" else f"{text}, {p_value(found.p_value)}"

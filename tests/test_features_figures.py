@@ -12,8 +12,9 @@ from torch import nn
 from classify import ClassifyError
 from classify.data import PlaneImages, prepare
 from classify.models import build, save
-from eval import figures
+from eval import figures, forest
 from eval.features import Extractor, classifier, features, inception
+from eval.forest import MARKS, Point
 from eval.tsne import tsne
 from planes import PLANES
 from planes.datasets import Record
@@ -135,8 +136,17 @@ def grid():
 
 
 def intervals():
-    entries = {"EfficientNet b0": (70.0, 64.5, 75.0, 72.96), "ResNet18": None, "ViT b16": (82.0, 77.0, 86.5, 81.97)}
-    return figures.interval_figure({"HB": entries, "HB-all": {"ViT b16": (78.0, 72.0, 83.0, None)}}, "accuracy, %")
+    hybrid = [Point("EfficientNet b0", 70.0, 64.5, 75.0, 72.96), Point("ViT b16", 82.0, 77.0, 86.5, seeds=False)]
+    return forest.interval_figure({"HB": hybrid, "HB-all": [Point("ViT b16", 78.0, 72.0, 83.0)]}, "accuracy, %")
+
+
+def gains():
+    points = [
+        Point("synthetic images\nHB+DA − ES+DA", 6.1, 2.4, 9.8, 11.84, kind="synthetic"),
+        Point("brightness and contrast\nES+DA+contrast − ES+DA", 13.8, 11.2, 16.4, kind="real"),
+        Point("one against the other\nHB+DA − ES+DA+contrast", -7.7, -12.0, 0.1, float("nan"), False, "both"),
+    ]
+    return forest.forest_figure(points, "difference in accuracy, points")
 
 
 def ranks():
@@ -160,6 +170,7 @@ DRAWN = {
     "loss": curves,
     "confusion-grid": grid,
     "intervals": intervals,
+    "forest": gains,
     "tsne-grid": ranks,
     "samples": samples,
 }
@@ -231,26 +242,54 @@ def test_a_contact_sheet_puts_images_and_labels_where_they_belong():
     assert grid[0].images[0].get_clim() == (0, 255)  # not stretched to each image's own range
 
 
-def test_the_confusion_grid_shows_shares_of_the_planes_that_occur_and_says_what_is_missing():
+def test_the_confusion_grid_shows_shares_of_the_planes_that_occur_and_leaves_the_place_of_a_missing_one_empty():
     axes = grid().axes
     shown = {text.get_position(): text.get_text() for text in axes[0].texts}
     assert len(shown) == 4 * 5 and (shown[0, 0], shown[4, 0], shown[1, 1]) == ("57", "38", "98")
-    assert [text.get_text() for text in axes[3].texts] == ["missing"] and not axes[3].images
+    assert not axes[3].texts and not axes[3].images and axes[3].get_xticks().size
     assert [a.get_title() for a in axes[:2]] == ["DenseNet169", "EfficientNet b0"]
     assert [axes[0].get_ylabel(), axes[2].get_ylabel()] == ["ES+DA", "HB+DA"]
 
 
+def drawn_intervals(axes):
+    """(value, low, high, height) of every point with an interval, and whether it is filled."""
+    found = []
+    for container in axes.containers:
+        marker, _, (bars,) = container.lines
+        low, high = bars.get_segments()[0][:, 0]
+        filled = to_hex(marker.get_markerfacecolor()) == to_hex(marker.get_color())
+        found.append((*marker.get_xdata(), low, high, *marker.get_ydata(), filled))
+    return found
+
+
+def published(axes):
+    return [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"]
+
+
 def test_the_interval_figure_draws_values_intervals_and_published_numbers_where_there_are_any():
     axes = intervals().axes[0]
-    ours = [container.lines for container in axes.containers]
-    assert [line[0].get_xdata().tolist() for line in ours] == [[70.0], [82.0], [78.0]]
-    segments = [line[2][0].get_segments()[0][:, 0].tolist() for line in ours]
-    assert segments == [[64.5, 75.0], [77.0, 86.5], [72.0, 83.0]]
-    assert [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "D"] == [[72.96], [81.97]]
-    labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["EfficientNet b0", "ResNet18 (missing)", "ViT b16", "ViT b16"]
-    heights = [line[0].get_ydata()[0] for line in ours]
-    assert heights == [axes.get_yticks()[n] for n in (0, 2, 3)]
+    points = drawn_intervals(axes)
+    assert [point[:3] for point in points] == [(70, 64.5, 75), (82, 77, 86.5), (78, 72, 83)]
+    assert [point[3] for point in points] == axes.get_yticks().tolist()
+    assert [point[4] for point in points] == [True, False, True]  # hollow: one seed
+    assert published(axes) == [[72.96]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["EfficientNet b0", "ViT b16", "ViT b16"]
+
+
+def test_the_forest_has_a_line_at_zero_a_mark_for_each_kind_and_its_numbers_beside_it():
+    figure = gains()
+    axes = figure.axes[0]
+    points = drawn_intervals(axes)
+    expected = [(6.1, 2.4, 9.8), (13.8, 11.2, 16.4), (-7.7, -12, 0.1)]
+    np.testing.assert_allclose([point[:3] for point in points], expected, atol=1e-12)
+    assert [point[4] for point in points] == [True, True, False] and published(axes) == [[11.84]]
+    assert [0, 0] in [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    marks = [(line.lines[0].get_color(), line.lines[0].get_marker()) for line in axes.containers]
+    assert marks == [MARKS[kind] for kind in ("synthetic", "real", "both")]
+    assert len({colour for colour, _ in marks}) == len({marker for _, marker in marks}) == 3
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert "+6.1 (+2.4 to +9.8)" in texts and "-7.7 (-12.0 to +0.1)" in texts
+    assert texts.count("published") == 1 and "hollow: one seed, patients alone" in texts
 
 
 def test_the_rank_panel_has_a_row_for_each_rank_and_a_column_for_each_plane():
