@@ -117,7 +117,8 @@ def build(
     if not results:
         raise ResultError("there is nothing to report: no row is finished")
     require_same_test(results)
-    cells, tables = _sort(results)
+    results = sorted(results, key=_place)
+    cells, tables = _group(results)
     compared, left_out = not context.phantoms, context.left_out
     (out / "figures").mkdir(parents=True, exist_ok=True)
 
@@ -151,21 +152,22 @@ def build(
     blocks += [Details(title, [Picture(path, caption)]) for title, path, caption in figures[1:]]
     blocks += [published_numbers(context.phantoms), differences(context.recipe)]
 
-    write_atomically(out / "results.csv", results_csv([result for row in cells.values() for result in row]))
+    write_atomically(out / "results.csv", results_csv(results))
     write_atomically(out / "report.md", to_markdown(blocks, out))
     write_atomically(out / "report.html", to_html(blocks))
 
 
-def _sort(results: Sequence[Result]) -> tuple[dict[Row, list[Result]], dict[str, list[Row]]]:
-    """The runs of each row, and the rows of each table, in the report's order."""
+def _place(result: Result) -> tuple:
+    """Where a run stands in the report."""
+    table = [*TITLES, result.table].index(result.table)
+    return table, result.table, result.data, list(CLASSIFIERS).index(result.classifier), result.seed
 
-    def place(result: Result) -> tuple:
-        table = [*TITLES, result.table].index(result.table)
-        return table, result.table, result.data, list(CLASSIFIERS).index(result.classifier), result.seed
 
+def _group(results: Sequence[Result]) -> tuple[dict[Row, list[Result]], dict[str, list[Row]]]:
+    """The runs of each row, and the rows of each table."""
     cells: dict[Row, list[Result]] = {}
     tables: dict[str, list[Row]] = {}
-    for result in sorted(results, key=place):
+    for result in results:
         row = result.data, result.classifier
         same, rows = cells.setdefault(row, []), tables.setdefault(result.table, [])
         if result.seed not in [other.seed for other in same]:  # a row of two tables is one run
