@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Runs reproduce.py with a scale that takes seconds; its arguments are those of the script.
 TINY = """
 import runpy, sys
+from dataclasses import replace
 script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["main"].__globals__
 space["EMBEDDED"] = script["Scale"](
@@ -31,9 +32,13 @@ space["EMBEDDED"] = script["Scale"](
     passes=dict.fromkeys(script["CLASSIFIERS"], 15),
 )
 space["PHANTOMS"] = {"train": dict.fromkeys(script["PLANES"], 4), "patients": 4}
-space["QUICK_COUNT"], space["PANEL_COUNT"] = 3, 2
+space["QUICK"] = replace(space["EMBEDDED"], count=3)
+space["PANEL_COUNT"] = 2
 script["main"](script["parse_args"](sys.argv[1:]))
 """
+
+
+QUICK = ("--quick", "--seeds", 0)
 
 
 def command(*flags):
@@ -49,28 +54,28 @@ def numbers(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_with_the_numbers_of_one_that_is_not(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command("--quick", "--out", whole), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True)
 
     deaths = 0
     for sign in ("lora_r32/checkpoint.pt", "synthetic_r32/*/*.png", "rows/*/*/*/metrics.json"):  # each kind of stage
         with subprocess.Popen(
-            command("--quick", "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+            command(*QUICK, "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
         ) as process:
             while process.poll() is None and not any(killed.glob(sign)):
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
         deaths += process.wait() == -signal.SIGKILL
     assert deaths == 3
-    subprocess.run(command("--quick", "--out", killed), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(*QUICK, "--out", killed), cwd=ROOT, check=True, capture_output=True)
     assert numbers(killed) == numbers(whole)
     assert len(numbers(whole)) > 8
 
-    again = subprocess.run(command("--quick", "--out", whole), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert again.stdout.count("done before") == 7  # LoRA, two sets of images, four rows
+    again = subprocess.run(command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 11  # two LoRAs, three sets of images, six rows
     assert numbers(killed) == numbers(whole)
 
     report = (whole / "report.md").read_text(encoding="utf-8")
-    for name in ("ES", "ES+DA", "HB", "HB+DA", "ES, with LoRA", "ES+DA, without"):
+    for name in ("ES", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA", "ES, with LoRA", "ES+DA, without"):
         assert f"| {name} |" in report
     for line in report.splitlines():
         if line.startswith("!["):
