@@ -55,10 +55,7 @@ def parse_args(argv=None):
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", help="another name for the token of --embedding (default: the file's)")
     add("--rare-token", help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
-    add(
-        "--prompts",
-        help="of each plane: paper, styles, detailed, or a JSON file of a list of prompts per plane (paper)",
-    )
+    add("--prompts", help="of each plane: paper, styles, detailed, or a JSON file of a list per plane (paper)")
     add("--planes", nargs="+", choices=[*PLANES], help="planes whose prompts are sampled (all five)")
     add("--prompt", help="instead of the planes' prompts, this one; (word:1.2), [word] and BREAK as in the webui")
     add("--negative-prompt", default="", help="what guidance leads away from (nothing)")

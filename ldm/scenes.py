@@ -227,6 +227,7 @@ def _shape(kind: str, half: float, rng: Rng) -> Callable[[Tissue, float, float, 
     ratio, angle, thick = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi), min(rng.uniform(0.012, 0.035), half)
 
     def paint(tissue: Tissue, x: float, y: float, echo: float, attenuation: float) -> None:
+        """One of them, its middle at (x, y)."""
         if kind == "disc":
             distance = tissue.ellipse(x, y, half, ratio * half, angle)
         elif kind == "ring":

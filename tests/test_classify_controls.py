@@ -101,6 +101,7 @@ def classify(sites, out, *flags, epoch=None):
     script["main"](script["parse_args"]([str(flag) for flag in flags]))
 
 
+@pytest.mark.slow
 def test_a_cosine_falls_from_the_rate_to_nearly_nothing_over_all_steps(sites, tmp_path):
     rates = []
 

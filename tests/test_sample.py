@@ -232,6 +232,7 @@ def test_batches_are_consecutive_images_with_prompts_of_equal_length():
     assert rows == [[0, 1], [2], [3, 4], [5]]
 
 
+@pytest.mark.slow
 def test_every_style_is_drawn_equally_often_and_stands_in_the_manifest(tiny, tmp_path):
     flags = ["--model", tiny, "--prompts", "styles", "--planes", "brain", "--steps", 1, "--batch-size", 8]
     sample(tmp_path / "few", *flags, "--count", 5)
