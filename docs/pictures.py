@@ -32,7 +32,7 @@ from planes.phantom import SITE_A, phantom  # noqa: E402
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
 
 SCHEDULE = NoiseSchedule()
-CAPTION = "a photo of large bright ring middle, wide fine clear"  # in the words of ldm/scenes.py
+CAPTION = "a photo of large bright ring middle, wide fine clear"  # in the words of the scenes that it has seen
 GUIDANCE_SCALE = 4.0
 RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)
