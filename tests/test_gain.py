@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eval.gain import CONTROLS, NOT_AUGMENTED, STEPS, SYNTHETIC, Step, headline, measure
-from eval.plan import CLASSIFIERS
+from eval.plan import CLASSIFIERS, ROWS
 from eval.published import CLAIMS, TABLE_1
 from eval.results import Result
 
@@ -40,6 +40,7 @@ def test_the_steps_hold_the_papers_claims_and_every_control_and_style():
     assert set(CLAIMS) <= set(pairs)
     assert {("ES+DA", control) for control in CONTROLS} <= set(pairs)
     assert {("ES+DA", data) for data in SYNTHETIC} <= set(pairs)
+    assert {name for pair in pairs for name in pair} <= {row.data.name for row in ROWS}
 
 
 def test_balance_and_synthesis_add_up_to_the_whole():
