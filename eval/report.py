@@ -119,7 +119,8 @@ def build(
     require_same_test(results)
     results = sorted(results, key=_place)
     cells, tables = _group(results)
-    compared, left_out = not context.phantoms, context.left_out
+    compared, run = not context.phantoms, {classifier for _, classifier in cells}
+    left_out = {name: reason for name, reason in context.left_out.items() if name in run}
     (out / "figures").mkdir(parents=True, exist_ok=True)
 
     gains = measure(STEPS, cells, left_out)
@@ -135,7 +136,7 @@ def build(
     gains += measure(NOT_AUGMENTED, cells, left_out)
     if gains:
         blocks += [Heading("Where the gain comes from"), Paragraph(GAIN), gain_table(gains, compared)]
-        blocks += _left_out(context)
+        blocks += _left_out(left_out)
     blocks += [block for section in sections.values() for block in section]
     blocks += _how(cells, context)
 
@@ -203,8 +204,8 @@ def _gain_picture(out: Path, gains: Sequence[Gain], compared: bool) -> Picture:
     )
 
 
-def _left_out(context: Context) -> list[Block]:
-    reasons = "; ".join(f"{CLASSIFIERS[name]}: {reason}" for name, reason in context.left_out.items())
+def _left_out(left_out: Mapping[str, str]) -> list[Block]:
+    reasons = "; ".join(f"{CLASSIFIERS[name]}: {reason}" for name, reason in left_out.items())
     return [Paragraph(f"Left out of averages: {reasons}.")] if reasons else []
 
 
