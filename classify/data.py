@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from classify import ClassifyError
 from planes import PLANES
@@ -49,10 +49,11 @@ MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images
 
 
 class PlaneImages(Dataset):
-    """Records as (image, target, index): uint8 (3, size, size), class index, own index.
+    """Records as (image, target, index): uint8 (3, size, size), class index, the index that was asked for.
 
     `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access. Items carry no
-    randomness: the index is what augmentation derives its own from.
+    randomness: the index is what augmentation derives its own from. It counts on beyond the last record, so that one
+    record has many: record n of N is at n, N + n, 2 N + n, ..
     """
 
     def __init__(self, records: Sequence[Record], size: int):
@@ -65,8 +66,9 @@ class PlaneImages(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = self.kept[index] if index < len(self.kept) else decode(self.paths[index], self.size)
-        return image.expand(3, -1, -1), self.targets[index], index
+        n = index % len(self)
+        image = self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size)
+        return image.expand(3, -1, -1), self.targets[n], index
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
         """Decode images in order until they fill `memory` bytes, yielding each; the rest stays on disk.
@@ -107,27 +109,46 @@ def batches(
 ) -> DataLoader:
     """Loader of (images (B, 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass.
 
-    balanced: a pass draws as many images as there are, with replacement, each class equally often on average
+    balanced: as BalancedSampler draws them, from `shuffle_seed`
     """
-    generator, sampler = torch.Generator().manual_seed(shuffle_seed or 0), None
-    if balanced:
-        counts = torch.bincount(torch.tensor(images.targets))
-        weights = (1 / counts.double())[images.targets]
-        sampler = WeightedRandomSampler(weights, len(images), generator=generator)
+    generator = torch.Generator().manual_seed(shuffle_seed or 0)
     return DataLoader(
         images,
         batch_size,
         shuffle=shuffle_seed is not None and not balanced,
-        sampler=sampler,
+        sampler=BalancedSampler(images.targets, shuffle_seed or 0) if balanced else None,
         generator=generator,
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 
 
+class BalancedSampler(Sampler[int]):
+    """Indices of PlaneImages, as many a pass as it has images, every class equally often (a remainder aside).
+
+    Images of a class are drawn with replacement, a function of (seed, pass). One that is drawn again has another of its
+    indices, and so is augmented anew: else a rare class would be seen in fewer forms than a common one.
+    """
+
+    def __init__(self, targets: Sequence[int], seed: int):
+        self.targets, self.seed, self.passes = np.array(targets), seed, 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __iter__(self) -> Iterator[int]:
+        rng, count = np.random.default_rng((self.seed, self.passes, 2)), len(self)  # 2: as in draw_contrast
+        self.passes += 1
+        classes = rng.permutation(np.unique(self.targets))
+        drawn = np.empty(count, dtype=np.int64)
+        for n, target in enumerate(classes):
+            drawn[n :: len(classes)] = rng.choice(np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)]))
+        return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
+
+
 def draw_augmentation(recipe: Recipe, seed: int, epoch: int, indices: Tensor) -> Tensor:
     """Random rotation, crop and flips as one affine matrix, a function of (seed, epoch, index) alone.
 
-    indices: (B,) positions in the data set
+    indices: (B,) as PlaneImages gives them
     Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them: one interpolation does it all.
     """
     return torch.tensor(
@@ -162,7 +183,7 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
 def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
     """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index) alone.
 
-    indices: (B,) positions in the data set
+    indices: (B,) as PlaneImages gives them
     """
     rows = []
     for index in indices.tolist():

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from classify.data import CONTRAST_GAIN, PlaneImages, batches, draw_contrast, prepare
+from classify.data import (
+    CONTRAST_GAIN,
+    RECIPES,
+    BalancedSampler,
+    PlaneImages,
+    batches,
+    draw_augmentation,
+    draw_contrast,
+    prepare,
+)
 from classify.train import train_epoch
 from planes.phantom import write_african_layout, write_spanish_layout
 
@@ -59,14 +69,32 @@ def test_what_rotation_brings_in_stays_black_where_contrast_lifts_black():
 
 
 def test_balanced_batches_draw_every_class_equally_often_and_as_many_images_as_there_are():
-    dataset = images((35, 162, 52, 106, 260))  # the paper's proportions
-    passes = [list(batches(dataset, 24, shuffle_seed=seed, balanced=True)) for seed in (0, 0, 1)]
-    counts = [Counter(torch.cat([targets for _, targets, _ in batch]).tolist()) for batch in passes]
-    for count in counts:
-        assert sum(count.values()) == len(dataset)
-        assert all(abs(n - len(dataset) / 5) < 40 for n in count.values())  # 4 standard deviations
-    orders = [torch.cat([indices for *_, indices in batch]).tolist() for batch in passes]
-    assert orders[0] == orders[1] != orders[2]
+    dataset = images((35, 162, 52, 106, 260))  # the paper's proportions: 615, so 123 of each
+    loader = batches(dataset, 24, shuffle_seed=0, balanced=True)
+    passes = [[torch.cat(column).tolist() for column in zip(*((t, i) for _, t, i in loader))] for _ in range(2)]
+    for targets, indices in passes:
+        assert Counter(targets) == dict.fromkeys(range(5), 123)
+        assert [dataset.targets[index % 615] for index in indices] == targets
+        assert len({*targets[:24]}) == 5  # mixed
+    assert passes[0] != passes[1]
+    assert [*BalancedSampler(dataset.targets, 0)] == passes[0][1] != [*BalancedSampler(dataset.targets, 1)]
+
+
+def test_what_is_left_over_goes_to_some_classes_and_one_that_is_absent_gets_nothing():
+    drawn = [index % 7 for index in BalancedSampler([0, 0, 0, 0, 0, 1, 3], seed=0)]
+    assert sorted(Counter([0, 0, 0, 0, 0, 1, 3][n] for n in drawn).items()) in (
+        [(0, 3), (1, 2), (3, 2)],
+        [(0, 2), (1, 3), (3, 2)],
+        [(0, 2), (1, 2), (3, 3)],
+    )
+
+
+def test_an_image_that_is_drawn_again_is_augmented_anew():
+    dataset = images((1, 9))  # the only one of its class is drawn five times
+    ((_, targets, indices),) = batches(dataset, 10, shuffle_seed=0, balanced=True)
+    assert (targets == 0).sum() == 5 and len(indices.unique()) == 10
+    for draw in (draw_contrast, partial(draw_augmentation, RECIPES["paper"])):
+        assert len(draw(0, 0, indices[targets == 0]).unique(dim=0)) == 5
 
 
 def test_batches_that_are_not_balanced_see_every_image_once():
