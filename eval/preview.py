@@ -128,6 +128,21 @@ def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> f
     return passes * CPU_PASS[classifier] * (size / 64) ** 2
 
 
+def synthesis(args, scale, kinds: set[str], full: bool) -> tuple[float, int, str]:
+    """Seconds, bytes and a line of the plan for LoRAs and images of these kinds (eval.plan.DataModel)."""
+    shared = kinds & {"lora", "prompts"}  # by the paper's LoRA; each of the others has its own
+    figure_3 = not (args.quick or args.only or args.synthetic)
+    ranks = RANKS if figure_3 else (scale.rank,) if shared else ()
+    others = len(kinds - shared)
+    images, panels = 2 * len(PLANES) * scale.count * len(kinds), 10 * 36 * figure_3 * (len(RANKS) - 1)
+    lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
+    seconds = ((len(ranks) + others) * 10_000 * lora + (images + panels) * sample) / (GPU_FLOPS if full else 1)
+    wanted = [f"rank {', '.join(map(str, ranks))}"] * bool(ranks)
+    wanted += [f"{others} of rank {scale.rank} with captions of their own"] * bool(others)
+    line = f"LoRAs to train: {' and '.join(wanted)}; synthetic images to make: {images:,}"
+    return seconds, images * (512 if full else 64) ** 2 * 3, line
+
+
 def preview(args, scale, selections: Selections | None, models: Iterable[str] = (), *, full: bool, done) -> str:
     """The plan as text.
 
@@ -138,10 +153,11 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     done: (row, seed) -> whether that run's outcome is there
     """
     size = RECIPES[args.recipe].size if full else 64
-    images = 2 * len(PLANES) * scale.count
+    listed = read_synthetic(args.synthetic) if args.synthetic else []
     lines, seconds, disk = [], 0.0, 0
     for n, row in enumerate(args.rows):
-        synthetic = images if row.data.synthetic else 0
+        taken = listed and row.data.synthetic == "lora"
+        synthetic = len(listed) if taken else 2 * len(PLANES) * scale.count * bool(row.data.synthetic)
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
         guess += synthetic + (217 * row.data.african if african is None else african)
@@ -159,19 +175,11 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
         kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
         state = needed_datasets(selections, kinds, args.out)
     if args.synthetic:
-        lost = missing_images(read_synthetic(args.synthetic))
+        lost = missing_images(listed)
         state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
-    elif kinds := {row.data.synthetic for row in args.rows if row.data.synthetic}:
-        ranks = () if kinds.isdisjoint({"lora", "prompts"}) else (scale.rank,) if args.quick or args.only else RANKS
-        others = len(kinds - {"lora", "prompts"})  # with captions or a loss of their own
-        lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
-        unit, images = 1 / GPU_FLOPS if full else 1, images * len(kinds)
-        panels = 10 * 36 * max(len(ranks) - 1, 0)  # images of the ranks that only figure 3 shows
-        seconds += ((len(ranks) + others) * 10_000 * lora + (images + panels) * sample) * unit
-        disk += images * (512 if full else 64) ** 2 * 3
-        wanted = [f"rank {', '.join(map(str, ranks))}"] * bool(ranks)
-        wanted += [f"{others} of rank {scale.rank} with other captions"] * bool(others)
-        state.append(f"LoRAs to train: {' and '.join(wanted)}; synthetic images to make: {images:,}")
+    if made := {row.data.synthetic for row in args.rows} - ({"", "lora"} if args.synthetic else {""}):
+        time, space, line = synthesis(args, scale, made, full)
+        seconds, disk, state = seconds + time, disk + space, [*state, line]
     state += models
     if args.weights == "imagenet":
         state += missing_weights(dict.fromkeys(row.classifier for row in args.rows))
