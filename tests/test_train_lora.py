@@ -306,6 +306,22 @@ def test_sample_sheets_show_the_text_encoder_as_it_is_trained(tiny, folder, tmp_
         assert (shown - encode_prompts(base.tokenizer, base.text_encoder, [text])[0]).abs().max() > 1e-3
 
 
+def test_of_many_captions_a_sample_sheet_shows_eight_from_first_to_last(tiny, folder, tmp_path, monkeypatch):
+    for n in range(20):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{n}.png").symlink_to(folder / "1_fetal femur" / "0.png")
+        (tmp_path / "images" / f"{n}.txt").write_text(chr(ord("a") + n))
+    prompts, encode = [], SCRIPT["main"].__globals__["encode_prompts"]
+    monkeypatch.setitem(
+        SCRIPT["main"].__globals__, "encode_prompts", lambda *args: prompts.append(args[2]) or encode(*args)
+    )
+    drawn = torch.zeros(4, 4, 8, 8)
+    monkeypatch.setitem(SCRIPT["main"].__globals__, "generate", lambda *args, **settings: drawn)
+    few = ["--train-text-encoder", "--batch-size", 20, "--repeats", 1, "--sample-every", 0]
+    train(tiny, tmp_path / "images", tmp_path / "out", *few)
+    assert [asked[0] for asked in prompts if len(asked) == 1 and asked[0]] == ["a", "d", "g", "j", "m", "p", "s"]
+
+
 # buckets and repeats
 
 
