@@ -188,20 +188,18 @@ SITE_B = Site(  # portable scanners: narrower sectors, coarse speckle, high cont
     letters=(4, 14),
 )
 
-SITE_C = (
-    Site(  # a clinic between the two: every choice of a setting is made on it, so that B is read by the report alone
-        sizes=((200, 170), (176, 150), (188, 176)),
-        half_angle=(0.45, 0.58),
-        radius=(0.5, 0.8),
-        axial=(0.004, 0.006),
-        lateral=(0.012, 0.018),
-        dynamic_range=(45, 54),
-        gain=(-5, 2),
-        tgc=(-4, 3),
-        noise=(-58, -50),
-        looks=(2, 4),
-        letters=(2, 9),
-    )
+SITE_C = Site(  # a clinic between the two: every choice is made on it, so that B is read by the report alone
+    sizes=((200, 170), (176, 150), (188, 176)),
+    half_angle=(0.45, 0.58),
+    radius=(0.5, 0.8),
+    axial=(0.004, 0.006),
+    lateral=(0.012, 0.018),
+    dynamic_range=(45, 54),
+    gain=(-5, 2),
+    tgc=(-4, 3),
+    noise=(-58, -50),
+    looks=(2, 4),
+    letters=(2, 9),
 )
 SITES: dict[str, Site] = {"A": SITE_A, "B": SITE_B, "C": SITE_C}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from planes import PLANES, Plane
+from planes import PAPER_COUNTS, PLANES, Plane
 from planes.datasets import (
     DatasetError,
     Record,
@@ -336,6 +336,12 @@ def spain():
 @pytest.fixture(scope="module")
 def africa():
     return read_african(DATA)
+
+
+@real_data
+def test_the_papers_counts_are_those_of_the_authors_list():
+    listed = read_manifest(DATA / "manifests" / "all_train_no_cer.csv", read_spanish(DATA / "FETAL_PLANES_ZENODO"))
+    assert Counter(record.plane for record in listed) == PAPER_COUNTS and sum(PAPER_COUNTS.values()) == 6148
 
 
 @real_data

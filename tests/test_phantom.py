@@ -2,13 +2,24 @@
 
 import csv
 import hashlib
+from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from planes import PLANES, Plane
-from planes.phantom import COUNTRIES, SITE_A, SITE_B, phantom, write_african_layout, write_spanish_layout
+from planes.datasets import read_spanish
+from planes.phantom import (
+    COUNTRIES,
+    SITE_A,
+    SITE_B,
+    SITES,
+    main,
+    phantom,
+    write_african_layout,
+    write_spanish_layout,
+)
 from planes.scanner import BONE, FLUID, Probe, Tissue, scan, speckle
 
 PROBE = Probe(
@@ -125,6 +136,26 @@ def test_the_spanish_layout_has_the_datasets_columns_names_and_counts(tmp_path):
     train, test = ({row["Patient_num"] for row in rows if row["Train "] == flag} for flag in ("1 ", "0 "))
     assert train.isdisjoint(test)
     assert all((tmp_path / "Images" / f"{row['Image_name']}.png").exists() for row in rows)
+
+
+def test_the_spanish_layout_has_as_many_training_images_of_each_plane_as_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("planes.phantom.phantom", lambda plane, site, patient, image: np.zeros((2, 2), np.uint8))
+    counts = {Plane.ABDOMEN: 1, Plane.BRAIN: 5, Plane.FEMUR: 2, Plane.THORAX: 3, Plane.OTHER: 8}
+    write_spanish_layout(tmp_path / "each", train=counts, test=1, seed=0)
+    records = read_spanish(tmp_path / "each")
+    assert Counter(record.plane for record in records if record.train) == counts
+    assert Counter(record.plane for record in records if not record.train) == dict.fromkeys(PLANES, 1)
+    for name, train in (("number", 2), ("mapping", dict.fromkeys(PLANES, 2))):
+        write_spanish_layout(tmp_path / name, train=train, test=1, seed=0)
+    tables = [(tmp_path / name / "FETAL_PLANES_DB_data.csv").read_bytes() for name in ("number", "mapping")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_african_layout_is_written_of_any_site(site, tmp_path):
+    main(["--out", str(tmp_path), "--train", "0", "--test", "0", "--patients", "1", "--african-site", site])
+    sizes = {Image.open(path).size for path in (tmp_path / "african").glob("*/*.png")}
+    assert sizes and sizes <= {*SITES[site].sizes}
 
 
 def test_the_african_layout_has_no_other_and_no_thorax_in_ghana_and_uganda(tmp_path):
