@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from eval.stages import Stages
+from planes import PROMPTS
+from planes.style import STYLES, with_style
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,6 +86,10 @@ def test_a_run_that_is_killed_three_times_ends_with_the_numbers_of_one_that_is_n
     assert "src=" in html and html.count("src=") == html.count('src="data:image/png;base64,')
     metrics = json.loads((whole / "rows/HB+DA/resnet18/seed0/metrics.json").read_text())
     assert metrics["training"]["sources"] == {"spain": 15, "synthetic": 30}
+    contrast = json.loads((whole / "rows/ES+DA+contrast/resnet18/seed0/args.json").read_text())["arguments"]
+    assert contrast["contrast"] and contrast["augment"] and not contrast["balanced_sampling"]
+    styled = with_style(PROMPTS["femur"], STYLES[400_000 % len(STYLES)])  # of the first of its images by Euler
+    assert styled in (whole / "synthetic_styles" / "manifest.csv").read_text()
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["inputs"] and environment["machine"]["cpus"] == os.cpu_count()
 
