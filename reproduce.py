@@ -1,7 +1,7 @@
 """FU-LoRA end to end: real images -> LoRA -> synthetic images -> classifiers -> a zero-shot test at another site.
 
     python reproduce.py --quick                                      # the embedded default: minutes on two CPU cores
-    python reproduce.py                                              # with every row of tables 1 and 2: an hour or so
+    python reproduce.py                                              # every row that --plan lists: over an hour
     python reproduce.py --model v1-5-pruned.safetensors --spanish FETAL_PLANES_ZENODO --african Zenodo_dataset
 
 The first two take a miniature Stable Diffusion and phantoms of two sites, the third the paper's own material. Each
