@@ -121,13 +121,13 @@ def round_trip(args) -> None:
 
 
 def recognise(args) -> None:
+    """The share that the judge takes for the plane of their prompt, of each manifest and sampler."""
     for manifest in args.manifests:
         records = read_synthetic(manifest)
         for sampler in dict.fromkeys(record.center for record in records):
             chosen = [record for record in records if record.center == sampler]
-            print_shares(
-                f"{manifest.parent.name}, {sampler}", recognised(args.judge, chosen), PlaneImages(chosen, SIDE).targets
-            )
+            targets = [PLANES.index(record.plane) for record in chosen]
+            print_shares(f"{manifest.parent.name}, {sampler}", recognised(args.judge, chosen), targets)
 
 
 def style(args) -> None:

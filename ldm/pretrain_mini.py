@@ -151,7 +151,7 @@ def train_unet(
     means, values = ([pair[n] for pair in pairs] for n in (0, 1))
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = (snr.clamp(*SNR_RANGE) / snr).float()
+    weights = (snr.clamp(*SNR_RANGE) / snr).float().to(args.device)
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     done = resume(args.work / "unet.safetensors", networks, {"optimizer": optimizer})
     progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step")
@@ -165,7 +165,7 @@ def train_unet(
         words = torch.where(kept[:, None], ids[index], empty)
         latents = Posterior(posterior.mean[index], posterior.logvar[index]).sample(wobble)
         noisy = schedule.add_noise(latents, noise, t)
-        noisy, t, words, noise, weights = (v.to(args.device) for v in (noisy, t, words, noise, weights))
+        noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
         with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             eps = predict(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
