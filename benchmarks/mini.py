@@ -28,7 +28,7 @@ from ldm.scenes import scene
 from planes import PLANES
 from planes.datasets import Record, read_spanish, read_synthetic
 from planes.phantom import Site, write_spanish_layout
-from planes.style import BRIGHTNESS, CONTRAST, measure_style
+from planes.style import BRIGHTNESS, CONTRAST, middle
 
 SIDE = 64  # px, as the classifiers of the phantoms see images
 BROAD = Site(  # every kind of probe, as in the generic scenes
@@ -133,21 +133,22 @@ def recognise(args) -> None:
 def style(args) -> None:
     """How far grey and contrast move from the first to the last word, in the scenes and in each plane's images."""
     scenes = [scene(np.random.default_rng((99, n)), 2 * SIDE) for n in range(1500)]
-    moves = print_moves("scenes", [(text, measure_style(image)) for image, text in scenes])
+    moves = print_moves("scenes", [(text, middle(image)) for image, text in scenes])
     for manifest in args.manifests:
         with open(manifest, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         for plane in dict.fromkeys(row["plane"] for row in rows):
             images = [(r["prompt"], Image.open(manifest.parent / r["image"])) for r in rows if r["plane"] == plane]
-            own = print_moves(plane, [(text, measure_style(image)) for text, image in images])
+            own = print_moves(plane, [(text, middle(image)) for text, image in images])
             print(f"    share of the scenes': grey {own[0] / moves[0]:.2f}, contrast {own[1] / moves[1]:.2f}")
 
 
-def print_moves(label: str, images: list[tuple[str, tuple[float, float]]]) -> tuple[float, float]:
-    """The mean of each measure over the images whose text has each word; returns how far the last is from the first."""
+def print_moves(label: str, images: list[tuple[str, np.ndarray]]) -> tuple[float, float]:
+    """Mean grey for each word of brightness and standard deviation for each of contrast, means over the images whose
+    text has the word; returns how far the last word is from the first."""
     moves, parts = [], []
-    for n, words in enumerate((BRIGHTNESS, CONTRAST)):
-        of = {word: [measured[n] for text, measured in images if f", {word}" in text] for word in words}
+    for words, measure in ((BRIGHTNESS, np.mean), (CONTRAST, np.std)):
+        of = {word: [measure(levels) for text, levels in images if f", {word}" in text] for word in words}
         means = [float(np.mean(of[word])) for word in words]
         parts.append("  ".join(f"{word} {mean:.1f}" for word, mean in zip(words, means)))
         moves.append(means[-1] - means[0])

@@ -14,26 +14,34 @@ from PIL import Image
 SIDE = 64  # px to which an image is reduced before it is measured, so that its own size does not matter
 BRIGHTNESS = ("very dark", "dark", "bright", "very bright")
 CONTRAST = ("low contrast", "normal contrast", "high contrast")
-MEANS, SPREADS = (50.0, 85.0, 125.0), (30.0, 42.0)  # grey levels at which the next word begins
+LEVELS, SPREADS = (65.0, 105.0, 150.0), (30.0, 42.0)  # grey levels at which the next word begins
 
 STYLES: tuple[tuple[str, str], ...] = tuple(product(BRIGHTNESS, CONTRAST))
 """Every combination of a word for brightness and one for contrast."""
 
 
-def measure_style(image: Image.Image) -> tuple[float, float]:
-    """Mean and standard deviation (grey levels, 0 to 255) of the middle of an image, half as wide and high as it is.
+def middle(image: Image.Image) -> np.ndarray:
+    """The grey levels (0 to 255) of the middle of an image, half as wide and high as it is: (32, 32).
 
     The middle lies within the sector of whatever probe; the black around it, and what is written there, say nothing.
     """
     small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
-    middle = np.asarray(small, dtype=np.float64)[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4]
-    return float(middle.mean()), float(middle.std())
+    return np.asarray(small, dtype=np.float64)[SIDE // 4 : -SIDE // 4, SIDE // 4 : -SIDE // 4]
+
+
+def measure_style(image: Image.Image) -> tuple[float, float]:
+    """Upper quartile and standard deviation of the grey levels in the middle of an image.
+
+    The quartile is that of tissue: fluid, which no scanner shows but black, makes an image darker by its anatomy.
+    """
+    levels = middle(image)
+    return float(np.quantile(levels, 0.75)), float(levels.std())
 
 
 def style_words(image: Image.Image) -> tuple[str, str]:
     """The words for an image's brightness and contrast: one of STYLES."""
-    mean, spread = measure_style(image)
-    return BRIGHTNESS[np.searchsorted(MEANS, mean)], CONTRAST[np.searchsorted(SPREADS, spread)]
+    level, spread = measure_style(image)
+    return BRIGHTNESS[np.searchsorted(LEVELS, level)], CONTRAST[np.searchsorted(SPREADS, spread)]
 
 
 def with_style(text: str, words: Iterable[str]) -> str:

@@ -18,14 +18,20 @@ def picture(mean, spread, side=128):
     return Image.fromarray(np.tile(stripes.astype(np.uint8), (side, 1)))
 
 
-def test_mean_and_spread_are_those_of_the_middle():
+def test_upper_quartile_and_spread_are_those_of_the_middle():
     image = np.array(picture(100, 20))
     image[:20], image[-20:], image[:, :20], image[:, -20:] = 255, 0, 255, 0  # outside, and so of no account
-    assert measure_style(Image.fromarray(image)) == pytest.approx((100, 20))
+    assert measure_style(Image.fromarray(image)) == pytest.approx((120, 20))
+
+
+def test_a_black_half_makes_no_image_darker():
+    image = np.full((128, 128), 120, np.uint8)
+    image[:, :64] = 0
+    assert style_words(Image.fromarray(image))[0] == style_words(picture(120, 0))[0] == "bright"
 
 
 @pytest.mark.parametrize(
-    ("mean", "spread", "words"), [(30, 10, (0, 0)), (70, 40, (1, 1)), (110, 60, (2, 2)), (180, 5, (3, 0))]
+    ("mean", "spread", "words"), [(30, 10, (0, 0)), (50, 35, (1, 1)), (70, 60, (2, 2)), (180, 5, (3, 0))]
 )
 def test_darker_images_and_flatter_ones_get_the_words_for_it(mean, spread, words):
     assert style_words(picture(mean, spread)) == (BRIGHTNESS[words[0]], CONTRAST[words[1]])
