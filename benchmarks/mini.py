@@ -11,12 +11,15 @@ by what it says of site B.
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
 from classify.data import PlaneImages, batches
 from classify.models import build, load, save
