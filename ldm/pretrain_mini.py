@@ -53,7 +53,7 @@ SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
 
 UNET = UNetConfig(
     block_out_channels=(64, 128, 192),
-    attention=(False, True, True),  # attending at the finest level would double the time of a step
+    attention=(True, True, True),  # LoRA is put where attention is: it has to reach the finest level too
     num_heads=(4, 4, 4),
     cross_attention_dim=128,
     norm_num_groups=16,
@@ -87,7 +87,7 @@ def parse_args(argv=None):
 
 
 def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
-    """The training set, drawn once and kept: images (N, 128, 128) uint8 and their captions."""
+    """The training set, drawn once and kept: images (N, 96, 96) uint8 and their captions."""
     images, captions = work / f"scenes_{count}_{seed}.npy", work / f"captions_{count}_{seed}.txt"
     if not images.exists():
         with multiprocessing.Pool() as pool:
@@ -120,6 +120,17 @@ def make_text_encoder(vocabulary: int) -> TextEncoder:
 
 
 @torch.no_grad()
+def grow(start: UNet) -> UNet:
+    """A U-Net of UNET's sizes that computes what `start` does, of the same widths: transformers that it lacks add 0."""
+    unet = UNet(UNET)
+    missing = unet.load_state_dict(start.state_dict(), strict=False).missing_keys
+    for name in missing:
+        if ".proj_out." in name:
+            unet.get_parameter(name).zero_()
+    return unet
+
+
+@torch.no_grad()
 def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[str], factor: float = 10.0) -> None:
     """Make the embeddings of PLAIN_WORDS that no caption holds `factor` times wider.
 
@@ -141,7 +152,7 @@ def train_unet(
     than 5 (min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), or hours go into the last grain, and never less
     than 1 (truncated SNR, Salimans & Ho 2022, arXiv 2202.00512, section 4), or nothing is learned where the brightness
     and the whole of an image are decided, and the words with them.
-    posterior: (N, 4, 16, 16) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty prompt
+    posterior: (N, 4, 12, 12) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty prompt
     networks: "unet", "text" and, under "ema", a module list of both whose weights are the running mean of theirs
     Yields the step after each checkpoint.
     """
@@ -193,7 +204,8 @@ def main(args):
     images, captions = make_scenes(args.work, args.scenes, args.seed)
 
     start = load(args.start) if args.start else None
-    goes_on = start is not None and start.unet.config == UNET  # else of another size: its autoencoder alone serves
+    # of other widths, its autoencoder alone serves
+    goes_on = start is not None and replace(start.unet.config, attention=UNET.attention) == UNET
 
     # the autoencoder, then the scale that gives its latents unit variance
     vae = start.vae if start else AutoencoderKL(VAE)
@@ -212,7 +224,7 @@ def main(args):
 
     # the U-Net and the text encoder together
     if goes_on:
-        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
+        tokenizer, unet, text_encoder = start.tokenizer, grow(start.unet), start.text_encoder
     else:
         tokenizer = write_tokenizer(args.work / "tokenizer", captions, PLAIN_WORDS, POSITIONS)
         unet, text_encoder = UNet(UNET), make_text_encoder(len(tokenizer))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ldm.vae import AutoencoderKL, Posterior, VAEConfig
 
-SIZE = 128  # image side, px
+SIZE = 96  # image side, px
 BATCH = 16
 CRITIC = 0.5  # what the critic says weighs, beside the error
 VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)

@@ -1,14 +1,17 @@
 """Pre-training of the embedded model, a few steps of it: scenes, resuming, the folder it leaves."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ldm.checkpoint import load
-from ldm.pretrain_mini import main, parse_args
+from ldm.pretrain_mini import UNET, grow, main, parse_args
 from ldm.scenes import scene
+from ldm.unet import UNet
 from planes import PLANES
 from planes.style import BRIGHTNESS, CONTRAST, style_words
 
@@ -39,6 +42,17 @@ def test_shapes_are_not_called_by_the_words_for_style():
     assert styles <= parts and words.isdisjoint(word for style in styles for word in style.split())
 
 
+def test_a_network_that_got_more_transformers_computes_what_it_did_until_they_learn():
+    torch.manual_seed(0)
+    less = UNet(replace(UNET, attention=(False, True, True)))
+    more = grow(less)
+    x, context, t = torch.randn(2, 4, 8, 8), torch.randn(2, 5, UNET.cross_attention_dim), torch.tensor([3, 900])
+    assert len(more.state_dict()) > len(less.state_dict())
+    torch.testing.assert_close(more(x, t, context), less(x, t, context), rtol=0, atol=1e-6)
+    more(x, t, context).square().mean().backward()
+    assert more.down_blocks[0].attentions[0].proj_out.weight.grad.abs().max() > 0
+
+
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_path):
     tiny = ["--scenes", "64", "--vae-steps", "2", "--decoder-steps", "2", "--unet-decay", "2", "--save-every", "1"]
@@ -59,7 +73,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_pat
     assert not half["conv_in.weight"].equal(
         load_file(tmp_path / "one/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
     )
-    assert load(tmp_path / "one").sample_size == 16
+    assert load(tmp_path / "one").sample_size == 12
     with pytest.raises(SystemExit, match="exists already"):
         run("whole", 2, "one")
 
