@@ -40,6 +40,7 @@ class Context:
     command: the line that made it all
     notes: further paragraphs
     left_out: classifier -> why it is in no average; its rows stand in the tables all the same
+    title: of the report, if the usual one is not right
     """
 
     material: str
@@ -50,6 +51,7 @@ class Context:
     command: str
     notes: Sequence[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
 
 
 TITLES = {  # of the tables of eval.plan, in their order here
@@ -127,7 +129,7 @@ def build(
     pictures = [_gain_picture(out, gains, compared)] if gains else []
     pictures += [Picture(path, f"{title}. {caption}") for title, path, caption in figures[:1]]
     blocks: list[Block] = [
-        Heading("FU-LoRA on phantoms" if context.phantoms else "FU-LoRA, reproduced", 1),
+        Heading(context.title or ("FU-LoRA on phantoms" if context.phantoms else "FU-LoRA, reproduced"), 1),
         Paragraph(headline(cells, left_out, context.sites, compared)),
         *([Beside(pictures)] if pictures else []),
     ]

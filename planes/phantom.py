@@ -201,7 +201,20 @@ SITE_C = Site(  # a clinic between the two: every choice is made on it, so that 
     looks=(2, 4),
     letters=(2, 9),
 )
-SITES: dict[str, Site] = {"A": SITE_A, "B": SITE_B, "C": SITE_C}
+SITE_D = Site(  # phased arrays without compounding, a wide dynamic range: unlike all before, and looked at once, last
+    sizes=((210, 140), (160, 160), (196, 172)),
+    half_angle=(0.62, 0.76),
+    radius=(0.04, 0.14),
+    axial=(0.0055, 0.009),
+    lateral=(0.019, 0.028),
+    dynamic_range=(63, 74),
+    gain=(-9, -2),
+    tgc=(5, 11),
+    noise=(-46, -40),
+    looks=(1, 2),
+    letters=(9, 17),
+)
+SITES: dict[str, Site] = {"A": SITE_A, "B": SITE_B, "C": SITE_C, "D": SITE_D}
 
 
 def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:

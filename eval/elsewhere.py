@@ -1,0 +1,93 @@
+"""The finished rows of a reproduction, tested at one more site: nothing is trained, nothing is chosen.
+
+    python -m eval.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
+
+Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of another dataset in
+the African layout, and writes the same report of what it says there.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from classify import ClassifyError
+from classify.data import PlaneImages, batches
+from classify.models import load
+from classify.train import predict
+from eval.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
+from eval.record import sha256
+from eval.report import Context, build
+from eval.results import Result, ResultError, read_result
+from planes.datasets import DatasetError, Record, read_african, require_images
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the --out of reproduce.py")
+    parser.add_argument("--african", type=Path, required=True, help="a dataset in the African layout: its test images")
+    parser.add_argument("--leave-out", nargs="+", default=[], choices=CLASSIFIERS, help="classifiers in no average")
+    parser.add_argument("--out", type=Path, required=True, help="gets report.html, report.md and results.csv")
+    return parser.parse_args(argv)
+
+
+def test_again(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
+    """What a row's classifier, a file of classify.py, says of other images."""
+    model, description = load(classifier)
+    images = PlaneImages(records, description["size"])
+    probabilities = predict(model, batches(images, 64), description["input_range"]).numpy()
+    digests = [sha256(record.path) for record in records]
+    return replace(
+        result,
+        targets=np.array(images.targets),
+        predictions=probabilities.argmax(axis=1),
+        probabilities=probabilities,
+        patients=np.array([record.patient for record in records]),
+        centers=np.array([record.center for record in records]),
+        images=np.array([record.name for record in records]),
+        copies=np.array([digest in digests[:n] for n, digest in enumerate(digests)]),
+    )
+
+
+def main(args):
+    found = []
+    for row in (*ROWS, *BEYOND_ROWS):
+        for folder in sorted((args.run / "rows" / row.data.name / row.classifier).glob("seed*")):
+            if (folder / "args.json").exists():
+                seed = int(folder.name.removeprefix("seed"))
+                found.append((folder, read_result(folder, row.table, row.data.name, row.classifier, seed)))
+    if not found:
+        raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
+    records = [record for record in read_african(args.african) if not record.train]
+    require_images(records)
+
+    again: dict[Path, Result] = {}  # a row of two tables is one run
+    for folder, result in tqdm(found, "rows", unit="row"):
+        if folder not in again:
+            again[folder] = test_again(result, folder / "model.safetensors", records)
+    results = [replace(again[folder], table=result.table) for folder, result in found]
+    context = Context(
+        material=f"as in {args.run}",
+        sites=f"{args.african}, of which nothing was trained on",
+        phantoms=True,  # or another dataset: the paper's numbers are of neither
+        recipe=json.loads((found[0][0] / "args.json").read_text(encoding="utf-8"))["arguments"]["recipe"],
+        seeds=sorted({result.seed for result in results}),
+        command=f"python -m eval.elsewhere {args.run} --african {args.african}",
+        title="FU-LoRA at one more site",
+        left_out={name: "it was left out of averages by the command" for name in args.leave_out},
+    )
+    build(args.out, results, context)
+    print(args.out / "report.html")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (ClassifyError, DatasetError, ResultError) as error:
+        print(f"eval.elsewhere: {error}", file=sys.stderr)
+        sys.exit(2)
