@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm.bpe import write_tokenizer
 from ldm.checkpoint import load
-from ldm.pretrain_mini import UNET, grow, main, parse_args
+from ldm.pretrain_mini import PLAIN_WORDS, POSITIONS, UNET, grow, main, make_text_encoder, parse_args, widen_unseen
 from ldm.scenes import scene
+from ldm.text import encode_prompts
 from ldm.unet import UNet
-from planes import PLANES
+from planes import PLANES, PROMPTS
 from planes.style import BRIGHTNESS, CONTRAST, style_words
 
 
@@ -51,6 +53,27 @@ def test_a_network_that_got_more_transformers_computes_what_it_did_until_they_le
     torch.testing.assert_close(more(x, t, context), less(x, t, context), rtol=0, atol=1e-6)
     more(x, t, context).square().mean().backward()
     assert more.down_blocks[0].attentions[0].proj_out.weight.grad.abs().max() > 0
+
+
+def test_words_that_were_never_read_are_told_apart_by_an_encoder_that_adds_much_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    captions = ["a photo of ultrasound", "a photo of large ring"]
+    tokenizer = write_tokenizer(tmp_path, captions, PLAIN_WORDS, POSITIONS)
+    encoder = make_text_encoder(len(tokenizer))
+    with torch.no_grad():  # as training leaves it: the same long vector for every word
+        encoder.text_model.encoder.layers[-1].mlp.fc2.bias.copy_(40 * torch.randn(UNET.cross_attention_dim))
+
+    def nearest():
+        with torch.no_grad():
+            context = encode_prompts(tokenizer, encoder, [*PROMPTS.values()])[:, 5]  # the plane's word
+        return (torch.cdist(context, context) + 9 * context.norm() * torch.eye(5)).min() / context.norm(dim=1).mean()
+
+    assert nearest() < 0.02
+    known = encoder.text_model.embeddings.token_embedding.weight[tokenizer.get_vocab()["ring</w>"]].clone()
+    for _ in range(2):  # once more changes little: a model that is trained on is widened again
+        widen_unseen(encoder, tokenizer, captions)
+        assert 0.3 < nearest() < 1.5
+    assert encoder.text_model.embeddings.token_embedding.weight[tokenizer.get_vocab()["ring</w>"]].equal(known)
 
 
 @pytest.mark.slow
