@@ -30,7 +30,8 @@ from ldm.images import decode_images, read_image
 from ldm.scenes import scene
 from planes import PLANES
 from planes.datasets import Record, read_spanish, read_synthetic
-from planes.phantom import Site, write_spanish_layout
+from planes.phantom import write_spanish_layout
+from planes.sites import Site
 from planes.style import BRIGHTNESS, CONTRAST, middle
 
 SIDE = 64  # px, as the classifiers of the phantoms see images

@@ -28,7 +28,8 @@ from ldm.images import decode_images  # noqa: E402
 from ldm.text import encode_prompts  # noqa: E402
 from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
-from planes.phantom import SITE_A, phantom  # noqa: E402
+from planes.phantom import phantom  # noqa: E402
+from planes.sites import SITE_A  # noqa: E402
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
 
 SCHEDULE = NoiseSchedule()

@@ -123,11 +123,11 @@ def make_text_encoder(vocabulary: int) -> TextEncoder:
 @torch.no_grad()
 def grow(start: UNet) -> UNet:
     """A U-Net of UNET's sizes that computes what `start` does, of the same widths: transformers that it lacks add 0."""
-    unet = UNet(UNET)
-    missing = unet.load_state_dict(start.state_dict(), strict=False).missing_keys
-    for name in missing:
-        if ".proj_out." in name:
-            unet.get_parameter(name).zero_()
+    unet, known = UNet(UNET), start.state_dict()
+    for name, weight in unet.named_parameters():
+        if name not in known and ".proj_out." in name:
+            weight.zero_()
+    unet.load_state_dict(unet.state_dict() | known)
     return unet
 
 

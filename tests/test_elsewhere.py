@@ -9,7 +9,8 @@ import pytest
 from classify import ClassifyError
 from eval.elsewhere import main, parse_args
 from eval.results import ResultError
-from planes.phantom import SITE_C, write_african_layout, write_spanish_layout
+from planes.phantom import write_african_layout, write_spanish_layout
+from planes.sites import SITE_C
 
 
 @pytest.fixture(scope="module")

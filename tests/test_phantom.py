@@ -12,15 +12,13 @@ from planes import PLANES, Plane
 from planes.datasets import read_spanish
 from planes.phantom import (
     COUNTRIES,
-    SITE_A,
-    SITE_B,
-    SITES,
     main,
     phantom,
     write_african_layout,
     write_spanish_layout,
 )
 from planes.scanner import BONE, FLUID, Probe, Tissue, scan, speckle
+from planes.sites import SITE_A, SITE_B, SITES
 
 PROBE = Probe(
     width=200,

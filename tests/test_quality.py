@@ -29,7 +29,8 @@ from eval.quality import (
 )
 from planes import PLANES
 from planes.datasets import Record, leaks, read_african
-from planes.phantom import SITE_A, phantom
+from planes.phantom import phantom
+from planes.sites import SITE_A
 
 REFERENCES = Path(__file__).parent / "references"
 AFRICAN = Path(__file__).resolve().parents[2] / "shared" / "data" / "Zenodo_dataset"
