@@ -84,10 +84,11 @@ def main(args):
         flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
         flags += ["--recipe", "notebook", "--passes", args.passes]
         flags += ["--augment"] * row.data.augment + ["--contrast"] * row.data.contrast
-        flags += ["--synthetic", manifests[row.data.synthetic]] if row.data.synthetic else []
+        made = [manifests[row.data.synthetic]] if row.data.synthetic else []
+        flags += ["--synthetic", *made] if made else []
         for seed in args.seeds:
             out = args.out / "rows" / row.data.name / CLASSIFIER / f"seed{seed}"
-            stages.run("classify", out, *flags, "--seed", seed)
+            stages.run("classify", out, *flags, "--seed", seed, needs=tuple(path.parent for path in made))
             results.append(read_result(out, row.table, row.data.name, CLASSIFIER, seed))
 
     context = Context(

@@ -36,7 +36,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def test_again(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
+def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
     """What a row's classifier, a file of classify.py, says of other images."""
     model, description = load(classifier)
     images = PlaneImages(records, description["size"])
@@ -69,7 +69,7 @@ def main(args):
     again: dict[Path, Result] = {}  # a row of two tables is one run
     for folder, result in tqdm(found, "rows", unit="row"):
         if folder not in again:
-            again[folder] = test_again(result, folder / "model.safetensors", records)
+            again[folder] = retest(result, folder / "model.safetensors", records)
     results = [replace(again[folder], table=result.table) for folder, result in found]
     context = Context(
         material=f"as in {args.run}",

@@ -34,7 +34,7 @@ class Context:
     """What a reader must know beside the numbers.
 
     material: what drew the synthetic images; sites: where the real ones come from
-    phantoms: whether the test images are phantoms, of which the paper says nothing
+    phantoms: whether the test images are phantoms, or others of which the paper says nothing
     recipe: "paper" or "notebook"
     seeds: those that every row was asked for
     command: the line that made it all
@@ -75,7 +75,7 @@ WORDS = {
     ),
     "beyond": "In the place of HB's synthetic images those by detailed prompts, Textual Inversion or DreamBooth.",
 }
-PHANTOMS = "The paper's numbers belong to the real datasets and this test to phantoms: they are folded away at the end."
+PHANTOMS = "The paper's numbers belong to its own datasets and not to this test: they are folded away at the end."
 READING = (
     "Intervals hold 95 %: how far a mean or a difference would move with other test patients and other seeds of the "
     "training. Of three seeds that is wide, and rightly so. * marks a single seed: the interval is over patients alone "

@@ -144,10 +144,10 @@ def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[
     vocabulary = tokenizer.get_vocab()
     unseen = [vocabulary[word + "</w>"] for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)]
     weight = encoder.text_model.embeddings.token_embedding.weight
-    ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config.max_position_embeddings)
+    ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config.max_position_embeddings).to(weight.device)
+    words = torch.isin(ids, torch.tensor(unseen, device=weight.device))
     for _ in range(3):  # what is added depends on it a little
         states = encoder.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        words = torch.isin(ids, torch.tensor(unseen))
         common = (states - encoder.text_model.embeddings.token_embedding(ids))[words].mean(0).norm()
         weight[unseen] *= common / weight[unseen].norm(dim=1, keepdim=True)
 
