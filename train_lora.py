@@ -73,7 +73,8 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=1)
     add("--batch-size", type=int, default=2)
     add("--accumulate", type=int, default=1, help="batches per optimizer step, each of one shape (1)")
-    add("--lr", type=float, default=1e-4, help="constant learning rate (1e-4)")
+    add("--lr", type=float, default=1e-4, help="learning rate (1e-4)")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of all rates; cosine: to 0 (constant)")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")
     add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw8bit", help="adamw8bit needs CUDA (adamw8bit)")
@@ -179,6 +180,7 @@ def main(args):
     optimizer, reason = training.make_optimizer(groups, args.weight_decay, args.optimizer == "adamw8bit")
     if reason:
         print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
+    rates = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     schedule = NoiseSchedule()
 
@@ -251,6 +253,9 @@ def main(args):
             held = len(images) + torch.randint(len(prior), (count,), generator=draw)
             mean_loss += backward(training.cut(held, bucket_of, args.batch_size), args.prior_weight, draw)
 
+        if args.schedule == "cosine":
+            for rate, group in zip(rates, optimizer.param_groups):
+                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         scaler.step(optimizer)
@@ -262,7 +267,7 @@ def main(args):
         if bad > (10 if scaler.is_enabled() else 0):
             advice = f"{checkpoint} holds the last good state: try a lower --lr, or --dtype bf16 or fp32"
             raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
-        rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", groups[0]["lr"]))
+        rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
         progress.set_postfix(loss=f"{mean_loss:.4f}")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             save_sheet(step + 1)

@@ -106,6 +106,7 @@ def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:
         "prior": ["prior_weight"],
     }.items():
         same += [flag, *more] if settings[flag] else []
+    same += ["schedule", "epochs"] if settings["schedule"] != "constant" else []  # whose rates the length decides
     return {key: str(settings[key]) for key in same}
 
 
@@ -190,7 +191,7 @@ def metadata(
         "ss_unet_lr": settings["lr"],
         "ss_text_encoder_lr": settings["text_encoder_lr"] if settings["train_text_encoder"] else None,
         "ss_optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
-        "ss_lr_scheduler": "constant",
+        "ss_lr_scheduler": settings["schedule"],
         "ss_max_grad_norm": 1.0,
         "ss_num_epochs": settings["epochs"],
         "ss_epoch": settings["epochs"],

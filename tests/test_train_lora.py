@@ -264,7 +264,7 @@ def test_a_half_precision_base_keeps_the_text_encoders_lora_in_float32(tiny, fol
 
 
 def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike(tiny, folder, tmp_path, monkeypatch):
-    flags = (*KOHYA, "--learn-token", "<x>", "--save-every", 1, "--epochs", 2)  # four steps
+    flags = (*KOHYA, "--learn-token", "<x>", "--schedule", "cosine", "--save-every", 1, "--epochs", 2)  # four steps
     train(tiny, folder, tmp_path / "whole", *flags)
     norm, calls = torch.nn.utils.clip_grad_norm_, iter(range(9))
     with monkeypatch.context() as patch:
@@ -282,10 +282,13 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
         train(tiny, folder, tmp_path / "cut", *flags, "--resume", "--text-encoder-lr", 2e-3)
     with pytest.raises(ValueError, match="bucket was True, is False"):
         train(tiny, folder, tmp_path / "cut", *flags, "--resume", "--no-bucket")
+    with pytest.raises(ValueError, match="epochs was 2, is 3"):  # which another rate belongs to
+        train(tiny, folder, tmp_path / "cut", *flags, "--resume", "--epochs", 3)
     train(tiny, folder, tmp_path / "cut", *flags, "--resume")
     for name in ("lora.safetensors", "embedding.safetensors", "loss.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert len((tmp_path / "whole" / "loss.csv").read_text().splitlines()) == 1 + 4
+    rates = [float(line.split(",")[-1]) for line in (tmp_path / "whole" / "loss.csv").read_text().splitlines()[1:]]
+    assert rates == pytest.approx([1e-3, 1e-3 * (2 + 2**0.5) / 4, 5e-4, 1e-3 * (2 - 2**0.5) / 4])
     ((_, vector),) = load_file(tmp_path / "whole" / "embedding.safetensors").items()
     assert vector.isfinite().all()
 
