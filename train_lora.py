@@ -75,6 +75,7 @@ def parse_args(argv=None):
     add("--accumulate", type=int, default=1, help="batches per optimizer step, each of one shape (1)")
     add("--lr", type=float, default=1e-4, help="learning rate (1e-4)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of all rates; cosine: to 0 (constant)")
+    add("--debiased-estimation-loss", action="store_true", help="weigh errors by 1 / sqrt(SNR), as kohya's flag")
     add("--weight-decay", type=float, default=0.01)
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")
     add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw8bit", help="adamw8bit needs CUDA (adamw8bit)")
@@ -183,6 +184,7 @@ def main(args):
     rates = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     schedule = NoiseSchedule()
+    weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
 
     # image passes -> batches of one bucket each -> optimizer steps
     repeats = torch.tensor([image.repeats for image in images])
@@ -237,7 +239,8 @@ def main(args):
             context = context_of(caption_of[batch])
             with autocast(enabled=half):
                 prediction = unet(noisy, t.to(args.device), context)
-            loss = F.mse_loss(prediction.float(), target.to(args.device)) * len(batch) / sum(counts) * weight
+            error = F.mse_loss(prediction.float(), target.to(args.device), reduction="none").mean(dim=(1, 2, 3))
+            loss = (weights[t].to(args.device) * error).sum() / sum(counts) * weight
             scaler.scale(loss).backward()
             total += loss.item()
         return total
@@ -253,9 +256,8 @@ def main(args):
             held = len(images) + torch.randint(len(prior), (count,), generator=draw)
             mean_loss += backward(training.cut(held, bucket_of, args.batch_size), args.prior_weight, draw)
 
-        if args.schedule == "cosine":
-            for rate, group in zip(rates, optimizer.param_groups):
-                group["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
+        for rate, group in zip(rates, optimizer.param_groups):
+            group["lr"] = rate * training.rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         scaler.step(optimizer)

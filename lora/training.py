@@ -75,6 +75,26 @@ def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
     return [batch for bucket in bucket_of.unique() for batch in images[bucket_of == bucket].split(batch_size)]
 
 
+def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -> Tensor:
+    """(T,) what the squared error at each time counts: 1 (Ho et al. 2020, eq. 14).
+
+    alphas_cumprod: (T,), of which SNR = alphas_cumprod / (1 - alphas_cumprod)
+    debiased: instead 1 / sqrt(SNR) with an SNR of at most 1000 (Yu et al. 2023, arXiv 2310.08442), or 1 / (SNR + 1)
+        where the network predicts v, as kohya's --debiased_estimation_loss has it
+
+    Unweighted, nearly all of the loss lies where little noise is to be taken off: in the grain, not in the anatomy.
+    """
+    if not debiased:
+        return torch.ones(len(alphas_cumprod))
+    snr = (alphas_cumprod / (1 - alphas_cumprod)).clamp(max=1000)
+    return (snr.rsqrt() if prediction_type == "epsilon" else 1 / (snr + 1)).float()
+
+
+def rate_share(schedule: str, step: int, steps: int) -> float:
+    """What is left of a learning rate at a step: all of it, or half a cosine from 1 to 0 (Loshchilov & Hutter 2017)."""
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
+
+
 def make_optimizer(groups: list[dict], weight_decay: float, eight_bit: bool) -> tuple[torch.optim.Optimizer, str]:
     """AdamW (Loshchilov & Hutter 2019) over groups of {"params", "lr"}: 8-bit where that runs, else torch's.
 
@@ -106,6 +126,7 @@ def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:
         "prior": ["prior_weight"],
     }.items():
         same += [flag, *more] if settings[flag] else []
+    same += ["debiased_estimation_loss"] * settings["debiased_estimation_loss"]
     same += ["schedule", "epochs"] if settings["schedule"] != "constant" else []  # whose rates the length decides
     return {key: str(settings[key]) for key in same}
 
@@ -192,6 +213,7 @@ def metadata(
         "ss_text_encoder_lr": settings["text_encoder_lr"] if settings["train_text_encoder"] else None,
         "ss_optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
         "ss_lr_scheduler": settings["schedule"],
+        "ss_debiased_estimation": settings["debiased_estimation_loss"],
         "ss_max_grad_norm": 1.0,
         "ss_num_epochs": settings["epochs"],
         "ss_epoch": settings["epochs"],

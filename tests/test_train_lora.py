@@ -22,7 +22,7 @@ from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora import LoRAError, lora_layers, remove
-from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut
+from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss_weights
 from planes.style import style_words
 from samplers.schedule import NoiseSchedule
 
@@ -356,8 +356,10 @@ def test_repeats_multiply_those_of_the_folders(tiny, folder, tmp_path, capsys):
     }
 
 
-def test_in_a_step_over_two_buckets_all_images_weigh_alike(tiny, folder, tmp_path):
-    train(tiny, folder, tmp_path, "--batch-size", 8, "--accumulate", 2, "--bucket", "--train-text-encoder")
+@pytest.mark.parametrize("debiased", (False, True))
+def test_in_a_step_over_two_buckets_all_images_weigh_alike_but_for_their_times(tiny, folder, tmp_path, debiased):
+    flags = ["--batch-size", 8, "--accumulate", 2, "--bucket", "--train-text-encoder"]
+    train(tiny, folder, tmp_path, *flags, *["--debiased-estimation-loss"] * debiased)
     ((_, images, loss, _, _),) = (r.split(",") for r in (tmp_path / "loss.csv").read_text().splitlines()[1:])
     # the only step, B = 0: the base model's error
     base, schedule = load(tiny), NoiseSchedule()
@@ -370,14 +372,21 @@ def test_in_a_step_over_two_buckets_all_images_weigh_alike(tiny, folder, tmp_pat
     draw = torch.Generator().manual_seed(500_009)
     noises = [torch.randn(latents[n].shape, generator=draw) for n in seen]
     times = torch.randint(1000, (len(seen),), generator=draw)
-    errors = []
+    errors, snr = [], schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     for n, noise, t in zip(seen, noises, times):
         context = encode_prompts(base.tokenizer, base.text_encoder, [captions[n]])
         noisy = schedule.add_noise(latents[n][None], noise[None], t[None])
         with torch.no_grad():
-            errors.append(F.mse_loss(base.unet(noisy, t[None], context), noise[None]).item())
+            error = F.mse_loss(base.unet(noisy, t[None], context), noise[None]).item()
+        errors.append(error / min(snr[t].item(), 1000) ** 0.5 if debiased else error)
     assert int(images) == len(errors) == 7
     assert float(loss) == pytest.approx(sum(errors) / 7, abs=2e-6)  # the table has six decimals
+    assert header(tmp_path)["ss_debiased_estimation"] == str(debiased)
+
+
+def test_the_debiased_loss_of_a_network_that_predicts_v_weighs_by_1_over_snr_plus_1():
+    weights = loss_weights(torch.tensor([0.9, 0.5, 0.2]), "v_prediction", debiased=True)
+    torch.testing.assert_close(weights, torch.tensor([0.1, 0.5, 0.8]))
 
 
 # the file's metadata
