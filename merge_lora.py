@@ -1,9 +1,8 @@
-"""LoRAs put into a base model for good, for the programs that want one file or folder:
+"""LoRAs put into a base model for good, for the programs that want one file or folder.
 
-    python -m lora.merge v1-5-pruned.safetensors fetal.safetensors --strength 0.8 --out fetal-v1-5.safetensors
+    python merge_lora.py v1-5-pruned.safetensors fetal.safetensors --strength 0.8 --out fetal-v1-5.safetensors
 
-A command, to be run and never imported: `lora.merge` is the function in layer.py. Alone in this package it needs to
-know Stable Diffusion, and imports `ldm` while it runs.
+W0 + strength * (alpha / r) * B A (the paper's eq. 2), summed in float32 and cast once.
 """
 
 import argparse
@@ -11,15 +10,18 @@ import json
 import sys
 from pathlib import Path
 
+from ldm import CheckpointError
+from ldm.checkpoints import save_folder, save_single
+from ldm.checkpoints.weights import open_weights
+from ldm.cli import DTYPES, add_model_arguments, load_model
+from ldm.webui import lora_hash, model_hash
 from lora.files import load_lora
 from lora.layer import LoRAError, lora_layers, merge
 from lora.training import ARCHITECTURES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from ldm.cli import DTYPES, add_model_arguments
-
-    parser = argparse.ArgumentParser(prog="python -m lora.merge", description="Merges LoRA files into a base model.")
+    parser = argparse.ArgumentParser(description="Merges LoRA files into a base model.")
     parser.usage = "%(prog)s MODEL LORA [LORA ..] --out OUT [flags]"
     add = parser.add_argument
     add_model_arguments(parser, positional=True)
@@ -44,11 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Merges in float32, casts once, and writes all or nothing."""
-    from ldm.checkpoint import CheckpointError, save_folder, save_single
-    from ldm.cli import DTYPES, load_model
-    from ldm.shots import lora_hash, model_hash
-    from ldm.weights import open_weights
-
     if args.out.exists():  # said before a long load
         raise CheckpointError(f"{args.out}: exists already; remove it first or choose another name")
     model = load_model(args)
@@ -102,10 +99,8 @@ def metadata(facts: dict, loras: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from ldm.weights import CheckpointError
-
     try:
         main(parse_args())
     except (CheckpointError, LoRAError, OSError) as error:
-        sys.stderr.write(f"lora.merge: {error}\n")
+        sys.stderr.write(f"merge_lora.py: {error}\n")
         sys.exit(2)

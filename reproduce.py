@@ -18,20 +18,20 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
-from eval.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
-from eval.preview import Selections, preview
 from eval.record import record_environment, sha256
-from eval.report import Context, build
-from eval.results import ResultError, read_result
-from eval.stages import Stages
-from eval.synthetic import Findings, describe
-from ldm.checkpoint import CheckpointError
+from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags
 from ldm.images import ImageError
 from lora import LoRAError
+from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from paper.preview import Selections, preview
+from paper.report import Context, build
+from paper.results import ResultError, read_result
+from paper.stages import Stages
+from paper.synthetic import Findings, describe
 from planes import PAPER_COUNTS, PLANES
 from planes.datasets import DatasetError, read_synthetic, require_images
-from planes.phantom import write_african_layout, write_spanish_layout
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from samplers import SamplerError
 
 
@@ -39,7 +39,7 @@ from samplers import SamplerError
 class Scale:
     """How large each stage is, as the flags of its script; what is not named stands at the paper's setting there."""
 
-    per_plane: Mapping[str, int | None]  # Spanish images of each kind (eval.plan.DataModel); None: all there are
+    per_plane: Mapping[str, int | None]  # Spanish images of each kind (paper.plan.DataModel); None: all there are
     train_lora: str
     rank: int  # of the LoRA whose images classifiers are trained on
     sample: str
@@ -180,7 +180,7 @@ class Experiment:
         return self.draw("synthetic_without_lora", 10)
 
     def synthetic(self, kind: str) -> Path:
-        """The list of synthetic images of this kind (eval.plan.DataModel), made if need be."""
+        """The list of synthetic images of this kind (paper.plan.DataModel), made if need be."""
         rank = self.scale.rank
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"

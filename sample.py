@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from eval.figures import contact_sheet, save
 from eval.record import record_run, sha256, write_atomically
-from ldm.checkpoint import CheckpointError
+from ldm import CheckpointError
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import ImageError, decode_images, read_image
-from ldm.infotext import lora_tags
-from ldm.prompts import encode_weighted
-from ldm.shots import Shot, is_saved, lora_hashes, lora_labels, model_hash, read_shot, require_same, save_shot, tags
+from ldm.webui import Shot, is_saved, lora_hashes, lora_labels, model_hash, read_shot, require_same, save_shot, tags
+from ldm.webui.infotext import lora_tags
+from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
 from lora.layer import LoRAError, merge
 from planes import PLANES

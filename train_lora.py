@@ -25,8 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.record import record_run, sha256, write_atomically
+from ldm import CheckpointError
 from ldm.buckets import read_bucketed
-from ldm.checkpoint import CheckpointError
 from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import add_token, save_embedding, word_embedding
 from ldm.generate import generate

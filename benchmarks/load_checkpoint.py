@@ -57,9 +57,9 @@ def write_material(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from ldm.checkpoint import NETWORKS
-    from ldm.folder import Config, write_config
-    from ldm.single_file import single_file_tensors
+    from ldm.checkpoints import NETWORKS
+    from ldm.checkpoints.folder import Config, write_config
+    from ldm.checkpoints.single_file import single_file_tensors
 
     config = Config()
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def read_once(loader: str, folder: Path, dtype_name: str) -> dict[str, float]:
 
     dtype = getattr(torch, DTYPES[dtype_name])
     if loader == "ours":
-        from ldm.checkpoint import load
+        from ldm.checkpoints import load
     else:
         import diffusers
 

@@ -25,13 +25,13 @@ from classify.data import PlaneImages, batches
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
 from ldm import MINI
-from ldm.checkpoint import load as load_model
+from ldm.checkpoints import load as load_model
 from ldm.images import decode_images, read_image
-from ldm.scenes import scene
+from ldm.mini.scenes import scene
 from planes import PLANES
 from planes.datasets import Record, read_spanish, read_synthetic
-from planes.phantom import write_spanish_layout
-from planes.sites import Site
+from planes.phantoms.phantom import write_spanish_layout
+from planes.phantoms.sites import Site
 from planes.style import BRIGHTNESS, CONTRAST, middle
 
 SIDE = 64  # px, as the classifiers of the phantoms see images

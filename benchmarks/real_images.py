@@ -16,12 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
-from eval.gain import Step, measure
-from eval.plan import ROWS
 from eval.record import write_atomically
-from eval.report import Context, build
-from eval.results import Result, read_result
-from eval.stages import Stages
+from paper.gain import Step, measure
+from paper.plan import ROWS
+from paper.report import Context, build
+from paper.results import Result, read_result
+from paper.stages import Stages
 from reproduce import EMBEDDED
 
 CLASSIFIER = "mobilenet_v2"

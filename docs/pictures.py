@@ -22,14 +22,14 @@ sys.path.insert(0, str(DOCS.parent))  # a script sees its own folder, not the re
 
 from eval.figures import LINES, contact_sheet, save  # noqa: E402
 from ldm import MINI  # noqa: E402
-from ldm.checkpoint import Model, load  # noqa: E402
+from ldm.checkpoints import Model, load  # noqa: E402
 from ldm.generate import seeded_noise  # noqa: E402
 from ldm.images import decode_images  # noqa: E402
 from ldm.text import encode_prompts  # noqa: E402
 from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
-from planes.phantom import phantom  # noqa: E402
-from planes.sites import SITE_A  # noqa: E402
+from planes.phantoms.phantom import phantom  # noqa: E402
+from planes.phantoms.sites import SITE_A  # noqa: E402
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
 
 SCHEDULE = NoiseSchedule()

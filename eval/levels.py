@@ -49,7 +49,7 @@ def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], cluste
     wide, never too narrow. The patients' variance is the bootstrap's. Each of the two holds the variance of what a run
     does on these patients in particular, so that is taken off once (Owen 2007, The pigeonhole bootstrap, section 3).
     Degrees of freedom: Satterthwaite (1946), from patients - 1 and, for each cell, M - 1. Measured in
-    tests/test_compare.py: differences over several classifiers with 3 or 5 seeds hold the truth in 95 to 97 of 100
+    tests/eval/test_compare.py: differences over several classifiers with 3 or 5 seeds hold the truth in 95 to 97 of 100
     studies, a single cell of 3 seeds in 93 to 94; of 2 seeds, not tested there, in 89 where seeds spread by 8 points.
     """
     freedom = max(clusters - 1, 1)

@@ -98,7 +98,7 @@ def _interval(scores: np.ndarray, clusters: int, level: float) -> np.ndarray:
 
     scores: (R, ...) replicates; nan ones do not count
     The plain percentiles are too narrow by what a normal interval with the variance over n, not n - 1, lacks of a t
-    interval; taking them further out by that much mends it (measured in tests/test_compare.py).
+    interval; taking them further out by that much mends it (measured in tests/eval/test_compare.py).
     """
     freedom = max(clusters - 1, 1)
     tail = ndtr(stdtrit(freedom, (1 - level) / 2) * np.sqrt(clusters / freedom))

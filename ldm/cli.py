@@ -5,9 +5,9 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 import torch
 
-from ldm import MINI
-from ldm.checkpoint import PREDICTION_TYPES, CheckpointError, Model, load
-from ldm.hub import find_model, resolve_model
+from ldm import MINI, CheckpointError
+from ldm.checkpoints import PREDICTION_TYPES, Model, load
+from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.text import CLIP_REPOSITORY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -14,8 +14,8 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ldm import CheckpointError
 from ldm.text import TextEncoder
-from ldm.weights import CheckpointError
 
 WEBUI_KEY = "emb_params"  # stands for the file's name
 

@@ -10,7 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldm.weights import CheckpointError
+from ldm import CheckpointError
 
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"  # its vocabulary is SD 1's
 

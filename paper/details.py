@@ -3,15 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from eval.document import Block, Details, Heading, Paragraph, Picture, Table
 from eval.figures import confusion_grid, save
 from eval.forest import Point, interval_figure
-from eval.gain import Cells, Row
 from eval.metrics import confusion
-from eval.plan import CLASSIFIERS
-from eval.published import CLAIMS, DIFFERENCES, TABLE_1, TABLE_2, TRAINING
-from eval.results import METRICS, estimate
-from eval.tables import (
+from paper.document import Block, Details, Heading, Paragraph, Picture, Table
+from paper.gain import Cells, Row
+from paper.plan import CLASSIFIERS
+from paper.published import CLAIMS, DIFFERENCES, TABLE_1, TABLE_2, TRAINING
+from paper.results import METRICS, estimate
+from paper.tables import (
     NAMES,
     auc_table,
     comparison_table,

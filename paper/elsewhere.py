@@ -1,6 +1,6 @@
 """The finished rows of a reproduction, tested at one more site: nothing is trained, nothing is chosen.
 
-    python -m eval.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
+    python -m paper.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
 
 Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of another dataset in
 the African layout, and writes the same report of what it says there.
@@ -20,10 +20,10 @@ from classify import ClassifyError
 from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
-from eval.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
 from eval.record import sha256
-from eval.report import Context, build
-from eval.results import Result, ResultError, read_result
+from paper.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
+from paper.report import Context, build
+from paper.results import Result, ResultError, read_result
 from planes.datasets import DatasetError, Record, read_african, require_images
 
 
@@ -77,7 +77,7 @@ def main(args):
         phantoms=True,  # or another dataset: the paper's numbers are of neither
         recipe=json.loads((found[0][0] / "args.json").read_text(encoding="utf-8"))["arguments"]["recipe"],
         seeds=sorted({result.seed for result in results}),
-        command=f"python -m eval.elsewhere {args.run} --african {args.african}",
+        command=f"python -m paper.elsewhere {args.run} --african {args.african}",
         title="FU-LoRA at one more site",
         left_out={name: "it was left out of averages by the command" for name in args.leave_out},
     )
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except (ClassifyError, DatasetError, ResultError) as error:
-        print(f"eval.elsewhere: {error}", file=sys.stderr)
+        print(f"paper.elsewhere: {error}", file=sys.stderr)
         sys.exit(2)

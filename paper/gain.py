@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.compare import Difference
-from eval.plan import CLASSIFIERS
-from eval.published import CLAIMS, published_difference
-from eval.results import Result, compare
+from paper.plan import CLASSIFIERS
+from paper.published import CLAIMS, published_difference
+from paper.results import Result, compare
 
 Row = tuple[str, str]
 """A data model and a classifier, such as ("HB+DA", "resnet18")."""

@@ -8,8 +8,8 @@ from torchvision.models import get_model_weights
 
 from classify.data import RECIPES
 from classify.models import MODELS
-from eval.plan import RANKS, Row
 from eval.record import write_atomically
+from paper.plan import RANKS, Row
 from planes import PLANES
 from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish, read_synthetic
 
@@ -129,7 +129,7 @@ def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> f
 
 
 def synthesis(args, scale, kinds: set[str], full: bool) -> tuple[float, int, str]:
-    """Seconds, bytes and a line of the plan for LoRAs and images of these kinds (eval.plan.DataModel)."""
+    """Seconds, bytes and a line of the plan for LoRAs and images of these kinds (paper.plan.DataModel)."""
     shared = kinds & {"lora", "prompts"}  # by the paper's LoRA; each of the others has its own
     figure_3 = not (args.quick or args.only or args.synthetic)
     ranks = RANKS if figure_3 else (scale.rank,) if shared else ()

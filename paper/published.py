@@ -1,7 +1,7 @@
 """What the paper printed (Wang et al. 2024, arXiv 2407.20072), as data, and where its authors' code parts from it.
 
 TABLE_1 is its zero-shot table, all twenty rows, as the repository (github.com/13204942/FU-LoRA) stores it in a file.
-TABLE_2 is in the paper alone. Its HB, called HB-all here and in eval.plan, is trained on 6148 real images, not on table
+TABLE_2 is in the paper alone. Its HB, called HB-all here and in plan.py, is trained on 6148 real images, not on table
 1's 1150, although the paper's section 4 says of it "using 1150 Spanish images". All five of its numbers are those that
 the authors' committed notebook prints for ViT on 6148 real and 5000 synthetic images with augmentation.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.metrics import Scores
-from eval.plan import CLASSIFIERS
+from paper.plan import CLASSIFIERS
 
 
 @dataclass(frozen=True)

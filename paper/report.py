@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.details import (
+from eval.figures import save
+from eval.forest import Point, forest_figure
+from eval.record import write_atomically
+from paper.details import (
     by_classifier,
     by_metric,
     confusion_matrices,
@@ -17,15 +20,12 @@ from eval.details import (
     robustness,
     trained_on,
 )
-from eval.document import Beside, Block, Code, Details, Heading, Paragraph, Picture, to_html, to_markdown
-from eval.figures import save
-from eval.forest import Point, forest_figure
-from eval.gain import NOT_AUGMENTED, STEPS, Cells, Gain, Row, Step, headline, measure
-from eval.plan import CLASSIFIERS
-from eval.published import PUBLISHED
-from eval.record import write_atomically
-from eval.results import Result, ResultError, require_same_test
-from eval.tables import gain_table, overview, quality_table, recognised_table, results_csv
+from paper.document import Beside, Block, Code, Details, Heading, Paragraph, Picture, to_html, to_markdown
+from paper.gain import NOT_AUGMENTED, STEPS, Cells, Gain, Row, Step, headline, measure
+from paper.plan import CLASSIFIERS
+from paper.published import PUBLISHED
+from paper.results import Result, ResultError, require_same_test
+from paper.tables import gain_table, overview, quality_table, recognised_table, results_csv
 from planes import PLANES
 
 
@@ -54,7 +54,7 @@ class Context:
     title: str = ""
 
 
-TITLES = {  # of the tables of eval.plan, in their order here
+TITLES = {  # of the tables of paper.plan, in their order here
     "1": "Table 1: zero-shot classification",
     "controls": "Controls that the paper left out",
     "styles": "Style words: ours, not the paper's",

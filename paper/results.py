@@ -25,7 +25,7 @@ class ResultError(Exception):
 class Result:
     """One classifier trained once: a row of a table, for one seed.
 
-    table, data, classifier: as in eval.plan ("1", "HB+DA", "resnet18")
+    table, data, classifier: as in paper.plan ("1", "HB+DA", "resnet18")
     training: images, patients, and how many images of each source
     targets, predictions: (N,) class indices of the test images
     probabilities: (N, K)

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from eval.compare import Difference, by_group, mcnemar, spread
-from eval.document import Table
-from eval.gain import Cells, Gain, Row
 from eval.metrics import Scores
-from eval.plan import CLASSIFIERS
-from eval.published import PUBLISHED, TRAINING, published_difference
-from eval.results import METRICS, Estimate, Result, compare, estimate
+from paper.document import Table
+from paper.gain import Cells, Gain, Row
+from paper.plan import CLASSIFIERS
+from paper.published import PUBLISHED, TRAINING, published_difference
+from paper.results import METRICS, Estimate, Result, compare, estimate
 from planes import PLANES
 
 NAMES = {"accuracy": "ACC", "recall": "Recall", "precision": "Precision", "f_score": "F-score", "auc": "AUC"}

@@ -8,8 +8,7 @@
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
 | the Spanish and African datasets, manifests, selections, leak checks | `datasets.py` |
 | fetching both datasets | `download.py` |
-| procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantom.py`, `sites.py` |
-| the scanner behind them: tissue, probe, speckle, shadows, scan conversion | `scanner.py` |
+| procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |
 """
 
 from enum import StrEnum

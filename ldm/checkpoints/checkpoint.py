@@ -13,9 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ldm.folder import WEIGHTS, Config, network_files, read_config, read_vae_config, weight_files, write_config
-from ldm.keys import FOLDER, VAE_FILE
-from ldm.single_file import (
+from ldm import CheckpointError
+from ldm.checkpoints.folder import (
+    WEIGHTS,
+    Config,
+    network_files,
+    read_config,
+    read_vae_config,
+    weight_files,
+    write_config,
+)
+from ldm.checkpoints.keys import FOLDER, VAE_FILE
+from ldm.checkpoints.single_file import (
     config_of,
     fit,
     is_sd_2,
@@ -26,10 +35,10 @@ from ldm.single_file import (
     stated_prediction,
     with_prediction,
 )
+from ldm.checkpoints.weights import OTHER_KIND, Stored, Weights, locate, named, open_weights
 from ldm.text import TextEncoder, load_tokenizer, save_tokenizer
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL, VAEConfig
-from ldm.weights import OTHER_KIND, CheckpointError, Stored, Weights, locate, named, open_weights
 
 NETWORKS = {"unet": UNet, "vae": AutoencoderKL, "text_encoder": TextEncoder}
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a U-Net may return

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import CLIPTextConfig
 
+from ldm import CheckpointError
 from ldm.text import TextConfig
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
-from ldm.weights import CheckpointError
 
 Json = dict[str, Any]
 

@@ -5,7 +5,7 @@
     owner/name/file.safetensors      a single file in a repository
 
 What is cached whole costs no request, so a branch stays as it was when it was first fetched. Of a folder only what
-`ldm.checkpoint.load` reads is downloaded: the configs, the tokenizer, and each network's weights in one precision.
+`ldm.checkpoints.load` reads is downloaded: the configs, the tokenizer, and each network's weights in one precision.
 """
 
 import re
@@ -25,8 +25,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from ldm.folder import VARIANTS, WEIGHTS
-from ldm.weights import CheckpointError
+from ldm import CheckpointError
+from ldm.checkpoints.folder import VARIANTS, WEIGHTS
 
 _READS = {  # what is taken of a repository -> files; weights may as well be in half precision or in shards
     "model": (

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.folder import Config
-from ldm.keys import FUSED, SINGLE_FILE, SINGLE_FILE_2, inverse, rename, thirds
+from ldm import CheckpointError
+from ldm.checkpoints.folder import Config
+from ldm.checkpoints.keys import FUSED, SINGLE_FILE, SINGLE_FILE_2, inverse, rename, thirds
+from ldm.checkpoints.weights import Stored, Weights, locate, named
 from ldm.text import TextConfig
 from ldm.unet import UNet, UNetConfig
-from ldm.weights import CheckpointError, Stored, Weights, locate, named
 
 _HEAD = 64  # channels of a head in SD 2, in the U-Net and in the text tower
 SD_2 = Config(

@@ -16,15 +16,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ldm.keys import Table, rename, thirds
+from ldm import CheckpointError
+from ldm.checkpoints.keys import Table, rename, thirds
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 OTHER_KIND = "a model of another kind, or a damaged one; give a checkpoint of SD 1 or SD 2"
 _PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # zipped, as torch.save writes since 1.6, or bare
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; one line: what is wrong, where, what to do."""
 
 
 @dataclass(frozen=True)

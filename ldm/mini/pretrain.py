@@ -1,7 +1,7 @@
 """Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then U-Net and text encoder.
 
-    python -m ldm.pretrain_mini --work runs/mini --out runs/mini/model                    # all from nothing
-    python -m ldm.pretrain_mini --work runs/mini --out runs/mini/model --start ldm/mini   # on from the shipped weights
+    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model                    # all from nothing
+    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model --start ldm/mini   # on from the shipped weights
 
 Hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on from its last
 checkpoint in --work as if it had not been. No real image is used: nothing can leak into a test, no licence attaches.
@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from ldm.bpe import write_tokenizer
-from ldm.checkpoint import Model, load, save_folder
+from ldm.checkpoints import Model, load, save_folder
 from ldm.generate import generate
 from ldm.images import decode_images
-from ldm.pretrain_vae import (
+from ldm.mini.bpe import write_tokenizer
+from ldm.mini.pretrain_vae import (
     SIZE,
     VAE,
     draw_batch,
@@ -39,7 +39,7 @@ from ldm.pretrain_vae import (
     train_decoder,
     train_vae,
 )
-from ldm.scenes import scene
+from ldm.mini.scenes import scene
 from ldm.text import TextConfig, TextEncoder, encode_prompts, tokenize
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, Posterior

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from planes.scanner import FLUID, Probe, Rng, Tissue, annotate, scan
+from planes.phantoms.scanner import FLUID, Probe, Rng, Tissue, annotate, scan
 from planes.style import style_words, with_style
 
 LEVELS = {  # echo levels, dB, by the words that sonographers use

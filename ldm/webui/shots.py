@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ldm.images import ImageError
-from ldm.infotext import Infotext, format_parameters, lora_tags, parse_parameters
+from ldm.webui.infotext import Infotext, format_parameters, lora_tags, parse_parameters
 
 OWN_CHUNK = "fu-lora"  # beside the webui's `parameters`: the same settings exactly, as JSON
 WEBUI_SAMPLERS = {"euler": "Euler", "unipc": "UniPC"}

@@ -1,9 +1,14 @@
 """LoRA files in and out of models, and from one layout to another:
 
-python -m lora.files fetal.safetensors fetal_peft.safetensors --to peft
+    python -m lora.files fetal.safetensors fetal_peft.safetensors --to peft
+
+| concept | where |
+|---|---|
+| a file into models, all or nothing, or beside others; models' LoRAs into a file; converting | this file |
+| reading the layouts of kohya, PEFT and diffusers, without a model | `formats.py` |
+| writing the first two | `export.py` |
 """
 
-import argparse
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -13,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora.export import write
-from lora.formats import LoRAFile, Pair, kohya_name, no_place, read
+from lora.files.export import write
+from lora.files.formats import LoRAFile, Pair, kohya_name, no_place, read
 from lora.layer import LoRAError, LoRALayer, adaptable, check_strength, lora_layers, lora_names, unfit
 
 Models = Mapping[str, nn.Module]
@@ -150,20 +155,3 @@ def _made_for(file: LoRAFile) -> str:
     widths = {pair.down.shape[1] for name, pair in file.pairs.items() if re.search(r"attn2_to_[kv]$", name)}
     families = sorted({TEXT_WIDTHS[width] for width in widths if width in TEXT_WIDTHS})
     return f" (by its shapes {' or '.join(families)})" if families else ""
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
-    parser = argparse.ArgumentParser(prog="python -m lora.files", description="Converts a LoRA file, without a model.")
-    parser.add_argument("source", type=Path, metavar="IN", help="a file of any layout, or PEFT's folder")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers")
-    args = parser.parse_args(argv)
-    try:
-        convert(args.source, args.out, args.to)
-    except LoRAError as error:
-        parser.exit(2, f"lora.files: {error}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from lora.formats import NETWORKS, Pair, dotted
+from lora.files.formats import NETWORKS, Pair, dotted
 from lora.layer import LoRAError
 
 BASES = {768: ("sd_v1", False), 1024: ("sd_v2", True)}

@@ -1,12 +1,8 @@
-"""Procedural ultrasound phantoms: five planes, sites with a domain shift, in the two datasets' own layouts.
-
-    python -m planes.phantom --out runs/phantoms                     # site A as spanish/, site B as african/
-    python -m planes.phantom --out runs/third --african-site C       # site C in the place of B, to choose settings on
+"""Procedural ultrasound phantoms: the anatomy of five planes, and images of it in the two datasets' own layouts.
 
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
 
-import argparse
 import csv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from planes import PLANES, Plane
-from planes.scanner import BONE, BRIGHT, DIM, FLUID, TISSUE, Rng, Tissue, annotate, scan
-from planes.sites import SITE_A, SITE_B, SITES, Site
+from planes.phantoms.scanner import BONE, BRIGHT, DIM, FLUID, TISSUE, Rng, Tissue, annotate, scan
+from planes.phantoms.sites import SITE_A, SITE_B, Site
 
 # --- anatomy: how the paper describes the planes, one function each ---
 
@@ -206,20 +202,3 @@ def _write_csv(path: Path, header: list[str], rows: list[list], delimiter: str) 
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
         writer.writerow(header)
         writer.writerows(rows)
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write both sites' phantoms in the layouts of the real datasets.")
-    parser.add_argument("--out", type=Path, required=True, help="gets spanish/ (site A) and african/")
-    parser.add_argument("--train", type=int, default=230, help="site A: training images per plane")
-    parser.add_argument("--test", type=int, default=40, help="site A: test images per plane")
-    parser.add_argument("--african-site", choices=SITES, default="B", help="whose phantoms african/ holds")
-    parser.add_argument("--patients", type=int, default=25, help="patients per country of african/")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    write_spanish_layout(args.out / "spanish", args.train, args.test, args.seed)
-    write_african_layout(args.out / "african", args.patients, args.seed, SITES[args.african_site])
-
-
-if __name__ == "__main__":
-    main()

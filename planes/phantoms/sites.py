@@ -6,7 +6,7 @@ report alone; D differs from all in geometry, speckle and contrast at once, and 
 
 from dataclasses import dataclass, fields
 
-from planes.scanner import Probe, Rng
+from planes.phantoms.scanner import Probe, Rng
 
 
 @dataclass(frozen=True)

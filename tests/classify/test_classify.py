@@ -28,8 +28,8 @@ from classify.train import MOMENTUM, predict, train_epoch
 from planes import PLANES, Plane
 from planes.datasets import Record
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 FILE = DATA / "weights" / "mobilenet_v2-keras_imagenet-int8deq.pth"
 
 

@@ -23,9 +23,9 @@ from classify.data import (
     prepare,
 )
 from classify.train import train_epoch
-from planes.phantom import write_african_layout, write_spanish_layout
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GREY = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(4, 3, -1, -1)
 
 

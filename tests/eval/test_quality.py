@@ -29,11 +29,11 @@ from eval.quality import (
 )
 from planes import PLANES
 from planes.datasets import Record, leaks, read_african
-from planes.phantom import phantom
-from planes.sites import SITE_A
+from planes.phantoms.phantom import phantom
+from planes.phantoms.sites import SITE_A
 
-REFERENCES = Path(__file__).parent / "references"
-AFRICAN = Path(__file__).resolve().parents[2] / "shared" / "data" / "Zenodo_dataset"
+REFERENCES = Path(__file__).parents[1] / "references"
+AFRICAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "Zenodo_dataset"
 SCRIPT = runpy.run_path(str(REFERENCES / "make_quality.py"))
 CASES = SCRIPT["cases"]()
 

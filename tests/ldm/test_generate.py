@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm import MINI
-from ldm.checkpoint import load
+from ldm.checkpoints import load
 from ldm.generate import generate, make_nodes, seeded_noise
 from samplers import Denoiser, NoiseSchedule, SamplerError, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 

@@ -11,14 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ldm.keys import SINGLE_FILE, rename
+from ldm.checkpoints.keys import SINGLE_FILE, rename
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from lora import LoRAError, convert, inject, load_lora, lora_layers, merge, remove, save_lora, set_strength
-from lora.files import main
-from lora.formats import dotted, kohya_name, read
+from lora.files.__main__ import main
+from lora.files.formats import dotted, kohya_name, read
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "lora"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lora"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference files at {REFERENCE}")
 
 FILES = {
@@ -366,7 +366,7 @@ def test_the_command_converts_and_says_nothing(trained, tmp_path, monkeypatch, c
     save_lora(tmp_path / "a.safetensors", trained)
     command = ["lora.files", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "peft"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delitem(sys.modules, "lora.files")  # as in a process of its own, which runs it before it is imported
+    monkeypatch.delitem(sys.modules, "lora.files.__main__")  # as in a process of its own, which has not imported it
     runpy.run_module("lora.files", run_name="__main__")
     assert capsys.readouterr() == ("", "")
     assert len(load_file(tmp_path / "b.safetensors")) == 2 * 54

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.keys import SINGLE_FILE, rename
+from ldm.checkpoints.keys import SINGLE_FILE, rename
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from lora import inject, load_lora, lora_layers, lora_parameters, merge, remove, save_lora, set_strength
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "lora"
+REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lora"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference files in {REFERENCE}")
 
 FILES = {

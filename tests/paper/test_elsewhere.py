@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from classify import ClassifyError
-from eval.elsewhere import main, parse_args
-from eval.results import ResultError
-from planes.phantom import write_african_layout, write_spanish_layout
-from planes.sites import SITE_C
+from paper.elsewhere import main, parse_args
+from paper.results import ResultError
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
+from planes.phantoms.sites import SITE_C
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     write_spanish_layout(root / "spanish", train=2, test=0, seed=0)
     write_african_layout(root / "b", patients=2, seed=0)
     write_african_layout(root / "c", patients=4, seed=1, site=SITE_C)
-    script = Path(__file__).resolve().parents[1] / "classify.py"
+    script = Path(__file__).resolve().parents[2] / "classify.py"
     classify = runpy.run_path(str(script), run_name="classify_script")
     flags = ["--spanish", str(root / "spanish"), "--african", str(root / "b"), "--weights", "none", "--size", "64"]
     out = root / "run" / "rows" / "ES" / "resnet18" / "seed3"

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from eval.gain import CONTROLS, NOT_AUGMENTED, STEPS, SYNTHETIC, Step, headline, measure
-from eval.plan import CLASSIFIERS, ROWS
-from eval.published import CLAIMS, TABLE_1
-from eval.results import Result
+from paper.gain import CONTROLS, NOT_AUGMENTED, STEPS, SYNTHETIC, Step, headline, measure
+from paper.plan import CLASSIFIERS, ROWS
+from paper.published import CLAIMS, TABLE_1
+from paper.results import Result
 
 N = 120  # 30 patients of 4 images
 TARGETS, PATIENTS = np.arange(N) % 4, np.arange(N) // 4

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from eval.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
-from eval.preview import Selections, missing_weights
 from ldm import MINI
+from paper.plan import BEYOND_ROWS, QUICK_ROWS, ROWS, choose
+from paper.preview import Selections, missing_weights
 from planes import PLANES
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 
 
@@ -186,7 +186,7 @@ def test_selections_follow_the_authors_lists_or_the_same_rule():
 
 def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path):
     from planes.datasets import read_african
-    from planes.phantom import write_african_layout
+    from planes.phantoms.phantom import write_african_layout
 
     space = script["main"].__globals__
     before = space["PHANTOMS"]

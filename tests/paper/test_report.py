@@ -14,21 +14,21 @@ import pytest
 from PIL import Image
 from scipy.stats import t
 
-from eval import tables
-from eval.details import trained_on
-from eval.document import Beside, Code, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from eval.gain import STEPS, measure
 from eval.metrics import bootstrap, confusion, score
-from eval.plan import CLASSIFIERS
-from eval.published import CLAIMS, PUBLISHED, TABLE_1, TABLE_2, TRAINING, published_difference
 from eval.record import code_version, record_environment
-from eval.report import PHANTOMS, TITLES, Context, build
-from eval.results import METRICS, Estimate, ResultError, compare, estimate, read_result, require_same_test
+from paper import tables
+from paper.details import trained_on
+from paper.document import Beside, Code, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from paper.gain import STEPS, measure
+from paper.plan import CLASSIFIERS
+from paper.published import CLAIMS, PUBLISHED, TABLE_1, TABLE_2, TRAINING, published_difference
+from paper.report import PHANTOMS, TITLES, Context, build
+from paper.results import METRICS, Estimate, ResultError, compare, estimate, read_result, require_same_test
 from planes import PLANES
 
 pytestmark = pytest.mark.slow
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 COUNTRIES = ("Algeria", "Egypt", "Ghana")
 N = 48  # four planes of twelve patients
 TARGETS = np.tile(np.arange(4), 12)

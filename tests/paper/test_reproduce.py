@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.stages import Stages
+from paper.stages import Stages
 from planes import PROMPTS
 from planes.style import STYLES, with_style
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Runs reproduce.py with a scale that takes seconds; its arguments are those of the script.
 TINY = """

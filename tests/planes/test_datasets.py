@@ -21,9 +21,9 @@ from planes.datasets import (
     require_images,
     validation_split,
 )
-from planes.phantom import write_african_layout, write_spanish_layout
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real datasets are not in ../shared/data")
 
 SPANISH = """Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train
@@ -236,7 +236,7 @@ def test_the_phantoms_are_read_like_the_real_datasets(tmp_path, monkeypatch):
     def four_pixels(plane, site, patient, image):  # the layout is the point here, the picture takes its time
         return image.integers(0, 255, (2, 2), dtype="uint8")
 
-    monkeypatch.setattr("planes.phantom.phantom", four_pixels)
+    monkeypatch.setattr("planes.phantoms.phantom.phantom", four_pixels)
     write_spanish_layout(tmp_path / "a", train=2, test=1, seed=0)
     write_african_layout(tmp_path / "b", patients=2, seed=0)
     a, b = read_spanish(tmp_path / "a"), read_african(tmp_path / "b")

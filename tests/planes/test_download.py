@@ -17,7 +17,7 @@ import pytest
 from planes.datasets import DatasetError, read_african, read_spanish, require_images
 from planes.download import ARCHIVES, fetch, main, parse_args
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 
 

@@ -8,7 +8,7 @@ from planes import PROMPTS
 from planes.captions import training_images
 from planes.datasets import DatasetError
 from planes.folders import Captioned, read_captioned_folder
-from planes.phantom import write_spanish_layout
+from planes.phantoms.phantom import write_spanish_layout
 
 
 def fill(folder, **files):
@@ -198,7 +198,9 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     (image,) = training_images(None, tmp_path / "own", None, 20, 0)
     assert (image.caption, image.repeats) == ("fetal brain", 20)
 
-    monkeypatch.setattr("planes.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8"))
+    monkeypatch.setattr(
+        "planes.phantoms.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8")
+    )
     write_spanish_layout(tmp_path / "spanish", train=2, test=0, seed=0)
     drawn = training_images(tmp_path / "spanish", None, None, 1, 0)
     assert [(image.caption, image.repeats) for image in drawn] == [(prompt, 1) for prompt in PROMPTS.values()]

@@ -10,15 +10,10 @@ from PIL import Image
 
 from planes import PLANES, Plane
 from planes.datasets import read_spanish
-from planes.phantom import (
-    COUNTRIES,
-    main,
-    phantom,
-    write_african_layout,
-    write_spanish_layout,
-)
-from planes.scanner import BONE, FLUID, Probe, Tissue, scan, speckle
-from planes.sites import SITE_A, SITE_B, SITES
+from planes.phantoms.__main__ import main
+from planes.phantoms.phantom import COUNTRIES, phantom, write_african_layout, write_spanish_layout
+from planes.phantoms.scanner import BONE, FLUID, Probe, Tissue, scan, speckle
+from planes.phantoms.sites import SITE_A, SITE_B, SITES
 
 PROBE = Probe(
     width=200,
@@ -137,7 +132,9 @@ def test_the_spanish_layout_has_the_datasets_columns_names_and_counts(tmp_path):
 
 
 def test_the_spanish_layout_has_as_many_training_images_of_each_plane_as_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr("planes.phantom.phantom", lambda plane, site, patient, image: np.zeros((2, 2), np.uint8))
+    monkeypatch.setattr(
+        "planes.phantoms.phantom.phantom", lambda plane, site, patient, image: np.zeros((2, 2), np.uint8)
+    )
     counts = {Plane.ABDOMEN: 1, Plane.BRAIN: 5, Plane.FEMUR: 2, Plane.THORAX: 3, Plane.OTHER: 8}
     write_spanish_layout(tmp_path / "each", train=counts, test=1, seed=0)
     records = read_spanish(tmp_path / "each")

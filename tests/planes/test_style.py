@@ -8,8 +8,8 @@ from planes import PLANES, PROMPTS, Plane
 from planes.captions import prompt_in_turn, read_prompts, say_style
 from planes.datasets import DatasetError
 from planes.folders import Captioned
-from planes.phantom import phantom
-from planes.sites import SITE_A
+from planes.phantoms.phantom import phantom
+from planes.phantoms.sites import SITE_A
 from planes.style import BRIGHTNESS, CONTRAST, STYLES, measure_style, style_words, with_style
 
 

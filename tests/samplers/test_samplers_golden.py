@@ -18,8 +18,8 @@ from torch.nn.functional import conv2d
 
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, karras_sigmas, sample_euler, sample_unipc, unipc_nodes
 
-SMALL = Path(__file__).parent / "references"
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden"
+SMALL = Path(__file__).parents[1] / "references"
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "reference" / "golden"
 STATE_TOLERANCE = {"f64": 1e-12, "f32": 1e-4}  # max |x - reference| / max |reference|, the worst node
 SIGMA_TOLERANCE = {"f64": 1e-11, "f32": 1e-4}  # relative; the references' float32 tables lose five digits
 TIME_TOLERANCE = {"f64": 1e-9, "f32": 1e-2}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm import MINI
-from ldm.checkpoint import load
+from ldm.checkpoints import load
 from ldm.embedding import add_token, load_embedding, save_embedding, word_embedding
 from ldm.generate import seeded_noise
 from ldm.images import read_image
@@ -21,12 +21,12 @@ from ldm.text import encode_prompts
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.captions import choose_prompt, read_prompts, training_images, with_token
 from planes.datasets import DatasetError
-from planes.phantom import write_spanish_layout
+from planes.phantoms.phantom import write_spanish_layout
 from samplers.schedule import NoiseSchedule
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "<fetal-us>"
 WIDTH = load(MINI).unet.config.cross_attention_dim  # of the text embedding
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import ldm.cli
-from ldm import MINI
-from ldm.checkpoint import CheckpointError
+from ldm import MINI, CheckpointError
 from ldm.cli import DTYPES, SD_1_5, add_model_arguments, describe_models, load_model, model_flags
 
 ALL = ("--model", "a/b@c", "--tokenizer", "d/e", "--vae", "f.pt", "--prediction-type", "v_prediction", "--ema")

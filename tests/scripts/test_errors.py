@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from ldm import MINI
-from ldm.checkpoint import load
+from ldm.checkpoints import load
 from lora.files import save_lora
 from lora.layer import inject, lora_layers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689\nsize 4265146304\n"
 PAGE = b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>"
 UNET = "model.diffusion_model."

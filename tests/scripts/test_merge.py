@@ -1,8 +1,9 @@
-"""python -m lora.merge: what it writes is the model with its LoRAs at run time, for us and for diffusers."""
+"""python merge_lora.py: what it writes is the model with its LoRAs at run time, for us and for diffusers."""
 
 import json
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from test_checkpoint import tokenizer_folder as tokenizer_folder
 from test_checkpoint_families import SD_1
 
 from eval.record import sha256
-from ldm.checkpoint import load, save_folder, save_single
-from ldm.shots import lora_hash
+from ldm.checkpoints import load, save_folder, save_single
+from ldm.webui.shots import lora_hash
 from lora.files import load_lora, save_lora
 from lora.layer import inject, lora_layers, lora_names, set_strength
 
 pytestmark = pytest.mark.slow
+
+SCRIPT = str(Path(__file__).resolve().parents[2] / "merge_lora.py")
 
 IDS = torch.arange(77)[None] + 90
 LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -48,9 +51,9 @@ def files(tokenizer_folder, tmp_path_factory):
 
 
 def merge(monkeypatch, *flags):
-    """The command, in this process; it is run and not imported, as it asks."""
-    monkeypatch.setattr(sys, "argv", ["lora.merge", *map(str, flags)])
-    runpy.run_module("lora.merge", run_name="__main__")
+    """The command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, flags)])
+    runpy.run_path(SCRIPT, run_name="__main__")
 
 
 def refused(monkeypatch, capsys, *flags):
@@ -214,7 +217,9 @@ def test_a_lora_that_does_not_fit_writes_nothing(files, tmp_path, monkeypatch, c
         tmp_path / "new" / out,
     ]
     line = refused(monkeypatch, capsys, *flags)
-    assert line.startswith(f"lora.merge: {tmp_path / 'other.safetensors'}: lora_unet ") and "another base model" in line
+    assert (
+        line.startswith(f"merge_lora.py: {tmp_path / 'other.safetensors'}: lora_unet ") and "another base model" in line
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
 
@@ -225,7 +230,7 @@ def test_an_existing_file_or_folder_is_left_alone(files, tmp_path, monkeypatch, 
     else:
         (tmp_path / out).write_bytes(b"mine")
     line = refused(monkeypatch, capsys, files / "none", files / "none", "--out", tmp_path / out)  # said before loading
-    assert line == f"lora.merge: {tmp_path / out}: exists already; remove it first or choose another name"
+    assert line == f"merge_lora.py: {tmp_path / out}: exists already; remove it first or choose another name"
     assert list(tmp_path.iterdir()) == [tmp_path / out]
     assert out == "there" or (tmp_path / out).read_bytes() == b"mine"
 
@@ -251,8 +256,8 @@ def test_a_model_that_no_single_file_tells_writes_nothing(files, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["no.safetensors", "a", "--out", "out"], "lora.merge: no.safetensors: no such file or folder"),
-        (["base", "no.safetensors", "--out", "out"], "lora.merge: no.safetensors: no such file: pass the path of a"),
+        (["no.safetensors", "a", "--out", "out"], "merge_lora.py: no.safetensors: no such file or folder"),
+        (["base", "no.safetensors", "--out", "out"], "merge_lora.py: no.safetensors: no such file: pass the path of a"),
         (["base", "both.safetensors", "--strength", "nan", "--out", "out"], "strength nan: must be a finite number"),
         (["base", "both.safetensors", "--strength", "1", "2", "--out", "out"], "2 numbers for 1 LoRAs; give one, or"),
         (["base", "both.safetensors", "base/../both.safetensors", "--out", "out"], "one file twice; give it once"),

@@ -16,16 +16,16 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from ldm import MINI
-from ldm.checkpoint import Model, load, save_folder
-from ldm.infotext import parse_parameters
+from ldm.checkpoints import Model, load, save_folder
 from ldm.text import TextConfig, TextEncoder, load_tokenizer
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
+from ldm.webui.infotext import parse_parameters
 from lora.files import save_lora
 from lora.layer import inject, lora_layers
 from planes.style import STYLES, with_style
 
-SCRIPT = str(Path(__file__).resolve().parents[1] / "sample.py")
+SCRIPT = str(Path(__file__).resolve().parents[2] / "sample.py")
 SAMPLE = runpy.run_path(SCRIPT, run_name="sample")
 PROMPT = "a photo of (fetal femur:1.2)"
 

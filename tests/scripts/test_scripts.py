@@ -16,9 +16,9 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from ldm import MINI
 from planes import PLANES, PROMPTS
-from planes.phantom import write_spanish_layout
+from planes.phantoms.phantom import write_spanish_layout
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = json.loads((MINI / "unet" / "config.json").read_text())
 SIDE, WIDTH = (
     8 * CONFIG["sample_size"],

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, safe_open
 
 from ldm import MINI
-from ldm.checkpoint import Model, load, save_folder
+from ldm.checkpoints import Model, load, save_folder
 from ldm.images import encode_images
 from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
 from ldm.unet import UNet, UNetConfig
@@ -26,7 +26,7 @@ from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss
 from planes.style import style_words
 from samplers.schedule import NoiseSchedule
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = len(load_tokenizer(MINI / "tokenizer", TextConfig()))
 TEXT = TextConfig(WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
 SCRIPT = runpy.run_path(str(ROOT / "train_lora.py"), run_name="train_lora")

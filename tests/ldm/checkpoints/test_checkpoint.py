@@ -15,14 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ldm.checkpoint
-import ldm.weights
-from ldm.checkpoint import NETWORKS, CheckpointError, Config, Model, load, save_folder
+import ldm.checkpoints.checkpoint
+import ldm.checkpoints.weights
+from ldm import CheckpointError
+from ldm.checkpoints import NETWORKS, Config, Model, load, save_folder
 from ldm.text import TextConfig, encode_prompts, load_tokenizer, tokenize
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference" / "checkpoints"
+REFERENCE = Path(__file__).resolve().parents[4] / "shared" / "reference" / "checkpoints"
 WEIGHT_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
 
 # SD 1's structure, 1130 tensors, at a few channels
@@ -357,8 +358,8 @@ def test_of_a_single_file_only_the_wanted_tensors_are_read(single_file, tokenize
             read.append(key)
             return self.file.get_tensor(key)
 
-    safe_open = ldm.weights.safe_open
-    monkeypatch.setattr(ldm.weights, "safe_open", Recorder)
+    safe_open = ldm.checkpoints.weights.safe_open
+    monkeypatch.setattr(ldm.checkpoints.weights, "safe_open", Recorder)
     load(single_file, tokenizer=tokenizer_folder, config=UNTOLD)
     assert len(read) == len(set(read)) == 686 + 248 + 52  # 52: a text tower of three layers
     assert not any(key.startswith("model_ema") or key.endswith("position_ids") for key in read)
@@ -736,7 +737,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(ldm.checkpoint, "save_file", fail)
+    monkeypatch.setattr(ldm.checkpoints.checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_folder(tiny, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,8 @@ from test_checkpoint import (
 from test_checkpoint import built as built
 from test_checkpoint import tokenizer_folder as tokenizer_folder
 
-from ldm.checkpoint import CheckpointError, Config, load, save_folder, save_single
+from ldm import CheckpointError
+from ldm.checkpoints import Config, load, save_folder, save_single
 from ldm.text import TextConfig
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig

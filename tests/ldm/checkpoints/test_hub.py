@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ldm import MINI
-from ldm.checkpoint import CheckpointError, load
-from ldm.folder import network_files, weight_files
-from ldm.hub import find_model, resolve_model
+from ldm import MINI, CheckpointError
+from ldm.checkpoints import load
+from ldm.checkpoints.folder import network_files, weight_files
+from ldm.checkpoints.hub import find_model, resolve_model
 
 pytestmark = pytest.mark.slow
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from ldm import MINI
-from ldm.checkpoint import load
+from ldm.checkpoints import load
 from ldm.images import read_image
 from ldm.text import encode_prompts
 from planes import PROMPTS
 from planes.datasets import read_manifest, read_spanish
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ldm.bpe import write_tokenizer
-from ldm.checkpoint import load
-from ldm.pretrain_mini import PLAIN_WORDS, POSITIONS, UNET, grow, main, make_text_encoder, parse_args, widen_unseen
-from ldm.scenes import scene
+from ldm.checkpoints import load
+from ldm.mini.bpe import write_tokenizer
+from ldm.mini.pretrain import PLAIN_WORDS, POSITIONS, UNET, grow, main, make_text_encoder, parse_args, widen_unseen
+from ldm.mini.scenes import scene
 from ldm.text import encode_prompts
 from ldm.unet import UNet
 from planes import PLANES, PROMPTS

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ldm.infotext import format_parameters, lora_tags, parse_parameters
+from ldm.webui.infotext import format_parameters, lora_tags, parse_parameters
 
 SETTINGS = {
     "Steps": 20,

@@ -6,11 +6,10 @@ import logging
 import pytest
 import torch
 
-from ldm import MINI
+from ldm import MINI, CheckpointError
 from ldm.embedding import add_token, word_embedding
-from ldm.prompts import BREAK, encode_weighted, parse_prompt, split_chunks
 from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
-from ldm.weights import CheckpointError
+from ldm.webui.prompts import BREAK, encode_weighted, parse_prompt, split_chunks
 
 MARKS = 2  # the begin and the end mark of every chunk
 

@@ -1,0 +1,9 @@
+"""The embedded miniature Stable Diffusion, a diffusers folder (`ldm.MINI`), and how it was trained; see README.md here.
+
+| concept | where |
+|---|---|
+| procedural scenes and captions that it learned from | `scenes.py` |
+| its tokenizer's vocabulary | `bpe.py` |
+| U-Net and text encoder, all in order | `pretrain.py` |
+| its autoencoder; batches and checkpoints of both trainings | `pretrain_vae.py` |
+"""

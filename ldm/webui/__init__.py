@@ -1,0 +1,34 @@
+"""What users of AUTOMATIC1111's webui and of ComfyUI know: how they write prompts, and what a PNG says of its making.
+
+| concept | where |
+|---|---|
+| prompts with weights in brackets, of any length | `prompts.py` |
+| one image's settings, in its PNG and back | `shots.py` |
+| the webui's text there | `infotext.py` |
+"""
+
+from ldm.webui.shots import (
+    Shot,
+    is_saved,
+    lora_hash,
+    lora_hashes,
+    lora_labels,
+    model_hash,
+    read_shot,
+    require_same,
+    save_shot,
+    tags,
+)
+
+__all__ = [
+    "Shot",
+    "is_saved",
+    "lora_hash",
+    "lora_hashes",
+    "lora_labels",
+    "model_hash",
+    "read_shot",
+    "require_same",
+    "save_shot",
+    "tags",
+]

@@ -1,0 +1,24 @@
+"""Converts a LoRA file: python -m lora.files IN OUT --to kohya or peft."""
+
+import argparse
+from pathlib import Path
+
+from lora.files import convert
+from lora.layer import LoRAError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
+    parser = argparse.ArgumentParser(prog="python -m lora.files", description="Converts a LoRA file, without a model.")
+    parser.add_argument("source", type=Path, metavar="IN", help="a file of any layout, or PEFT's folder")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument("--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers")
+    args = parser.parse_args(argv)
+    try:
+        convert(args.source, args.out, args.to)
+    except LoRAError as error:
+        parser.exit(2, f"lora.files: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
