@@ -16,8 +16,8 @@ from ldm.checkpoints.weights import open_weights
 from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.webui import lora_hash, model_hash
 from lora.files import load_lora
+from lora.files.metadata import ARCHITECTURES
 from lora.layer import LoRAError, lora_layers, merge
-from lora.training import ARCHITECTURES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -14,30 +14,28 @@ checkpoint that --resume goes on from.
 import argparse
 import math
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from eval.record import record_run, sha256, write_atomically
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
-from ldm.embedding import add_token, save_embedding, word_embedding
+from ldm.embedding import save_embedding
 from ldm.generate import generate
 from ldm.images import ImageError, decode_images, encode_images, read_image
-from ldm.text import encode_prompts
 from lora import training
 from lora.files import save_lora
-from lora.layer import TARGETS, LoRAError, inject, lora_parameters
-from planes.captions import prior_pairs, say_style, training_images, with_token
+from lora.files.metadata import metadata
+from lora.layer import TARGETS, LoRAError
+from paper.adapt import Contexts, adapt, captioned_images, default_repeats
+from planes.captions import prior_pairs
 from planes.datasets import DatasetError
-from planes.folders import REPEATS
 from samplers.schedule import NoiseSchedule
 
 
@@ -113,81 +111,38 @@ def parse_args(argv=None):
 
 
 def main(args):
-    token = args.learn_token or args.rare_token
-    images = training_images(args.spanish, args.images, args.manifest, args.per_plane, args.seed)
-    if args.repeats is None:
-        own = args.images and any(REPEATS.fullmatch(folder.name) for folder in args.images.glob("*/"))
-        args.repeats = 1 if own else 100
-    images = [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in images]
-    images = [say_style(image) for image in images] if args.style_words else images
+    # images and their captions; behind them, for DreamBooth, images of the base model
+    args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
+    images = captioned_images(args)
     prior = prior_pairs(args.prior) if args.prior else []
+    paths = [image.path for image in images] + [path for path, _ in prior]
+    captions = [image.caption for image in images] + [prompt for _, prompt in prior]
     model = load_model(args, device=args.device)
     downsampling, dtype = model.vae.config.downsampling, DTYPES[args.dtype]
     size, multiple = args.size or model.sample_size * downsampling, downsampling * model.unet.config.multiple
     if size % multiple:
         raise CheckpointError(f"--size {size}: must be a multiple of {multiple}")
 
-    # the frozen base, and what is trained in it: float32 A and B, the new token's embedding
-    autocast, half = partial(torch.autocast, args.device.split(":")[0], dtype), dtype != torch.float32
+    # the frozen base with LoRA in it, h = W0 x + (alpha/r) B A x, of which A and B alone are trained, in float32
     unet = model.unet.to(args.device, dtype)
     unet.gradient_checkpointing = args.gradient_checkpointing
-    generator, adapted, groups = torch.Generator().manual_seed(args.seed), {}, []
-    if args.rank:
-        adapted["lora_unet"] = unet, args.target, args.lr
-    if args.train_text_encoder:
-        adapted["lora_te"] = model.text_encoder.to(args.device, dtype), "text-encoder", args.text_encoder_lr
-    for network, target, lr in adapted.values():
-        layers = inject(network, args.rank, args.alpha, target, args.init, generator)
-        groups.append({"params": lora_parameters(network), "lr": lr})
-        count = sum(parameter.numel() for parameter in groups[-1]["params"])
-        print(f"{len(layers)} layers of {type(network).__name__} get LoRA of rank {args.rank}: {count:,} parameters")
-    if args.learn_token:
-        vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
-        learned = add_token(model.tokenizer, model.text_encoder, args.learn_token, vector)
-        groups.append({"params": [learned.vector], "lr": args.token_lr})
-        print(f"the token {args.learn_token} begins at {args.init_word}: {learned.vector.numel()} parameters")
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    trained = adapt(model, args, dtype, print)
+    parameters = trained.parameters
+    autocast = partial(torch.autocast, args.device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
-    # text embeddings: now, which also finds a clip skip too deep, and again where they depend on what is trained
-    texts = [image.caption for image in images] + [prompt for _, prompt in prior]
+    # contexts and latents once, for each image the same; the VAE waits on the CPU for the sheets
     shown = sorted({image.caption for image in images})
-    captions = [*shown, *sorted({*texts} - {*shown}), ""]
-    caption_of = torch.tensor([captions.index(text) for text in texts])
-    stored = None
-
-    def context_of(numbers: Tensor | list[int]) -> Tensor:
-        """Text embeddings (B, S, D) of captions by number."""
-        if stored is not None:
-            return stored[numbers]
-        with autocast(enabled=half and args.train_text_encoder):
-            chosen = [captions[n] for n in numbers]
-            return encode_prompts(model.tokenizer, model.text_encoder, chosen, args.clip_skip).to(dtype)
-
-    with torch.no_grad():
-        contexts = context_of(list(range(len(captions))))
-    if not args.train_text_encoder and not args.learn_token:
-        stored, model.text_encoder = contexts, None
-
-    # latents once, for each image the same; the VAE waits on the CPU for the sheets
-    paths = [image.path for image in images] + [path for path, _ in prior]
+    every = [*shown, *sorted({*captions} - {*shown}), ""]
+    context_of = Contexts(model, every, args, dtype, autocast)
     read = partial(read_bucketed, step=multiple) if args.bucket else partial(read_image, resize=args.resize)
     pixels = (read(path, size=size) for path in tqdm(paths, desc="latents", unit="image"))
     latents = encode_images(model.vae, pixels, args.seed)
-    shapes = sorted({latent.shape for latent in latents})
-    bucket_of = torch.tensor([shapes.index(latent.shape) for latent in latents])
     model.vae.to("cpu")
 
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    optimizer, reason = training.make_optimizer(groups, args.weight_decay, args.optimizer == "adamw8bit")
-    if reason:
-        print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
-    rates = [group["lr"] for group in groups]
-    scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
-    schedule = NoiseSchedule()
-    weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
-
-    # image passes -> batches of one bucket each -> optimizer steps
+    # image passes -> batches of one shape each -> optimizer steps
     repeats = torch.tensor([image.repeats for image in images])
+    shapes = sorted({latent.shape for latent in latents})
+    bucket_of = torch.tensor([shapes.index(latent.shape) for latent in latents])
     order = (repeats, bucket_of[: len(images)], args.batch_size)
     batches_per_epoch = training.batches_per_epoch(*order)
     steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
@@ -199,6 +154,26 @@ def main(args):
         f"batch {args.batch_size} x {args.accumulate} accumulated -> {steps:,} optimizer steps"
     )
 
+    sheets = args.out / "samples"
+    sheets.mkdir(parents=True, exist_ok=True)
+    save_sheet = partial(sample_sheet, args, model, context_of, autocast, size // downsampling)
+    optimizer, reason = training.make_optimizer(trained.groups, args.weight_decay, args.optimizer == "adamw8bit")
+    if reason:
+        print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
+    rates = [group["lr"] for group in trained.groups]
+    scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
+    schedule = NoiseSchedule()
+    held = torch.arange(len(images), len(latents))
+    draws_of_step = partial(
+        training.draws_of_step,
+        seed=args.seed,
+        latents=latents,
+        buckets=bucket_of,
+        held=held,
+        batch_size=args.batch_size,
+    )
+    weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
+
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
     model_hashes = model.sha256()
@@ -207,54 +182,29 @@ def main(args):
     if args.resume and checkpoint.exists():
         done, rows = training.load_checkpoint(checkpoint, identity, **state)
 
-    @torch.no_grad()
-    def save_sheet(step: int) -> None:
-        """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
-        seeds = [args.seed + n for n in range(4)]
-        settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
-        sheet = []
-        for number in range(0, len(shown), math.ceil(len(shown) / 8)):
-            context = context_of([number]).expand(len(seeds), -1, -1)
-            with autocast(enabled=half):
-                x0 = generate(unet, context, context_of([-1]), seeds, [size // downsampling] * 2, **settings)
-            sheet.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
-        Image.fromarray(torch.cat(sheet).numpy()).save(args.out / "samples" / f"step{step:06}.png")
-
     def save_state(step: int) -> None:
         """All that --resume needs, and the losses as a table."""
         training.save_checkpoint(checkpoint, identity, step, rows, **state)
         lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in rows)]
         write_atomically(args.out / "loss.csv", "\n".join(lines) + "\n")
 
-    def backward(batches: list[Tensor], weight: float, draw: torch.Generator) -> float:
-        """The gradients of weight times the loss, in which all images weigh alike however they are batched."""
-        counts = [len(batch) for batch in batches]
-        noises = [torch.stack([torch.randn(latents[n].shape, generator=draw) for n in batch]) for batch in batches]
-        times = torch.randint(schedule.num_train_timesteps, (sum(counts),), generator=draw).split(counts)
-        total = 0.0
-        for batch, noise, t in zip(batches, noises, times):
-            x0 = torch.stack([latents[n] for n in batch])
-            noisy = schedule.add_noise(x0, noise, t).to(args.device, dtype)
-            target = noise if model.prediction_type == "epsilon" else schedule.velocity(x0, noise, t)
-            context = context_of(caption_of[batch])
-            with autocast(enabled=half):
-                prediction = unet(noisy, t.to(args.device), context)
-            error = F.mse_loss(prediction.float(), target.to(args.device), reduction="none").mean(dim=(1, 2, 3))
-            loss = (weights[t].to(args.device) * error).sum() / sum(counts) * weight
-            scaler.scale(loss).backward()
-            total += loss.item()
-        return total
-
     bad = 0
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in progress:
+        # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
         batches = training.batches_of_step(step, *order, args.accumulate, args.seed)
-        count = sum(len(batch) for batch in batches)
-        draw = torch.Generator().manual_seed(args.seed * 1_000_003 + 500_009 + step)
-        mean_loss = backward(batches, 1.0, draw)
-        if prior:  # as many of them as images in the step, so that both losses weigh alike
-            held = len(images) + torch.randint(len(prior), (count,), generator=draw)
-            mean_loss += backward(training.cut(held, bucket_of, args.batch_size), args.prior_weight, draw)
+        count, mean_loss = sum(len(batch) for batch in batches), 0.0
+        for index, noise, t, is_held in draws_of_step(step, batches):
+            x0 = torch.stack([latents[n] for n in index])
+            noisy = schedule.add_noise(x0, noise, t).to(args.device, dtype)
+            target = noise if model.prediction_type == "epsilon" else schedule.velocity(x0, noise, t)
+            context = context_of([captions[n] for n in index])
+            with autocast():
+                prediction = unet(noisy, t.to(args.device), context)
+            error = F.mse_loss(prediction.float(), target.to(args.device), reduction="none").mean(dim=(1, 2, 3))
+            loss = (weights[t].to(args.device) * error).sum() / count * (args.prior_weight if is_held else 1.0)
+            scaler.scale(loss).backward()
+            mean_loss += loss.item()
 
         for rate, group in zip(rates, optimizer.param_groups):
             group["lr"] = rate * training.rate_share(args.schedule, step, steps)
@@ -272,24 +222,36 @@ def main(args):
         rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
         progress.set_postfix(loss=f"{mean_loss:.4f}")
         if args.sample_every and (step + 1) % args.sample_every == 0:
-            save_sheet(step + 1)
+            save_sheet(sheets / f"step{step + 1:06}.png", shown)
         if (step + 1) % args.save_every == 0:
             save_state(step + 1)
 
     # the file that kohya's tools, the webui and load_lora read
     if not args.sample_every:
-        save_sheet(steps)
-    if adapted:
+        save_sheet(sheets / f"step{steps:06}.png", shown)
+    if trained.networks:
         facts = {"size": size, "steps": steps, "batches": batches_per_epoch, "prediction": model.prediction_type}
-        metadata = training.metadata(vars(args) | facts, images, optimizer, unet.config.cross_attention_dim)
-        networks = {prefix: network for prefix, (network, *_) in adapted.items()}
-        save_lora(args.out / "lora.safetensors", networks, metadata, torch.float16)
-    if args.learn_token:
-        save_embedding(args.out / "embedding.safetensors", args.learn_token, learned.vector)
+        said = metadata(vars(args) | facts, images, optimizer, unet.config.cross_attention_dim)
+        save_lora(args.out / "lora.safetensors", trained.networks, said, torch.float16)
+    if trained.token is not None:
+        save_embedding(args.out / "embedding.safetensors", args.learn_token, trained.token)
     save_state(steps)
     record_run(args.out, args, model_hashes | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
     if args.device.startswith("cuda"):
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+@torch.no_grad()
+def sample_sheet(args, model, context_of, autocast, side: int, path: Path, captions: list[str]) -> None:
+    """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
+    seeds, rows = [args.seed + n for n in range(4)], []
+    settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
+    for caption in captions[:: math.ceil(len(captions) / 8)]:
+        context = context_of([caption]).expand(len(seeds), -1, -1)
+        with autocast():
+            x0 = generate(model.unet, context, context_of([""]), seeds, [side] * 2, **settings)
+        rows.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
 if __name__ == "__main__":

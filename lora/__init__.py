@@ -10,7 +10,7 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 | Eq. 2 for one linear layer or 1x1 convolution, at run time or merged into W0 | `layer.py` LoRALayer |
 | which layers of a model get one | `layer.py` TARGETS, inject |
 | a whole model: strength, merge and unmerge, removal, the parameters to train | `layer.py` |
-| around a training: presets, the batches of a step, the optimizer, checkpoints, metadata | `training.py` |
+| around a training: presets, what a step sees, the optimizer, checkpoints | `training.py` |
 | files of kohya, PEFT and diffusers: into models, from models, from one layout to another | `files/` |
 """
 

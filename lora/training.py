@@ -1,10 +1,7 @@
-"""Around the training loop: which images a step sees, the optimizer, a checkpoint that the same run goes on from, and
-what the file of the LoRA says of its training."""
+"""Around the training loop: what a step sees, the optimizer, and a checkpoint that the same run goes on from."""
 
-import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +31,6 @@ PRESETS: dict[str, dict[str, object]] = {
 }
 """Defaults of train_lora.py that are other than its own: none for what the paper says, and the configuration of kohya's
 script that the authors published, all but the repeats."""
-
-ARCHITECTURES = {
-    (768, "epsilon"): "stable-diffusion-v1",
-    (1024, "epsilon"): "stable-diffusion-v2-512",
-    (1024, "v_prediction"): "stable-diffusion-v2-768-v",
-}
-"""Width of the text embedding and prediction type -> the name in the metadata standard modelspec."""
 
 
 def batches_of_step(
@@ -73,6 +63,35 @@ def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
     """Indices (M,) of images cut into batches of one bucket each, in their order within a bucket."""
     bucket_of = buckets[images]
     return [batch for bucket in bucket_of.unique() for batch in images[bucket_of == bucket].split(batch_size)]
+
+
+def draws_of_step(
+    step: int,
+    batches: list[Tensor],
+    *,
+    seed: int,
+    latents: Sequence[Tensor],
+    buckets: Tensor,
+    held: Tensor,
+    batch_size: int,
+    num_train_timesteps: int = 1000,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+    """(indices (B,), noise (B, 4, H, W), t (B,), is it `held`) for each batch of a step: a function of (seed, step).
+
+    batches: those of `batches_of_step`
+    latents: (4, H, W) of every image, by index; buckets: the number of each one's shape
+    held: indices of the base model's own images; as many of them are drawn as `batches` hold, so that both losses weigh
+        alike (DreamBooth, Ruiz et al. 2023, eq. 2). None are where it is empty
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + step)
+    count = sum(len(batch) for batch in batches)
+    for is_held in (False, True)[: 2 if len(held) else 1]:
+        if is_held:
+            batches = cut(held[torch.randint(len(held), (count,), generator=generator)], buckets, batch_size)
+        noises = [torch.stack([torch.randn(latents[n].shape, generator=generator) for n in b]) for b in batches]
+        times = torch.randint(num_train_timesteps, (count,), generator=generator).split([len(b) for b in batches])
+        for batch, noise, t in zip(batches, noises, times):
+            yield batch, noise, t, is_held
 
 
 def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -> Tensor:
@@ -176,61 +195,3 @@ def load_checkpoint(
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["step"], state["rows"]
-
-
-def metadata(
-    settings: Mapping[str, Any], images: Sequence[Any], optimizer: torch.optim.Optimizer, context_dim: int
-) -> dict[str, object]:
-    """What kohya's tools and the webui show of a training, by their ss_ keys, and by those of the standard modelspec.
-
-    settings: the arguments of train_lora.py, the `size` in px, the `steps` of the run, the `batches` of an epoch, and
-        the U-Net's `prediction` type
-    images: each with a `path`, `caption` and `repeats`
-    context_dim: width of the text embedding
-
-    No times and no paths: equal runs leave equal files.
-    """
-    folders: dict[str, dict[str, int]] = {}
-    tags: dict[str, Counter] = {}
-    for image in images:
-        name = image.path.parent.name
-        folders.setdefault(name, {"n_repeats": image.repeats, "img_count": 0})["img_count"] += 1
-        tags.setdefault(name, Counter()).update(tag.strip() for tag in image.caption.split(",") if tag.strip())
-    name, size, prediction = "lora", settings["size"], settings["prediction"]
-    keys = {
-        "ss_output_name": name,
-        "ss_sd_model_name": Path(settings["model"]).name,
-        "ss_resolution": f"({size}, {size})",
-        "ss_enable_bucket": settings["bucket"],
-        "ss_bucket_no_upscale": settings["bucket"],
-        "ss_clip_skip": settings["clip_skip"],
-        "ss_num_train_images": sum(image.repeats for image in images),  # kohya counts repeats in
-        "ss_num_batches_per_epoch": settings["batches"],
-        "ss_dataset_dirs": json.dumps(folders),
-        "ss_tag_frequency": json.dumps(tags),
-        "ss_learning_rate": settings["lr"],
-        "ss_unet_lr": settings["lr"],
-        "ss_text_encoder_lr": settings["text_encoder_lr"] if settings["train_text_encoder"] else None,
-        "ss_optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
-        "ss_lr_scheduler": settings["schedule"],
-        "ss_debiased_estimation": settings["debiased_estimation_loss"],
-        "ss_max_grad_norm": 1.0,
-        "ss_num_epochs": settings["epochs"],
-        "ss_epoch": settings["epochs"],
-        "ss_max_train_steps": settings["steps"],
-        "ss_steps": settings["steps"],
-        "ss_gradient_accumulation_steps": settings["accumulate"],
-        "ss_gradient_checkpointing": settings["gradient_checkpointing"],
-        "ss_mixed_precision": "no" if settings["dtype"] == "fp32" else settings["dtype"],
-        "ss_cache_latents": True,
-        "ss_seed": settings["seed"],
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{size}x{size}",
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
-        "modelspec.encoder_layer": settings["clip_skip"],
-    }
-    if architecture := ARCHITECTURES.get((context_dim, prediction)):
-        keys["modelspec.architecture"] = f"{architecture}/lora"
-    return keys

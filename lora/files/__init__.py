@@ -7,6 +7,7 @@
 | a file into models, all or nothing, or beside others; models' LoRAs into a file; converting | this file |
 | reading the layouts of kohya, PEFT and diffusers, without a model | `formats.py` |
 | writing the first two | `export.py` |
+| what a file says of its training | `metadata.py` |
 """
 
 import re

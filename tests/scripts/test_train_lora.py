@@ -314,10 +314,8 @@ def test_of_many_captions_a_sample_sheet_shows_eight_from_first_to_last(tiny, fo
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{n}.png").symlink_to(folder / "1_fetal femur" / "0.png")
         (tmp_path / "images" / f"{n}.txt").write_text(chr(ord("a") + n))
-    prompts, encode = [], SCRIPT["main"].__globals__["encode_prompts"]
-    monkeypatch.setitem(
-        SCRIPT["main"].__globals__, "encode_prompts", lambda *args: prompts.append(args[2]) or encode(*args)
-    )
+    prompts = []
+    monkeypatch.setattr("paper.adapt.encode_prompts", lambda *args: prompts.append(args[2]) or encode_prompts(*args))
     drawn = torch.zeros(4, 4, 8, 8)
     monkeypatch.setitem(SCRIPT["main"].__globals__, "generate", lambda *args, **settings: drawn)
     few = ["--train-text-encoder", "--batch-size", 20, "--repeats", 1, "--sample-every", 0]

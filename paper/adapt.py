@@ -1,0 +1,109 @@
+"""What is trained in a frozen Stable Diffusion, and which words its training images get.
+
+| | trained | captions |
+|---|---|---|
+| the paper | LoRA on the U-Net | one prompt per plane |
+| kohya's script as the authors ran it | LoRA on the text encoder too | those of the folder |
+| Textual Inversion (Gal et al. 2022) | the embedding of a new token, with LoRA or alone | name the token |
+| DreamBooth (Ruiz et al. 2023) | LoRA, held to images of the base model | name a rare word |
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ldm.checkpoints import Model
+from ldm.embedding import add_token, word_embedding
+from ldm.text import encode_prompts
+from lora.layer import inject, lora_parameters
+from planes.captions import say_style, training_images, with_token
+from planes.folders import REPEATS, Captioned
+
+
+@dataclass
+class Trained:
+    """What an optimizer gets of a model, and what is written when it is done."""
+
+    networks: dict[str, nn.Module] = field(default_factory=dict)  # with LoRA, by the prefix of their keys in its file
+    groups: list[dict] = field(default_factory=list)  # of {"params", "lr"}
+    token: nn.Parameter | None = None  # (D,), the embedding of a new token
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+
+def default_repeats(images: Path | None) -> int:
+    """Image passes per epoch where --repeats does not say: 1 if kohya's N_name folders do, 100 as in the paper."""
+    return 1 if images and any(REPEATS.fullmatch(folder.name) for folder in images.glob("*/")) else 100
+
+
+def captioned_images(args: Namespace) -> list[Captioned]:
+    """The images that the flags of train_lora.py choose, with the captions and repeats that they ask for.
+
+    Raises DatasetError.
+    """
+    token = args.learn_token or args.rare_token
+    images = training_images(args.spanish, args.images, args.manifest, args.per_plane, args.seed)
+    images = [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in images]
+    return [say_style(image) for image in images] if args.style_words else images
+
+
+def adapt(model: Model, args: Namespace, dtype: torch.dtype, say: Callable[[str], object]) -> Trained:
+    """Freeze the model and put into it what the flags of train_lora.py train: float32, whatever the base's `dtype`.
+
+    say: is told what gets how many parameters
+
+    Raises LoRAError, CheckpointError.
+    """
+    trained, targets = Trained(), {}
+    if args.rank:
+        targets["lora_unet"] = model.unet, args.target, args.lr
+    if args.train_text_encoder:
+        targets["lora_te"] = model.text_encoder.to(args.device, dtype), "text-encoder", args.text_encoder_lr
+    generator = torch.Generator().manual_seed(args.seed)
+    for prefix, (network, target, lr) in targets.items():
+        layers = inject(network, args.rank, args.alpha, target, args.init, generator)
+        trained.networks[prefix] = network
+        trained.groups.append({"params": lora_parameters(network), "lr": lr})
+        count = sum(parameter.numel() for parameter in trained.groups[-1]["params"])
+        say(f"{len(layers)} layers of {type(network).__name__} get LoRA of rank {args.rank}: {count:,} parameters")
+    if args.learn_token:
+        vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
+        trained.token = add_token(model.tokenizer, model.text_encoder, args.learn_token, vector).vector
+        trained.groups.append({"params": [trained.token], "lr": args.token_lr})
+        say(f"the token {args.learn_token} begins at {args.init_word}: {trained.token.numel()} parameters")
+    return trained
+
+
+class Contexts:
+    """Text embeddings (B, S, D) of captions: computed once, after which the text encoder is let go; or, where it or
+    one of its tokens is trained, anew each time, so that gradients reach it.
+
+    captions: all that will be asked for
+    autocast: a context of mixed precision, entered where the text encoder is trained
+
+    Raises CheckpointError where the text encoder is not as deep as args.clip_skip asks.
+    """
+
+    def __init__(self, model: Model, captions: Sequence[str], args: Namespace, dtype: torch.dtype, autocast):
+        self.model, self.clip_skip, self.dtype = model, args.clip_skip, dtype
+        self.autocast = autocast if args.train_text_encoder else nullcontext
+        self.stored: dict[str, Tensor] = {}
+        captions = list(dict.fromkeys(captions))
+        with torch.no_grad():  # now, even if not for good: a clip skip too deep is found before hours of work
+            stored = self(captions)
+        if not args.train_text_encoder and not args.learn_token:
+            self.stored, model.text_encoder = dict(zip(captions, stored)), None
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        if self.stored:
+            return torch.stack([self.stored[caption] for caption in captions])
+        with self.autocast():
+            encoded = encode_prompts(self.model.tokenizer, self.model.text_encoder, captions, self.clip_skip)
+        return encoded.to(self.dtype)
