@@ -17,7 +17,8 @@ from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.webui import lora_hash, model_hash
 from lora.files import load_lora
 from lora.files.metadata import ARCHITECTURES
-from lora.layer import LoRAError, lora_layers, merge
+from lora.layer import LoRAError
+from lora.model import lora_layers, merge
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -36,7 +36,8 @@ from ldm.webui import Shot, is_saved, lora_hashes, lora_labels, model_hash, read
 from ldm.webui.infotext import lora_tags
 from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
-from lora.layer import LoRAError, merge
+from lora.layer import LoRAError
+from lora.model import merge
 from planes import PLANES
 from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_token
 from planes.datasets import DatasetError

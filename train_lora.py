@@ -32,7 +32,8 @@ from ldm.images import ImageError, decode_images, encode_images, read_image
 from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
-from lora.layer import TARGETS, LoRAError
+from lora.layer import LoRAError
+from lora.model import TARGETS
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError

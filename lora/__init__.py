@@ -8,26 +8,15 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 | concept | where |
 |---|---|
 | Eq. 2 for one linear layer or 1x1 convolution, at run time or merged into W0 | `layer.py` LoRALayer |
-| which layers of a model get one | `layer.py` TARGETS, inject |
-| a whole model: strength, merge and unmerge, removal, the parameters to train | `layer.py` |
+| which layers of a model get one | `model.py` TARGETS, inject |
+| a whole model: strength, merge and unmerge, removal, the parameters to train | `model.py` |
 | around a training: presets, what a step sees, the optimizer, checkpoints | `training.py` |
 | files of kohya, PEFT and diffusers: into models, from models, from one layout to another | `files/` |
 """
 
 from lora.files import LoRASummary, convert, load_lora, save_lora
-from lora.layer import (
-    TARGETS,
-    LoRAError,
-    LoRALayer,
-    inject,
-    lora_layers,
-    lora_names,
-    lora_parameters,
-    merge,
-    remove,
-    set_strength,
-    unmerge,
-)
+from lora.layer import LoRAError, LoRALayer
+from lora.model import TARGETS, inject, lora_layers, lora_names, lora_parameters, merge, remove, set_strength, unmerge
 
 __all__ = [
     "TARGETS",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ldm.checkpoints import Model
 from ldm.embedding import add_token, word_embedding
 from ldm.text import encode_prompts
-from lora.layer import inject, lora_parameters
+from lora.model import inject, lora_parameters
 from planes.captions import say_style, training_images, with_token
 from planes.folders import REPEATS, Captioned
 

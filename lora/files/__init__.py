@@ -21,7 +21,8 @@ from torch import nn
 
 from lora.files.export import write
 from lora.files.formats import LoRAFile, Pair, kohya_name, no_place, read
-from lora.layer import LoRAError, LoRALayer, adaptable, check_strength, lora_layers, lora_names, unfit
+from lora.layer import LoRAError, LoRALayer, unfit
+from lora.model import adaptable, check_strength, lora_layers, lora_names
 
 Models = Mapping[str, nn.Module]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from ldm import MINI
 from ldm.checkpoints import load
 from lora.files import save_lora
-from lora.layer import inject, lora_layers
+from lora.model import inject, lora_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689\nsize 4265146304\n"

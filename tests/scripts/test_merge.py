@@ -17,7 +17,7 @@ from eval.record import sha256
 from ldm.checkpoints import load, save_folder, save_single
 from ldm.webui.shots import lora_hash
 from lora.files import load_lora, save_lora
-from lora.layer import inject, lora_layers, lora_names, set_strength
+from lora.model import inject, lora_layers, lora_names, set_strength
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from ldm.webui.infotext import parse_parameters
 from lora.files import save_lora
-from lora.layer import inject, lora_layers
+from lora.model import inject, lora_layers
 from planes.style import STYLES, with_style
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "sample.py")
