@@ -41,6 +41,7 @@ class Scale:
 
     per_plane: Mapping[str, int | None]  # Spanish images of each kind (paper.plan.DataModel); None: all there are
     train_lora: str
+    repeats: int  # of each of the LoRA's images
     rank: int  # of the LoRA whose images classifiers are trained on
     sample: str
     count: int  # synthetic images per plane and sampler
@@ -59,6 +60,7 @@ class Scale:
 PAPER = Scale(
     per_plane={"all": None, "balanced": 230, "lora": 20},
     train_lora="",
+    repeats=100,
     rank=128,
     sample="",
     count=500,
@@ -66,15 +68,17 @@ PAPER = Scale(
 )
 EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
     per_plane={"all": None, "balanced": 23, "lora": 20},
-    train_lora="--target transformer --lr 2e-3 --batch-size 20 --guidance-scale 4",
+    train_lora="--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
+    "--guidance-scale 2",
+    repeats=100,
     rank=32,
-    sample="--guidance-scale 4 --batch-size 20",
+    sample="--guidance-scale 2 --batch-size 20",
     count=50,
     classify="--size 64 --lr 5e-3 --schedule cosine",
     passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
     left_out={"vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"},
 )
-QUICK = replace(EMBEDDED, count=20, passes=dict.fromkeys(CLASSIFIERS, 3000))
+QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
 MANIFESTS = {  # the authors' lists
     "all": "all_train_no_cer.csv",
@@ -163,6 +167,7 @@ class Experiment:
     def lora(self, rank: int, name: str = "lora", *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         flags = (*self.model, "--spanish", self.spanish, *self.images("lora"), *self.scale.train_lora.split(), *flags)
         out = self.args.out / f"{name}_r{rank}"
+        flags += ("--repeats", self.scale.repeats)
         seed = ("--seed", self.args.seed, "--rank", rank, "--resume")
         return self.stages.run("train_lora", out, *flags, *seed, needs=(*needs, *self.phantoms))
 

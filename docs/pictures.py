@@ -1,4 +1,4 @@
-"""The pictures of docs/walkthrough.md, drawn from the package itself: a minute on one CPU core, no download.
+"""The pictures of docs/walkthrough.md, drawn from the package itself: two minutes on one CPU core, no download.
 
     python docs/pictures.py              # writes docs/walkthrough/*.png and prints the numbers that the text quotes
 
@@ -33,7 +33,7 @@ from planes.phantoms.sites import SITE_A  # noqa: E402
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
 
 SCHEDULE = NoiseSchedule()
-CAPTION = "a photo of large bright ring middle, wide fine clear"  # in the words of the scenes that it has seen
+CAPTION = "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal contrast"  # as its scenes
 GUIDANCE_SCALE = 4.0
 RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)

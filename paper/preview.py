@@ -136,7 +136,8 @@ def synthesis(args, scale, kinds: set[str], full: bool) -> tuple[float, int, str
     others = len(kinds - shared)
     images, panels = 2 * len(PLANES) * scale.count * len(kinds), 10 * 36 * figure_3 * (len(RANKS) - 1)
     lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
-    seconds = ((len(ranks) + others) * 10_000 * lora + (images + panels) * sample) / (GPU_FLOPS if full else 1)
+    passes = 100 * scale.repeats * (len(ranks) + others)
+    seconds = (passes * lora + (images + panels) * sample) / (GPU_FLOPS if full else 1)
     wanted = [f"rank {', '.join(map(str, ranks))}"] * bool(ranks)
     wanted += [f"{others} of rank {scale.rank} with captions of their own"] * bool(others)
     line = f"LoRAs to train: {' and '.join(wanted)}; synthetic images to make: {images:,}"

@@ -26,7 +26,8 @@ script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["main"].__globals__
 space["EMBEDDED"] = script["Scale"](
     per_plane={"all": 3, "balanced": 3, "lora": 2},
-    train_lora="--target transformer --batch-size 10 --repeats 2 --save-every 1",
+    train_lora="--target transformer --batch-size 10 --save-every 1",
+    repeats=2,
     rank=32,
     sample="--steps 2",
     count=2,
