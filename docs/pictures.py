@@ -33,7 +33,8 @@ from planes.phantoms.sites import SITE_A  # noqa: E402
 from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
 
 SCHEDULE = NoiseSchedule()
-CAPTION = "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal contrast"  # as its scenes
+# in the words of the scenes that it has seen
+CAPTION = "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal contrast"
 GUIDANCE_SCALE = 4.0
 RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)

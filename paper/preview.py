@@ -13,7 +13,7 @@ from paper.plan import RANKS, Row
 from planes import PLANES
 from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish, read_synthetic
 
-# Seconds on two CPU cores at 64 pixels, measured: one image of a classifier's training, one of a LoRA's, one sampled.
+# Seconds on two CPU cores, measured: one image of a classifier's training at 64 px; of a LoRA's, and sampled, at 96.
 CPU_PASS = {
     "densenet169": 0.014,
     "mobilenet_v2": 0.0034,
@@ -21,7 +21,7 @@ CPU_PASS = {
     "resnet18": 0.0059,
     "vit_b_16": 0.060,
 }
-CPU_LORA, CPU_SAMPLE = 0.014, 0.31
+CPU_LORA, CPU_SAMPLE = 0.025, 0.28
 # Multiply-adds per image, forward: classifiers at 224 pixels, the U-Net of SD 1.5 at 512.
 GMACS = {"densenet169": 3.4, "mobilenet_v2": 0.3, "efficientnet_b0": 0.4, "resnet18": 1.8, "vit_b_16": 17.6}
 UNET_GMACS = 400.0
@@ -141,7 +141,7 @@ def synthesis(args, scale, kinds: set[str], full: bool) -> tuple[float, int, str
     wanted = [f"rank {', '.join(map(str, ranks))}"] * bool(ranks)
     wanted += [f"{others} of rank {scale.rank} with captions of their own"] * bool(others)
     line = f"LoRAs to train: {' and '.join(wanted)}; synthetic images to make: {images:,}"
-    return seconds, images * (512 if full else 64) ** 2 * 3, line
+    return seconds, images * (512 if full else 96) ** 2 * 3, line
 
 
 def preview(args, scale, selections: Selections | None, models: Iterable[str] = (), *, full: bool, done) -> str:

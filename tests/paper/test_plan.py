@@ -82,17 +82,17 @@ def test_a_plan_counts_the_loras_and_images_that_its_rows_need(script, capsys, t
 def test_a_quick_plan_counts_the_fewer_images_that_it_makes(script, capsys, tmp_path):
     text = plan(script, capsys, "--quick", "--out", tmp_path)
     cells = {line.split()[0]: line.split()[3:6] for line in text.splitlines() if "/ResNet18" in line}
-    assert cells["HB-styles+DA/ResNet18"] == cells["HB+DA/ResNet18"] == ["115", "200", "0"]
-    assert "synthetic images to make: 400\n" in text and "6 rows x 3 seeds" in text
+    assert cells["HB-styles+DA/ResNet18"] == cells["HB+DA/ResNet18"] == ["115", "160", "0"]
+    assert "synthetic images to make: 320\n" in text and "6 rows x 3 seeds" in text
 
 
 def test_a_list_of_synthetic_images_stands_in_for_the_papers_kind_alone(script, capsys, tmp_path):
     (tmp_path / "manifest.csv").write_text("image,plane,sampler\n0.png,brain,euler\n1.png,femur,euler\n")
     text = plan(script, capsys, "--quick", "--synthetic", tmp_path / "manifest.csv", "--out", tmp_path / "runs")
     cells = {line.split()[0]: line.split()[4] for line in text.splitlines() if "/ResNet18" in line}
-    assert (cells["HB+DA/ResNet18"], cells["HB-styles+DA/ResNet18"]) == ("2", "200")
+    assert (cells["HB+DA/ResNet18"], cells["HB-styles+DA/ResNet18"]) == ("2", "160")
     assert "manifest.csv: 2 images are missing\n" in text
-    assert "LoRAs to train: 1 of rank 32 with captions of their own; synthetic images to make: 200\n" in text
+    assert "LoRAs to train: 1 of rank 32 with captions of their own; synthetic images to make: 160\n" in text
 
 
 def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportions(script, capsys, tmp_path):

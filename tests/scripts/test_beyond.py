@@ -214,8 +214,9 @@ def test_training_moves_the_token_alone_and_sampling_names_it(inverted, base, tm
     assert not (inverted / "lora.safetensors").exists() and (inverted / "samples" / "step000003.png").exists()
     assert len(table(inverted / "loss.csv")) == 3 and table(inverted / "loss.csv")[0]["lr"] == "0.005"
     ((token, vector),) = load_file(inverted / "embedding.safetensors").items()
-    moved = (vector[0] - word_embedding(base.tokenizer, base.text_encoder, "ultrasound")).abs()
-    assert token == TOKEN and 1e-4 < moved.max() <= 0.0151  # Adam: at most about lr in each of 3 steps
+    word = word_embedding(base.tokenizer, base.text_encoder, "ultrasound")
+    moved = (vector[0] - word * (1 - 0.01 * 5e-3) ** 3).abs()  # beyond what weight decay takes in 3 steps
+    assert token == TOKEN and 1e-4 < moved.max() <= 0.0151  # Adam: at most about lr in each
     state = torch.load(inverted / "checkpoint.pt", weights_only=True)
     assert [parameter.shape for parameter in state["lora"]] == [(WIDTH,)] and state["identity"]["learn_token"] == TOKEN
 
@@ -264,14 +265,14 @@ def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, ba
     )
 
     # the first step, B = 0: the base model's error on two prior images, drawn behind the noise of the first two
-    draw = torch.Generator().manual_seed(500_009)
-    torch.randn(2, 4, 8, 8, generator=draw), torch.randint(1000, (2,), generator=draw)
+    draw, shape = torch.Generator().manual_seed(500_009), (4, base.sample_size, base.sample_size)
+    torch.randn(2, *shape, generator=draw), torch.randint(1000, (2,), generator=draw)
     chosen = torch.randint(3, (2,), generator=draw)
-    noise, t = torch.randn(2, 4, 8, 8, generator=draw), torch.randint(1000, (2,), generator=draw)
-    rows = [table(prior)[n] for n in chosen]
+    noise, t = torch.randn(2, *shape, generator=draw), torch.randint(1000, (2,), generator=draw)
+    rows, side = [table(prior)[n] for n in chosen], 8 * base.sample_size
     x0 = torch.cat(
         [
-            base.vae.to_latents(read_image(detailed / row["image"], 64)[None], seeded_noise([5 + int(n)], (4, 8, 8)))
+            base.vae.to_latents(read_image(detailed / row["image"], side)[None], seeded_noise([5 + int(n)], shape))
             for n, row in zip(chosen, rows)
         ]
     )

@@ -105,11 +105,11 @@ STEM = [
 CHANGES = {
     "missing keys": (
         drop("conv_in.bias", "conv_out.bias"),
-        "2 of 434 unet tensors missing: unet.conv_in.bias, unet.co",
+        "2 of 626 unet tensors missing: unet.conv_in.bias, unet.co",
     ),
     "many missing keys": (
         drop(*STEM),
-        f"6 of 434 unet tensors missing: {', '.join(f'unet.{name}' for name in STEM[:5])}, ..; fetch it again",
+        f"6 of 626 unet tensors missing: {', '.join(f'unet.{name}' for name in STEM[:5])}, ..; fetch it again",
     ),
     "leftover key": (lambda t: t.update(mine=torch.zeros(2)), "1 unknown tensor: mine; a model of another kind"),
     "wrong shape": (lambda t: t.update({"conv_in.bias": torch.zeros(3)}), "conv_in.bias has shape [3], the network"),
