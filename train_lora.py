@@ -164,14 +164,14 @@ def main(args):
     rates = [group["lr"] for group in trained.groups]
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     schedule = NoiseSchedule()
-    held = torch.arange(len(images), len(latents))
     draws_of_step = partial(
         training.draws_of_step,
         seed=args.seed,
         latents=latents,
         buckets=bucket_of,
-        held=held,
+        held=torch.arange(len(images), len(latents)),
         batch_size=args.batch_size,
+        num_train_timesteps=len(schedule),
     )
     weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
 

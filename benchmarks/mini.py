@@ -3,6 +3,7 @@
     python benchmarks/mini.py judge --out runs/judge                                     # minutes; once
     python benchmarks/mini.py round-trip --judge runs/judge/judge.safetensors            # what the autoencoder keeps
     python benchmarks/mini.py recognise --judge runs/judge/judge.safetensors runs/synthetic/manifest.csv
+    python benchmarks/mini.py quality --judge runs/judge/judge.safetensors runs/synthetic/manifest.csv
     python benchmarks/mini.py style runs/synthetic_styles/manifest.csv                   # do the style words act?
 
 The judge's probes are drawn from wider ranges than any site's, so that what it knows is the anatomy. No choice is made
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 from classify.data import PlaneImages, batches
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
+from eval.features import classifier, features
+from eval.quality import prdc, two_sample
 from ldm import MINI
 from ldm.checkpoints import load as load_model
 from ldm.images import decode_images, read_image
@@ -61,10 +64,11 @@ def parse_args(argv=None):
     trip.add_argument("--model", type=Path, default=MINI)
     trip.add_argument("--count", type=int, default=60, help="phantoms of each plane (60)")
     known = tasks.add_parser("recognise", help="synthetic images, by plane and sampler")
-    for task in (trip, known):
+    near = tasks.add_parser("quality", help="two-sample test, density and coverage against 250 new phantoms of site A")
+    for task in (trip, known, near):
         task.add_argument("--judge", type=Path, required=True)
     style = tasks.add_parser("style", help="mean grey and contrast of the images of each word, beside the scenes'")
-    for task in (known, style):
+    for task in (known, near, style):
         task.add_argument("manifests", type=Path, nargs="+", help="manifest.csv of sample.py")
     return parser.parse_args(argv)
 
@@ -134,6 +138,22 @@ def recognise(args) -> None:
             print_shares(f"{manifest.parent.name}, {sampler}", recognised(args.judge, chosen), targets)
 
 
+def quality(args) -> None:
+    """How far the images are from 250 phantoms of site A that no LoRA has seen, by the judge's features."""
+    folder = args.judge.parent / "site_a"
+    if not (folder / "FETAL_PLANES_DB_data.csv").exists():
+        write_spanish_layout(folder, train=50, test=0, seed=501)
+    extract = classifier(args.judge)
+    real = features(extract, read_spanish(folder))
+    for manifest in args.manifests:
+        made = features(extract, read_synthetic(manifest))
+        near = prdc(real, made)
+        print(
+            f"{manifest.parent.name}: two-sample {100 * two_sample(real, made).accuracy:.1f} % of {len(made)}", end=""
+        )
+        print(f"  density {near.density:.2f}  coverage {near.coverage:.2f}", flush=True)
+
+
 def style(args) -> None:
     """How far grey and contrast move from the first to the last word, in the scenes and in each plane's images."""
     scenes = [scene(np.random.default_rng((99, n)), 2 * SIDE) for n in range(1500)]
@@ -162,4 +182,5 @@ def print_moves(label: str, images: list[tuple[str, np.ndarray]]) -> tuple[float
 
 if __name__ == "__main__":
     options = parse_args()
-    {"judge": train_judge, "round-trip": round_trip, "recognise": recognise, "style": style}[options.task](options)
+    tasks = {"judge": train_judge, "round-trip": round_trip, "recognise": recognise, "quality": quality, "style": style}
+    tasks[options.task](options)

@@ -74,7 +74,8 @@ def main(args):
     real = ["--spanish", args.spanish, "--manifest", args.manifest]
     manifests = {}
     for kind, style, prompts in (("lora", [], []), ("styles", ["--style-words"], ["--prompts", "styles"])):
-        flags = [*real, *EMBEDDED.train_lora.split(), "--rank", EMBEDDED.rank, *style, "--resume"]
+        flags = [*real, *EMBEDDED.train_lora.split(), "--rank", EMBEDDED.rank, "--repeats", EMBEDDED.repeats]
+        flags += [*style, "--resume"]
         lora = stages.run("train_lora", args.out / f"lora_{kind}", *flags)
         flags = [*EMBEDDED.sample.split(), "--count", args.count, "--lora", lora / "lora.safetensors", *prompts]
         manifests[kind] = stages.run("sample", args.out / f"synthetic_{kind}", *flags, needs=(lora,)) / "manifest.csv"

@@ -74,7 +74,7 @@ def draws_of_step(
     buckets: Tensor,
     held: Tensor,
     batch_size: int,
-    num_train_timesteps: int = 1000,
+    num_train_timesteps: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(indices (B,), noise (B, 4, H, W), t (B,), is it `held`) for each batch of a step: a function of (seed, step).
 
@@ -82,6 +82,7 @@ def draws_of_step(
     latents: (4, H, W) of every image, by index; buckets: the number of each one's shape
     held: indices of the base model's own images; as many of them are drawn as `batches` hold, so that both losses weigh
         alike (DreamBooth, Ruiz et al. 2023, eq. 2). None are where it is empty
+    num_train_timesteps: T, of which t is drawn
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + step)
     count = sum(len(batch) for batch in batches)

@@ -20,6 +20,7 @@ class Stages:
     def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
 
+        flags: name what a script would else fill in by itself (--repeats): it is recorded, and would look like a change
         needs: folders of stages whose outputs this one reads
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae-lr", type=float, default=1e-3)
     parser.add_argument("--decoder-lr", type=float, default=2e-4)
     parser.add_argument("--unet-lr", type=float, default=5e-4)
-    parser.add_argument("--compile", action="store_true", help="the U-Net's steps: a fifth faster after a minute")
+    parser.add_argument("--compile", action="store_true", help="the U-Net; in float32 on a CPU it gains nothing")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sheets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
