@@ -9,7 +9,6 @@ epoch is the one that is tested: nothing is selected on any image.
 
 import argparse
 import csv
-import hashlib
 import itertools
 import json
 import math
@@ -17,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +29,14 @@ from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
-from eval.metrics import bootstrap, confusion, score
-from eval.record import record_run, sha256
+from eval.metrics import evaluate
+from eval.record import record_run, sha256, sha256_of_all
 from planes import PLANES
 from planes.datasets import (
     DatasetError,
     Record,
     balanced,
-    describe_leaks,
-    leaks,
+    count,
     read_african,
     read_manifest,
     read_spanish,
@@ -47,6 +44,7 @@ from planes.datasets import (
     require_images,
     validation_split,
 )
+from planes.leaks import describe_leaks, leaks, repeated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BAR = {"leave": False, "disable": None}  # on a terminal only; a log gets a line for each epoch
@@ -66,12 +64,8 @@ def parse_args(argv=None):
     add("--validation", type=int, default=0, help="Spanish images held out with all of their patients' (0)")
     add("--model", choices=MODELS, default="resnet18", help="(resnet18)")
     add("--weights", default="imagenet", help="imagenet (torchvision's, downloaded), none, or a file (imagenet)")
-    add(
-        "--recipe",
-        choices=RECIPES,
-        default="paper",
-        help="size, range, augmentation: the paper's or its notebook's",
-    )
+    recipe = "size, range, augmentation: the paper's or its notebook's (paper)"
+    add("--recipe", choices=RECIPES, default="paper", help=recipe)
     add("--size", type=int, help="square side in px, aspect ignored (the recipe's: 512 or 224)")
     add("--input-range", choices=INPUT_RANGES, help="of pixels (the recipe's: minus-one-one or zero-one)")
     add("--augment", action="store_true", help="rotate, flip and (notebook) crop at random, as the recipe says")
@@ -92,15 +86,8 @@ def parse_args(argv=None):
     recipe = RECIPES[args.recipe]
     args.size = recipe.size if args.size is None else args.size
     args.input_range = args.input_range or recipe.input_range
-    for name, least in {
-        "epochs": 1,
-        "passes": 1,
-        "batch_size": 1,
-        "per_plane": 1,
-        "validation": 0,
-        "workers": 0,
-        "seed": 0,
-    }.items():
+    at_least = dict.fromkeys(("epochs", "passes", "batch_size", "per_plane"), 1)
+    for name, least in (at_least | dict.fromkeys(("validation", "workers", "seed"), 0)).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if not args.lr > 0:
@@ -142,10 +129,8 @@ def choose_records(args) -> tuple[list[Record], list[Record], list[Record], set[
 def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
     """Test images with the same bytes as a training image; a shared patient is an error."""
     found = leaks(training, test)
-    if patients := [leak for leak in found if leak.kind == "patient"]:
-        raise ClassifyError(
-            f"{patients[0].test.patient} is in training and in test, as {len(patients)} test images are"
-        )
+    if of_patients := [leak.test for leak in found if leak.kind == "patient"]:
+        raise ClassifyError(f"{of_patients[0].patient} is in training and in test, as {len(of_patients)} images are")
     copies = {leak.test for leak in found}
     print(f"leak check: {describe_leaks(found)}")
     if copies:
@@ -153,46 +138,11 @@ def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
     return copies
 
 
-def repeated(african: list[Record]) -> set[Record]:
-    """Test images that are byte for byte an African training image or an earlier test image, whatever is trained on."""
-    seen, found = set(), set()
-    for record in sorted(african, key=lambda record: not record.train):  # training images first
-        digest = sha256(record.path)
-        if not record.train and digest in seen:
-            found.add(record)
-        seen.add(digest)
-    return found
-
-
-def evaluate(records: list[Record], probabilities: np.ndarray) -> dict:
-    """Scores by both definitions, with 95 % intervals by bootstrap over patients; plain AUC ranks by probability."""
-    targets = np.array([PLANES.index(record.plane) for record in records])
-    predictions = probabilities.argmax(axis=1)
-    patients = [record.patient for record in records]
-    scores, intervals = {}, {}
-    for definition in ("notebook", "plain"):
-        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
-        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
-    return {"scores": scores, "intervals": intervals, "confusion": confusion(targets, predictions).tolist()}
-
-
-def describe(records: list[Record]) -> dict:
-    """How many images, and of which source and plane."""
-    sources = Counter(record.source for record in records)
-    planes = {s: {str(p): sum(r.source == s and r.plane is p for r in records) for p in PLANES} for s in sources}
-    return {"images": len(records), "patients": len({r.patient for r in records}), "sources": sources, "planes": planes}
-
-
 def write_table(path: Path, rows: list[dict]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def hash_images(records: list[Record]) -> str:
-    """One hash of all images, in order."""
-    return hashlib.sha256("".join(sha256(record.path) for record in records).encode()).hexdigest()
 
 
 def check_out(out: Path) -> None:
@@ -221,7 +171,7 @@ def main(args):
         memory -= sum(image.numel() for image in tqdm(decoded, "decoding", len(records), **BAR, unit="image"))
     train_set, validation_set, test_set = sets
 
-    counts = describe(training)
+    counts = count(training)
     print(f"{len(training)} training images {dict(counts['sources'])}, {len(validation)} validation, {len(test)} test")
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.size} px, on {device}")
 
@@ -245,20 +195,20 @@ def main(args):
         row = {"epoch": epoch + 1, "loss": loss}
         if validation:
             held_out = predict(model, batches(validation_set, args.batch_size, args.workers), args.input_range, dtype)
-            row["validation_accuracy"] = (
-                (held_out.argmax(1) == torch.tensor(validation_set.targets)).float().mean().item()
-            )
+            hits = held_out.argmax(1) == torch.tensor(validation_set.targets)
+            row["validation_accuracy"] = hits.float().mean().item()
         history.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
 
     # the unseen site
     test_loader = batches(test_set, args.batch_size, args.workers)
     probabilities = predict(model, test_loader, args.input_range, dtype).numpy()
-    result = evaluate(test, probabilities)
-    result |= {"test": describe(test) | {"copies_of_training": len(copies)}, "training": counts}
+    targets, patients = np.array(test_set.targets), np.array([record.patient for record in test])
+    result = evaluate(targets, probabilities, patients)
+    result |= {"test": count(test) | {"copies_of_training": len(copies)}, "training": counts}
     if copies:
-        distinct = [n for n, record in enumerate(test) if record not in copies]
-        result["without_copies"] = evaluate([test[n] for n in distinct], probabilities[distinct])
+        distinct = np.array([record not in copies for record in test])
+        result["without_copies"] = evaluate(targets[distinct], probabilities[distinct], patients[distinct])
     predictions = [
         {"image": r.name, "patient": r.patient, "center": r.center, "target": r.plane, "prediction": PLANES[p.argmax()]}
         | {"copy": int(r in again)}
@@ -281,10 +231,11 @@ def main(args):
         save_figure(figure, part / "confusion.png")
         for path in sorted(part.iterdir()):
             path.replace(args.out / path.name)
-    files = [path for path in (args.manifest, *args.synthetic, Path(args.weights)) if path and path.is_file()]
-    inputs = {str(path): sha256(path) for path in files}
+    files = (args.manifest, *args.synthetic, Path(args.weights))
+    inputs = {str(path): sha256(path) for path in files if path and path.is_file()}
     sets = {"training": training, "validation": validation, "test": test}
-    record_run(args.out, args, inputs | {f"{name} images": hash_images(records) for name, records in sets.items()})
+    inputs |= {f"{name} images": sha256_of_all(record.path for record in records) for name, records in sets.items()}
+    record_run(args.out, args, inputs)
 
     notebook = "  ".join(f"{metric} {100 * value:.2f}" for metric, value in result["scores"]["notebook"].items())
     print(f"{len(test)} images of {args.african}: {notebook}")

@@ -10,13 +10,8 @@ image to the bit, fills a batch of the same size.
 """
 
 import argparse
-import contextlib
-import csv
-import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
@@ -25,15 +20,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.figures import contact_sheet, save
+from eval.figures import first_images_figure, save
 from eval.record import record_run, sha256, write_atomically
-from ldm import CheckpointError
+from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import ImageError, decode_images, read_image
-from ldm.webui import Shot, is_saved, lora_hashes, lora_labels, model_hash, read_shot, require_same, save_shot, tags
-from ldm.webui.infotext import lora_tags
 from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
 from lora.layer import LoRAError
@@ -78,7 +71,7 @@ def parse_args(argv=None):
     add("--dtype", choices=DTYPES, help="of the U-Net and the text encoder (default: fp16 on CUDA, else fp32)")
     add("--out", type=Path, required=True)
     if like := parser.parse_args(argv).like:
-        parser.set_defaults(**settings_of(like))
+        parser.set_defaults(**webui.settings_of(like))
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if args.prompt is not None and (args.prompts or args.planes):
@@ -114,39 +107,12 @@ def parse_args(argv=None):
         parser.error(f"--out {args.out}: its manifest.csv of --like's own run would be lost; give another folder")
     if "<lora:" in f"{args.prompt} {args.negative_prompt}":
         parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight; the PNGs then have the tags")
-    if len({*lora_labels(args.lora)}) < len(args.lora):
+    if len({*webui.lora_labels(args.lora)}) < len(args.lora):
         parser.error("--lora: two files of one name in folders of one name; rename one")
     return args
 
 
-def settings_of(like: Path) -> dict[str, object]:
-    """Defaults of the flags by which an image is made again, with the files that its run names where it still lies."""
-    shot, _ = read_shot(like)
-    recorded, run = {}, like.resolve().parent.parent
-    if like.resolve() == run / shot.image:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # without a record the files are the flags' to name
-            recorded = json.loads((run / "args.json").read_text(encoding="utf-8"))["arguments"]
-    files = ("model", "tokenizer", "vae", "ema", "prediction_type", "lora", "embedding", "token", "init_image", "dtype")
-    found = {name: recorded[name] for name in files if recorded.get(name)}
-    found |= {"lora": [Path(file) for file in found.get("lora", ())]}
-    found |= {name: Path(found[name]) for name in ("embedding", "init_image") if name in found}
-    weights = [weight for _, weight in lora_tags(shot.loras)[1]]
-    same = ("prompt", "negative_prompt", "steps", "spacing", "order", "clip_skip", "strength")
-    return (
-        found
-        | {name: getattr(shot, name) for name in same}
-        | {
-            "samplers": [shot.sampler],
-            "seeds": [shot.seed],
-            "guidance_scale": shot.guidance,
-            "size": (shot.width, shot.height),
-            "lora_weight": weights or [1.0],
-            "batch_size": 1,
-        }
-    )
-
-
-def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -> Iterator[list[Shot]]:
+def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -> Iterator[list[webui.Shot]]:
     """The images of each (plane, sampler), in order; seeds do not depend on which planes or samplers were asked for.
 
     prompts: of each plane; an image's seed chooses among them, in turn where they are styles, else at random
@@ -158,7 +124,7 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
             number = PLANES.index(plane) if plane in PLANES else 0
             first = args.seed + SEEDS_APART * (number * len(SAMPLERS) + [*SAMPLERS].index(sampler))
             yield [
-                Shot(
+                webui.Shot(
                     image=f"{plane}/{sampler}_{seed}.png",
                     plane=str(plane),
                     prompt=choose(prompts[plane], seed),
@@ -171,7 +137,7 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
             ]
 
 
-def batches(shots: Sequence[Shot], size: int, contexts: dict[str, torch.Tensor]) -> Iterator[list[Shot]]:
+def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Tensor]) -> Iterator[list[webui.Shot]]:
     """At most `size` images at once, consecutive and with equally many tokens; of all, whatever is made already: an
     interrupted run then ends with the same bits."""
     for _, alike in groupby(shots, key=lambda shot: contexts[shot.prompt].shape[1]):
@@ -179,31 +145,12 @@ def batches(shots: Sequence[Shot], size: int, contexts: dict[str, torch.Tensor])
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def save_manifest(path: Path, shots: list[Shot]) -> None:
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(asdict(shots[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(shot) for shot in shots)
-    write_atomically(path, table.getvalue())
-
-
-def save_contact_sheet(path: Path, groups: list[list[Shot]], folder: Path, args: argparse.Namespace) -> None:
-    """Figure 2: a column for each plane, rows of the first images of each sampler."""
-    by_sampler = {sampler: [g for g in groups if g[0].sampler == sampler] for sampler in args.samplers}
-    rows, labels = [], []
-    for sampler, columns in by_sampler.items():
-        for n in range(min(4, args.count)):
-            rows.append([np.asarray(Image.open(folder / group[n].image)) for group in columns])
-            labels.append(sampler if n == 0 else "")
-    save(contact_sheet(rows, labels, [str(plane) for plane in args.planes]), path)
-
-
 def main(args):
     strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # before the model is loaded
         make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
     prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
-    wanted, (at_once, position) = read_shot(args.like) if args.like else (None, (1, 0))
+    wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
     model.vae.float()  # SD's VAE can overflow in fp16
     factor = model.vae.config.downsampling
@@ -219,7 +166,7 @@ def main(args):
     # LoRAs, each at its weight, and the learned token
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
     weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
-    loras = [*zip(lora_labels(args.lora), weights)]
+    loras = [*zip(webui.lora_labels(args.lora), weights)]
     for path, (name, weight) in zip(args.lora, loras):
         trained_with = load_lora(path, networks, name, weight).metadata.get("ss_clip_skip", "None")
         if trained_with not in ("None", str(args.clip_skip)):
@@ -238,15 +185,15 @@ def main(args):
         "guidance": args.guidance_scale,
         "width": width,
         "height": height,
-        "loras": tags(loras),
-        "lora_hashes": lora_hashes(args.lora),
+        "loras": webui.tags(loras),
+        "lora_hashes": webui.lora_hashes(args.lora),
         "init_image": sha256(args.init_image)[:10] if args.init_image else "",
         "model": Path(args.model).name.removesuffix(".safetensors"),
-        "model_hash": model_hash(hashes),
+        "model_hash": webui.model_hash(hashes),
     }
     groups = list(plan(args, prompts_of, common))
     if wanted:
-        require_same(groups[0][0], wanted, args.like)
+        webui.require_same(groups[0][0], wanted, args.like)
     texts = sorted({shot.prompt for group in groups for shot in group} | {args.negative_prompt})
     with torch.no_grad():
         contexts = {text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip) for text in texts}
@@ -254,7 +201,7 @@ def main(args):
     work = []  # the rows of each batch, and which of them are missing
     for group in groups:
         for rows in batches(group, args.batch_size, contexts):
-            missing = [n for n, shot in enumerate(rows) if not is_saved(args.out / shot.image, shot)]
+            missing = [n for n, shot in enumerate(rows) if not webui.is_saved(args.out / shot.image, shot)]
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
     total, left = sum(map(len, groups)), sum(len(missing) for _, missing in work)
     print(f"{total} images: {total - left} are there, {left} to make")
@@ -278,12 +225,15 @@ def main(args):
                 strength=strength,
             )
             for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
-                save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
+                webui.save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
             progress.update(len(missing))
 
     shots = [shot for group in groups for shot in group]
-    save_manifest(args.out / "manifest.csv", shots)
-    save_contact_sheet(args.out / "contact_sheet.png", groups, args.out, args)
+    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots))
+    images = {sampler: {} for sampler in args.samplers}
+    for (first, *_), group in zip(groups, groups):
+        images[first.sampler][str(first.plane)] = [Image.open(args.out / shot.image) for shot in group[:4]]
+    save(first_images_figure(images), args.out / "contact_sheet.png")
     files = {path.name: sha256(path) for path in [*args.lora, args.init_image, args.like] if path and path.is_file()}
     record_run(args.out, args, hashes | files)
     if wanted:

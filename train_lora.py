@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from eval.record import record_run, sha256, write_atomically
@@ -27,14 +26,13 @@ from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import save_embedding
-from ldm.generate import generate
-from ldm.images import ImageError, decode_images, encode_images, read_image
+from ldm.images import ImageError, encode_images, read_image
 from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
 from lora.layer import LoRAError
 from lora.model import TARGETS
-from paper.adapt import Contexts, adapt, captioned_images, default_repeats
+from paper.adapt import Contexts, adapt, captioned_images, default_repeats, sample_sheet
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError
 from samplers.schedule import NoiseSchedule
@@ -240,19 +238,6 @@ def main(args):
     record_run(args.out, args, model_hashes | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
     if args.device.startswith("cuda"):
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
-
-@torch.no_grad()
-def sample_sheet(args, model, context_of, autocast, side: int, path: Path, captions: list[str]) -> None:
-    """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
-    seeds, rows = [args.seed + n for n in range(4)], []
-    settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
-    for caption in captions[:: math.ceil(len(captions) / 8)]:
-        context = context_of([caption]).expand(len(seeds), -1, -1)
-        with autocast():
-            x0 = generate(model.unet, context, context_of([""]), seeds, [side] * 2, **settings)
-        rows.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
 if __name__ == "__main__":

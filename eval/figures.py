@@ -64,6 +64,18 @@ def samples_figure(rows: Mapping[str, Mapping[str, object]]) -> Figure:
     return contact_sheet([[images.get(plane) for plane in PLANES] for images in rows.values()], list(rows), PLANES)
 
 
+def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
+    """A column for each prompt, and for each sampler a row of its first image of each, one of its second, ..
+
+    images: sampler -> prompt or plane -> images as for `contact_sheet`, equally many everywhere
+    """
+    rows, labels = [], []
+    for sampler, columns in images.items():
+        rows += zip(*columns.values())
+        labels += [sampler, *[""] * (len(next(iter(columns.values()))) - 1)]
+    return contact_sheet(rows, labels, list(next(iter(images.values()))))
+
+
 def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> Figure:
     """Confusion matrix: counts as numbers, the share of each row (a true class) as shade.
 

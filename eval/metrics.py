@@ -5,7 +5,7 @@ would cap recall at 80 %. Everything is a fraction; percent is for printing.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
 import numpy as np
@@ -82,6 +82,19 @@ def bootstrap(
     scores = _weighted_scores(weights, targets, predictions, definition, probabilities)
     low, high = _interval(scores, clusters, level).tolist()
     return {field.name: (a, b) for field, a, b in zip(fields(Scores), low, high)}
+
+
+def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[Hashable]) -> dict:
+    """Scores and 95 % intervals by both definitions, the plain AUC by probability, and the confusion matrix, for JSON.
+
+    targets: (N,) class indices; probabilities: (N, K); patients: (N,)
+    """
+    predictions = probabilities.argmax(axis=1)
+    scores, intervals = {}, {}
+    for definition in get_args(Definition):
+        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
+        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
+    return {"scores": scores, "intervals": intervals, "confusion": confusion(targets, predictions).tolist()}
 
 
 def _draw(patients: Sequence[Hashable], images: int, replicates: int, seed: int) -> tuple[np.ndarray, int]:

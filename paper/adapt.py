@@ -8,6 +8,7 @@
 | DreamBooth (Ruiz et al. 2023) | LoRA, held to images of the base model | name a rare word |
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,10 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from ldm.checkpoints import Model
 from ldm.embedding import add_token, word_embedding
+from ldm.generate import generate
+from ldm.images import decode_images
 from ldm.text import encode_prompts
 from lora.model import inject, lora_parameters
 from planes.captions import say_style, training_images, with_token
@@ -107,3 +111,16 @@ class Contexts:
         with self.autocast():
             encoded = encode_prompts(self.model.tokenizer, self.model.text_encoder, captions, self.clip_skip)
         return encoded.to(self.dtype)
+
+
+@torch.no_grad()
+def sample_sheet(args, model, context_of, autocast, side: int, path: Path, captions: list[str]) -> None:
+    """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
+    seeds, rows = [args.seed + n for n in range(4)], []
+    settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
+    for caption in captions[:: math.ceil(len(captions) / 8)]:
+        context = context_of([caption]).expand(len(seeds), -1, -1)
+        with autocast():
+            x0 = generate(model.unet, context, context_of([""]), seeds, [side] * 2, **settings)
+        rows.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
+    Image.fromarray(torch.cat(rows).numpy()).save(path)

@@ -6,7 +6,8 @@
 | prompts from a file, captions of training images, a token in either | `captions.py` |
 | words for brightness and contrast, measured from the pixels | `style.py` |
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
-| the Spanish and African datasets, manifests, selections, leak checks | `datasets.py` |
+| the Spanish and African datasets, manifests, selections | `datasets.py` |
+| what leaks from training into test | `leaks.py` |
 | fetching both datasets | `download.py` |
 | procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |
 """

@@ -1,16 +1,14 @@
-"""The two datasets and the lists made from them, as records; selections by seed; what leaks from training into test.
+"""The two datasets and the lists made from them, as records; selections by seed.
 
 Readers know an image by its table alone, so they also work where only some of the files are; `require_images` is the
 line that a caller gets before any work starts. Records of the maternal cervix are left out, as in the paper.
 """
 
 import csv
-import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -168,49 +166,15 @@ def validation_split(records: Iterable[Record], count: int = 200, *, seed: int) 
     return [r for r in records if r.patient not in held], [r for r in records if r.patient in held]
 
 
+def count(records: list[Record]) -> dict:
+    """How many images, and of which source and plane."""
+    sources = Counter(record.source for record in records)
+    planes = {s: {str(p): sum(r.source == s and r.plane is p for r in records) for p in PLANES} for s in sources}
+    return {"images": len(records), "patients": len({r.patient for r in records}), "sources": sources, "planes": planes}
+
+
 def _sorted(records: Iterable[Record]) -> list[Record]:
     return sorted(records, key=lambda record: (record.patient, record.name))
-
-
-class Leak(NamedTuple):
-    """A test image and a training image that share a "patient", or are byte for byte the same "file"."""
-
-    kind: str
-    train: Record
-    test: Record
-
-
-def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
-    """For each test image of a training patient one leak, and one for each byte-identical copy of it in training.
-
-    The African set needs it: it repeats images under other patient numbers, across its own split. The images must be
-    there, as for `require_images`.
-    """
-    train, test = list(train), list(test)
-    require_images(train + test)
-    of_patient = {record.patient: record for record in reversed(train)}
-    found = [Leak("patient", of_patient[record.patient], record) for record in test if record.patient in of_patient]
-
-    sizes = {record.path.stat().st_size for record in test}
-    copies = defaultdict(list)
-    for record in train:
-        if record.path.stat().st_size in sizes:  # files of different sizes differ: no need to read them
-            copies[_sha256(record.path)].append(record)
-    return found + [Leak("file", copy, record) for record in test for copy in copies.get(_sha256(record.path), ())]
-
-
-def describe_leaks(found: list[Leak]) -> str:
-    """The leaks in words: for each kind the number of test images concerned, then a line for each leak."""
-    lines = []
-    for kind in dict.fromkeys(leak.kind for leak in found):
-        images = {leak.test for leak in found if leak.kind == kind}
-        lines.append(f"{len(images)} test images share a {kind} with training:")
-        lines += [f"  {b.name} ({b.patient}) with {a.name} ({a.patient})" for k, a, b in found if k == kind]
-    return "\n".join(lines) or "training and test share no patient and no file"
-
-
-def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
 
 
 def _find(root: Path, top: str, table: str, source: str) -> Path:

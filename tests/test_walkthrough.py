@@ -64,5 +64,13 @@ def test_every_picture_is_there_and_drawn_by_the_script_and_none_is_left_over():
     assert max((ROOT / "docs" / "walkthrough" / name).stat().st_size for name in shown) < 150_000
 
 
+def test_the_reading_list_counts_lines_rightly_and_is_read_in_an_hour():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = {path: int(lines) for path, lines in re.findall(rf"{PATH} \((\d+)\)", text)}
+    assert {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in listed} == listed
+    assert f"in {len(listed)} files of {sum(listed.values()):,} lines" in text
+    assert max(listed.values()) <= 250 and sum(listed.values()) <= 2800
+
+
 def test_the_text_names_and_quotes_enough_for_these_tests_to_mean_something():
     assert len(FILES) > 15 and len(NAMED) > 15 and len(QUOTES) > 10

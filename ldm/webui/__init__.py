@@ -5,14 +5,17 @@
 | prompts with weights in brackets, of any length | `prompts.py` |
 | one image's settings, in its PNG and back | `shots.py` |
 | the webui's text there | `infotext.py` |
+| the flags that make it again | `like.py` |
 """
 
+from ldm.webui.like import settings_of
 from ldm.webui.shots import (
     Shot,
     is_saved,
     lora_hash,
     lora_hashes,
     lora_labels,
+    manifest_text,
     model_hash,
     read_shot,
     require_same,
@@ -26,9 +29,11 @@ __all__ = [
     "lora_hash",
     "lora_hashes",
     "lora_labels",
+    "manifest_text",
     "model_hash",
     "read_shot",
     "require_same",
     "save_shot",
+    "settings_of",
     "tags",
 ]

@@ -1,6 +1,8 @@
 """One image to make: its settings, the PNG that carries them, and the way back from a PNG to its settings."""
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -103,6 +105,15 @@ def save_shot(path: Path, pixels: np.ndarray, shot: Shot, batch: Sequence[int] =
     part = path.with_suffix(".part")
     Image.fromarray(pixels).save(part, format="PNG", pnginfo=text)
     part.replace(path)
+
+
+def manifest_text(shots: Sequence[Shot]) -> str:
+    """manifest.csv: a row for each image."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(asdict(shots[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(shot) for shot in shots)
+    return table.getvalue()
 
 
 def is_saved(path: Path, shot: Shot) -> bool:

@@ -28,7 +28,8 @@ from eval.quality import (
     two_sample,
 )
 from planes import PLANES
-from planes.datasets import Record, leaks, read_african
+from planes.datasets import Record, read_african
+from planes.leaks import leaks
 from planes.phantoms.phantom import phantom
 from planes.phantoms.sites import SITE_A
 

@@ -12,8 +12,6 @@ from planes.datasets import (
     DatasetError,
     Record,
     balanced,
-    describe_leaks,
-    leaks,
     read_african,
     read_manifest,
     read_spanish,
@@ -21,6 +19,7 @@ from planes.datasets import (
     require_images,
     validation_split,
 )
+from planes.leaks import describe_leaks, leaks
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
