@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the classifiers (0 to 4)")
     add("--count", type=int, default=20, help="synthetic images per plane and sampler (20)")
     add("--passes", type=int, default=2000, help="images that a classifier sees, repeats included (2000)")
-    add("--dtype", default="bf16", help="of every stage's autocast (bf16)")
+    add("--dtype", default="bf16", help="of the classifiers' autocast (bf16)")
     add("--out", type=Path, required=True)
     return parser.parse_args(argv)
 
@@ -70,7 +70,7 @@ def differences(results: list[Result], label: str) -> str:
 
 
 def main(args):
-    stages = Stages(partial(print, flush=True), "--dtype", args.dtype)
+    stages = Stages(partial(print, flush=True))
     real = ["--spanish", args.spanish, "--manifest", args.manifest]
     manifests = {}
     for kind, style, prompts in (("lora", [], []), ("styles", ["--style-words"], ["--prompts", "styles"])):
@@ -83,7 +83,7 @@ def main(args):
     results = []
     for row in [row for row in ROWS if row.classifier == CLASSIFIER and row.data.name in args.data]:
         flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
-        flags += ["--recipe", "notebook", "--passes", args.passes]
+        flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", args.dtype]
         flags += ["--augment"] * row.data.augment + ["--contrast"] * row.data.contrast
         made = [manifests[row.data.synthetic]] if row.data.synthetic else []
         flags += ["--synthetic", *made] if made else []
