@@ -98,7 +98,7 @@ def parse_args(argv=None):
 
 
 def choose_records(args) -> tuple[list[Record], list[Record], list[Record], set[Record]]:
-    """Training, validation and test records, every image there, and the test images that are repeated in the set."""
+    """Training, validation and test records, every image there, and the test images that the African set has twice."""
     training, validation = [], []
     if args.spanish:
         records = read_spanish(args.spanish)
@@ -159,7 +159,7 @@ def main(args):
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         raise ClassifyError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
-    training, validation, test, again = choose_records(args)
+    training, validation, test, twice = choose_records(args)
     copies = find_copies(training, test)
     torch.manual_seed(args.seed)
     model = build(args.model, args.weights, args.size).to(device)
@@ -211,7 +211,7 @@ def main(args):
         result["without_copies"] = evaluate(targets[distinct], probabilities[distinct], patients[distinct])
     predictions = [
         {"image": r.name, "patient": r.patient, "center": r.center, "target": r.plane, "prediction": PLANES[p.argmax()]}
-        | {"copy": int(r in again)}
+        | {"copy": int(r in twice)}
         | {plane: f"{value:.6f}" for plane, value in zip(PLANES, p)}
         for r, p in zip(test, probabilities)
     ]
@@ -245,6 +245,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (ClassifyError, DatasetError) as error:
+    except (ClassifyError, DatasetError, OSError) as error:
         print(f"classify.py: {error}", file=sys.stderr)
         sys.exit(2)

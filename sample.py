@@ -36,7 +36,7 @@ from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_to
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
-SEEDS_APART = 100_000  # between the first seeds of two (prompt, sampler) pairs: no two images share their noise
+SEEDS_APART = 100_000  # from the first seed of a (plane, sampler) pair to the next: only --seeds shares noise
 
 
 def parse_args(argv=None):
@@ -138,8 +138,8 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
 
 
 def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Tensor]) -> Iterator[list[webui.Shot]]:
-    """At most `size` images at once, consecutive and with equally many tokens; of all, whatever is made already: an
-    interrupted run then ends with the same bits."""
+    """At most `size` images at once, consecutive and with equally many tokens. Those made already count too: else the
+    sizes, and with them the last bits, would depend on where a run was interrupted."""
     for _, alike in groupby(shots, key=lambda shot: contexts[shot.prompt].shape[1]):
         alike = list(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
@@ -147,7 +147,7 @@ def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Te
 
 def main(args):
     strength = 1.0 if args.strength is None else args.strength
-    for sampler in args.samplers:  # before the model is loaded
+    for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
         make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
     prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
     wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
@@ -198,7 +198,7 @@ def main(args):
     with torch.no_grad():
         contexts = {text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip) for text in texts}
 
-    work = []  # the rows of each batch, and which of them are missing
+    work = []  # the rows of each batch, and which of them are missing; --like: as often and where its image was
     for group in groups:
         for rows in batches(group, args.batch_size, contexts):
             missing = [n for n, shot in enumerate(rows) if not webui.is_saved(args.out / shot.image, shot)]

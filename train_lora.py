@@ -42,7 +42,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    preset = "flags' defaults: the paper's, or the authors' for kohya's script, who do not say their --repeats (paper)"
+    preset = "defaults of the flags: the paper's, or those of the authors' kohya run, but its repeats (paper)"
     add("--preset", choices=training.PRESETS, default="paper", help=preset)
     add_model_arguments(parser)
     add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): 20 images per plane are drawn")
@@ -122,14 +122,14 @@ def main(args):
     if size % multiple:
         raise CheckpointError(f"--size {size}: must be a multiple of {multiple}")
 
-    # the frozen base with LoRA in it, h = W0 x + (alpha/r) B A x, of which A and B alone are trained, in float32
+    # the frozen base with LoRA in it, h = W0 x + (alpha/r) B A x, of which A and B alone are trained, kept in float32
     unet = model.unet.to(args.device, dtype)
     unet.gradient_checkpointing = args.gradient_checkpointing
     trained = adapt(model, args, dtype, print)
     parameters = trained.parameters
     autocast = partial(torch.autocast, args.device.split(":")[0], dtype, enabled=dtype != torch.float32)
 
-    # contexts and latents once, for each image the same; the VAE waits on the CPU for the sheets
+    # contexts and latents once, for each image the same, as kohya caches them; the VAE waits on the CPU for the sheets
     shown = sorted({image.caption for image in images})
     every = [*shown, *sorted({*captions} - {*shown}), ""]
     context_of = Contexts(model, every, args, dtype, autocast)
@@ -180,6 +180,8 @@ def main(args):
     state = {"lora": parameters, "optimizer": optimizer, "scaler": scaler}
     if args.resume and checkpoint.exists():
         done, rows = training.load_checkpoint(checkpoint, identity, **state)
+        if done > steps:
+            raise LoRAError(f"{checkpoint}: {done:,} steps are done, these would be {steps:,}: give another --out")
 
     def save_state(step: int) -> None:
         """All that --resume needs, and the losses as a table."""

@@ -136,7 +136,7 @@ class BalancedSampler(Sampler[int]):
         return len(self.targets)
 
     def __iter__(self) -> Iterator[int]:
-        rng, count = np.random.default_rng((self.seed, self.passes, 2)), len(self)  # 2: as in draw_contrast
+        rng, count = np.random.default_rng((self.seed, self.passes, 2)), len(self)  # 2: of its own
         self.passes += 1
         classes = rng.permutation(np.unique(self.targets))
         drawn = np.empty(count, dtype=np.int64)

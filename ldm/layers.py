@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """x W * GELU(x V), with the exact GELU (Shazeer 2020, eq. 6)."""
+    """(x V) * GELU(x W), with the exact GELU (Shazeer 2020, arXiv 2002.05202, eq. 5); proj holds V, then W."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()

@@ -69,7 +69,10 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int = 77)
 def encode_prompts(
     tokenizer: CLIPTokenizer, text_encoder: TextEncoder, prompts: Sequence[str], clip_skip: int = 1
 ) -> Tensor:
-    """Text embeddings (B, S, D) of the prompts on the encoder's device; S = 77 in Stable Diffusion."""
+    """Text embeddings (B, S, D) of the prompts on the encoder's device; S = 77 in Stable Diffusion.
+
+    For training; sample.py takes `ldm.webui.prompts.encode_weighted`, the same for a prompt without weights.
+    """
     ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
     return text_encoder(ids.to(text_encoder.text_model.final_layer_norm.weight.device), clip_skip)
 

@@ -35,7 +35,10 @@ class UNetConfig:
 
 
 class UNetBlock(nn.Module):
-    """One level of the U-Net: residual blocks, a transformer behind each where the level attends, a resampler."""
+    """One level of the U-Net: residual blocks, a transformer behind each where the level attends, a resampler.
+
+    It and MidBlock hold modules under the names of the checkpoints; UNet.forward runs them, since skips cross levels.
+    """
 
     def __init__(
         self,

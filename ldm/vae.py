@@ -50,7 +50,10 @@ class Posterior:
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map, with its group norm and residual."""
+    """Single-head self-attention over the pixels of a feature map, with its group norm and residual.
+
+    The four matrices lie directly in it, as in the checkpoints.
+    """
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -92,7 +95,7 @@ class VAEMidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, 8H, 8W) -> moments (B, 8, H, W)."""
+    """Images (B, 3, 8H, 8W) -> moments (B, 8, H, W), the means and the log variances of `Posterior`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

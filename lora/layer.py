@@ -69,7 +69,7 @@ class LoRALayer(nn.Module):
 
     @property
     def loras(self) -> list["LoRALayer"]:
-        """This LoRA and those below it, by name: an order of its own, so that their sum has the same bits in any."""
+        """This LoRA and those below it, by name: in whichever order they were loaded, their sum has the same bits."""
         below = self.base.loras if isinstance(self.base, LoRALayer) else []
         return sorted([self, *below], key=lambda lora: lora.name)
 
@@ -80,7 +80,7 @@ class LoRALayer(nn.Module):
                 if lora.strength != 0:
                     delta = lora._linear(lora._linear(x.to(lora.A.dtype), lora.A), lora.B)
                     total = total + lora.strength * lora.alpha / lora.rank * delta
-        # half precision promotes to the LoRA's float32 and is rounded once
+        # a base in half precision: the sum is float32, of products as precise as autocast leaves them; rounded once
         return total.to(h.dtype)
 
     @torch.no_grad()

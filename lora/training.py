@@ -29,8 +29,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "seed": 1234,
     },
 }
-"""Defaults of train_lora.py that are other than its own: none for what the paper says, and the configuration of kohya's
-script that the authors published, all but the repeats."""
+"""Defaults of train_lora.py: the script's own are the paper's; the configuration of kohya's script that the authors
+published is whole here, whether other or the same, but for the repeats, which it does not say."""
 
 
 def batches_of_step(

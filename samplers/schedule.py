@@ -20,7 +20,10 @@ class NoiseSchedule:
     """Forward process of DDPM (Ho et al. 2020, arXiv 2006.11239) with the "scaled linear" betas of Stable Diffusion.
 
     The square roots of the betas are evenly spaced over T = num_train_timesteps. All tables are float64: in float32
-    the subtraction 1 - alphas_cumprod costs five digits at small t.
+    the subtraction 1 - alphas_cumprod costs three digits at small t.
+
+    Training mixes signal and noise such that the variance stays 1 (`add_noise`). Samplers divide that by the signal's
+    share and count the noise per unit of signal, x = x_0 + sigma eps (`sigma`).
     """
 
     beta_start: float = 0.00085
@@ -104,7 +107,8 @@ class Nodes:
     def t(self, sigma: float) -> float:
         """The time to tell the model at this sigma: exactly a node's own at a node, linear in log sigma between.
 
-        Not the schedule's t(sigma), since rounded times do not sit exactly on the schedule.
+        Not the schedule's t(sigma), since rounded times do not sit exactly on the schedule. Samplers that stop between
+        nodes, as of second order, ask for others.
         """
         rising = np.log(self.sigmas[-2::-1])
         return float(np.interp(np.log(sigma), rising, self.timesteps[::-1]))
@@ -128,7 +132,8 @@ def euler_nodes(
     else:
         times = _spaced(schedule, spacing, steps, steps_offset)
         sigmas = schedule.sigma(times)
-    # "leading" starts well below T - 1, where the signal in x_T is no longer negligible: noise of the full variance
+    # "leading" starts well below T - 1, where the signal in x_T is no longer negligible: noise such that
+    # x / sqrt(1 + sigma^2) has unit variance; elsewhere, as the webui, without the 1
     init_scale = math.hypot(1, sigmas[0]) if spacing == "leading" else float(sigmas[0])
     return _nodes(schedule, times, sigmas, final, init_scale)
 
@@ -175,7 +180,7 @@ def karras_sigmas(steps: int, sigma_max: float, sigma_min: float, rho: float = 7
 
 
 def checked_sigmas(sigmas: Sequence[float] | Tensor) -> list[float]:
-    """Python floats of at least two noise levels that never rise and are positive but for the last, or SamplerError."""
+    """Python floats of two noise levels or more, positive but for the last, which do not rise, or SamplerError."""
     values = [float(sigma) for sigma in sigmas]
     if len(values) < 2:
         raise SamplerError(f"{len(values)} sigmas: a sampler needs at least a first and a last one")

@@ -82,12 +82,13 @@ def _step(
 
 
 def coefficients(h: float, positions: Sequence[float], variant: str) -> list[float]:
-    """Weights c_j in x' = r x + (1 - r) D_0 + sum_j c_j (D_j - D_0) of a UniPC step of length h in lambda.
+    """Weights c_j in x' = r x + (1 - r) D_0 + sum_j c_j (D_j - D_0), r = e^-h, of a step of length h.
 
-    positions: u_j = (lambda_j - lambda_0) / h of the other nodes: below 0 behind the step, 1 at its end
+    positions: u_j = (lambda_j - lambda_0) / h of the other nodes, lambda = -log sigma, where the guess of x_0 is D_j:
+        below 0 behind the step, 1 at its end
 
     The polynomial through D_0 and the D_j is integrated exactly, so sum_j c_j u_j^k = J_k for k = 1 .. len(positions),
-    J_k = integral_0^h e^(u-h) (u/h)^k du. A single node takes the paper's B(h) instead: c = B(h) / (2 u).
+    J_k = integral_0^h e^(s-h) (s/h)^k ds. A single node takes the paper's B(h) instead: c = B(h) / (2 u).
     """
     if not positions:
         return []

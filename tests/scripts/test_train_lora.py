@@ -293,6 +293,14 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     assert vector.isfinite().all()
 
 
+def test_fewer_epochs_than_are_done_are_refused_and_nothing_is_overwritten(tiny, folder, tmp_path):
+    train(tiny, folder, tmp_path, "--epochs", 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(LoRAError, match=r"8 steps are done, these would be 4: give another --out"):
+        train(tiny, folder, tmp_path, "--epochs", 1, "--resume")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_sample_sheets_show_the_text_encoder_as_it_is_trained(tiny, folder, tmp_path, monkeypatch):
     contexts = []
 
