@@ -1,6 +1,5 @@
 """The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a token in either."""
 
-import csv
 import json
 import random
 import re
@@ -13,6 +12,7 @@ from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
 from planes.style import STYLES, style_words, with_style
+from planes.tables import read_table
 
 
 def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
@@ -99,15 +99,7 @@ def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
 
     Raises DatasetError where there are none, or their files are missing.
     """
-    try:
-        with open(manifest, encoding="utf-8", newline="") as file:
-            pairs = [(manifest.parent / row["image"], row["prompt"]) for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{manifest}: cannot be read as CSV in UTF-8 ({error})") from None
-    except KeyError as error:
-        raise DatasetError(f"{manifest}: has no column {error.args[0]}; pass a manifest.csv of sample.py") from None
-    if not pairs:
-        raise DatasetError(f"{manifest}: no images listed in it")
+    pairs = [(manifest.parent / image, prompt) for _, image, prompt in read_table(manifest, "image", "prompt")]
     if missing := [path for path, _ in pairs if not path.is_file()]:
         raise DatasetError(f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}")
     return pairs

@@ -4,7 +4,6 @@ Readers know an image by its table alone, so they also work where only some of t
 line that a caller gets before any work starts. Records of the maternal cervix are left out, as in the paper.
 """
 
-import csv
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from planes import PLANES, Plane
+from planes.tables import DatasetError, read_table
 
 ORIGINS: dict[str, str] = {
     "spain": "download https://zenodo.org/records/3904280",
@@ -35,10 +35,6 @@ CODES: dict[str, Plane | None] = dict(
 
 SPLIT: dict[str, bool] = {"1": True, "0": False}
 """Column Train: is it a training image?"""
-
-
-class DatasetError(ValueError):
-    """A dataset, list or selection that cannot be had as asked for, told in one line."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def read_spanish(root: str | Path, table: str = "FETAL_PLANES_DB_data.csv") -> l
     """
     folder = _find(Path(root), "FETAL_PLANES_ZENODO", table, "spain")
     records = []
-    for where, plane, name, patient, train in _rows(folder / table, "Plane", "Image_name", "Patient_num", "Train"):
+    for where, plane, name, patient, train in _rows(folder / table, "Plane", ("Image_name",), "Patient_num", "Train"):
         path, split = folder / "Images" / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
         records.append(Record(path, plane, f"spain/{patient}", split, "spain", "Spain"))
     return records
@@ -84,9 +80,10 @@ def read_african(root: str | Path) -> list[Record]:
     """
     table = "African_planes_database.csv"
     folder = _find(Path(root), "Zenodo_dataset", table, "africa")
-    columns = "Plane", "Filename", "Center", "Patient_num", "Train"
     records = []
-    for where, plane, name, center, patient, train in _rows(folder / table, *columns):
+    for where, plane, center, name, patient, train in _rows(
+        folder / table, "Plane", ("Center", "Filename"), "Patient_num", "Train"
+    ):
         path, split = folder / center / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
         records.append(Record(path, plane, f"africa/{center}/{patient}", split, "africa", center))
     return records
@@ -100,13 +97,11 @@ def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
     """
     by_name = {record.name: record for record in records}
     chosen: dict[str, Record] = {}
-    for where, plane, name in _rows(Path(path), "Plane|category", "Image_name|Filename", labels=LABELS | CODES):
+    for where, plane, name in _rows(Path(path), "Plane|category", ("Image_name|Filename",), labels=LABELS | CODES):
         if name not in by_name:
             raise DatasetError(f"{where}: {name} is not in the dataset; does the list belong to another one?")
         if by_name[name].plane is not plane:
             raise DatasetError(f"{where}: {name} is listed as {plane}, but the dataset says {by_name[name].plane}")
-        if name in chosen:
-            raise DatasetError(f"{where}: {name} is listed twice; remove one line")
         chosen[name] = by_name[name]
     return list(chosen.values())
 
@@ -119,13 +114,13 @@ def read_synthetic(manifest: str | Path) -> list[Record]:
     """
     path = Path(manifest)
     try:
-        made = _rows(path, "plane", "image", "sampler")
+        made = _rows(path, "plane", ("image",), "sampler")
         rows = [(plane, path.parent / image, sampler) for _, plane, image, sampler in made]
     except DatasetError:
         if not path.is_file() or "Image_name" not in path.read_text(encoding="utf-8-sig", errors="replace"):
             raise
         files = {file.stem: file for file in path.parent.rglob("*.png")}
-        names = _rows(path, "Plane", "Image_name")
+        names = _rows(path, "Plane", ("Image_name",))
         rows = [(plane, files.get(name, path.parent / f"{name}.png"), "published") for _, plane, name in names]
     return [Record(file, plane, f"synthetic/{file.stem}", True, "synthetic", sampler) for plane, file, sampler in rows]
 
@@ -185,34 +180,30 @@ def _find(root: Path, top: str, table: str, source: str) -> Path:
     raise DatasetError(f"{root}: neither {table} nor {top}/{table} is there; {ORIGINS[source]}")
 
 
-def _rows(path: Path, plane: str, *columns: str, labels: dict[str, Plane | None] = LABELS) -> list[tuple]:
-    """(where it stands, plane, a cell for each of `columns`) for each row of a table whose plane is not left out.
+def _rows(
+    path: Path, plane: str, image: tuple[str, ...], *columns: str, labels: dict[str, Plane | None] = LABELS
+) -> list[tuple]:
+    """(where it stands, plane, a cell for each of `image` and `columns`) for each row whose plane is not left out.
 
-    plane, columns: their headers ("this|or that")
-    Takes `;` or `,`, any line ends, a byte order mark, and spaces around headers and cells: the real files have all.
+    plane, image, columns: their headers ("this|or that"); those of `image` name one image and no other
+
+    Raises DatasetError, besides what `read_table` does, for an empty cell, a label that means nothing, and an image
+    that is listed twice.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() or [""]
-        delimiter = max(",;", key=lines[0].count)
-        header, *table = [[cell.strip() for cell in cells] for cells in csv.reader(lines, delimiter=delimiter)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DatasetError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
-    names = [next((name for name in column.split("|") if name in header), None) for column in (plane, *columns)]
-    if None in names:
-        needed, had = ", ".join((plane, *columns)).replace("|", " or "), ", ".join(header) or "none"
-        raise DatasetError(f"{path}: needs the columns {needed}, but has {had}; separate columns by ; or ,")
-    rows = []
-    for line, cells in enumerate(table, start=2):
-        where = f"{path}, line {line}"
-        if not any(cells):
-            continue
-        if len(cells) != len(header):
-            raise DatasetError(f"{where}: {len(cells)} cells under {len(header)} headers")
-        label, *picked = (cells[header.index(name)] for name in names)
-        if "" in picked:
-            raise DatasetError(f"{where}: {names[1 + picked.index('')]} is empty")
-        if found := _meaning(label.lower(), labels, f"{where}, {names[0]}"):
-            rows.append((where, found, *picked))
+    rows, seen = [], {}
+    for where, label, *cells in read_table(path, plane, *image, *columns):
+        if "" in cells:
+            raise DatasetError(f"{where}: {(image + columns)[cells.index('')].replace('|', ' or ')} is empty")
+        found = _meaning(label.lower(), labels, f"{where}, {plane.split('|')[0]}")
+        name = "/".join(cells[: len(image)])
+        before, other = seen.setdefault(name, (where, found))
+        line = before.rpartition(", ")[2]
+        if before != where and other is not found:
+            raise DatasetError(f"{where}: {name} is listed as {label}, but as {other or 'cervix'} in {line}")
+        if before != where:
+            raise DatasetError(f"{where}: {name} is listed twice, before in {line}; remove one")
+        if found:
+            rows.append((where, found, *cells))
     if not rows:
         raise DatasetError(f"{path}: no images listed in it")
     return rows
