@@ -21,7 +21,6 @@ from classify.data import RECIPES
 from eval.record import record_environment, sha256
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags
-from ldm.images import ImageError
 from lora import LoRAError
 from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
 from paper.preview import Selections, preview
@@ -294,6 +293,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, ClassifyError, DatasetError, ImageError, LoRAError, ResultError, SamplerError) as error:
+    except (CheckpointError, ClassifyError, DatasetError, LoRAError, ResultError, SamplerError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         sys.exit(2)

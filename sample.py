@@ -26,7 +26,7 @@ from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
-from ldm.images import ImageError, decode_images, read_image
+from ldm.images import decode_images, read_image
 from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
 from lora.layer import LoRAError
@@ -245,6 +245,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, DatasetError, ImageError, LoRAError, OSError, SamplerError) as error:
+    except (CheckpointError, DatasetError, LoRAError, OSError, SamplerError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

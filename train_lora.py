@@ -26,7 +26,7 @@ from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import save_embedding
-from ldm.images import ImageError, encode_images, read_image
+from ldm.images import encode_images, read_image
 from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
@@ -245,6 +245,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, DatasetError, ImageError, LoRAError, OSError) as error:
+    except (CheckpointError, DatasetError, LoRAError, OSError) as error:
         print(f"train_lora.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from classify import ClassifyError
 from planes import PLANES
 from planes.datasets import Record
+from planes.pictures import open_image
 
 # name -> (mean, std) over [0, 1] images; a grey image is three equal channels
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -89,19 +89,12 @@ class PlaneImages(Dataset):
 def decode(path: Path, size: int) -> Tensor:
     """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio is not kept.
 
-    Raises ClassifyError for a file that is missing, broken, or has more than 8 bits per channel.
+    Raises ImageError as `planes.pictures.open_image`.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ClassifyError(f"{path}: has more than 8 bits per channel ({image.mode}); convert it to 8 bits")
-            grey = image.mode in {"1", "L", "LA"}
-            pixels = np.array(image.convert("L" if grey else "RGB").resize((size, size), Image.Resampling.BILINEAR))
-    except ClassifyError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ClassifyError(f"{path}: cannot be read as an image ({error})") from None
-    return torch.from_numpy(pixels)[None] if grey else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    pixels = np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
+    return (
+        torch.from_numpy(pixels)[None] if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    )
 
 
 def batches(

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldm.images import ImageError, open_image, to_tensor
+from ldm.images import to_tensor
+from planes.pictures import ImageError, open_image
 
 
 def choose_bucket(width: int, height: int, size: int = 512, step: int = 64) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -33,9 +34,9 @@ def choose_bucket(width: int, height: int, size: int = 512, step: int = 64) -> t
 def read_bucketed(path: Path, size: int, step: int = 64) -> Tensor:
     """An image file as (3, h, w) in [-1, 1]: resized, and its middle cut out, as choose_bucket says.
 
-    Raises ImageError for a file that cannot be read, and an image too narrow for a bucket.
+    Raises ImageError as `planes.pictures.open_image`, and for an image too narrow for a bucket.
     """
-    image = open_image(path)
+    image = open_image(path).convert("RGB")
     try:
         (wide, high), (width, height) = choose_bucket(*image.size, size, step)
     except ImageError as error:

@@ -9,18 +9,7 @@ from torch import Tensor
 
 from ldm.generate import seeded_noise
 from ldm.vae import AutoencoderKL
-
-
-class ImageError(ValueError):
-    """A file that is no image, or one of a size that cannot be used."""
-
-
-def open_image(path: Path) -> Image.Image:
-    """An image file in RGB; raises ImageError for a file that cannot be read."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: not a readable image ({error}); replace or remove it") from None
+from planes.pictures import open_image
 
 
 def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
@@ -28,9 +17,9 @@ def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") 
 
     size: (w, h) in px, or the side of a square
     resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the same aspect ratio
-    Raises ImageError for a file that cannot be read.
+    Raises ImageError as `planes.pictures.open_image`.
     """
-    image = open_image(path)
+    image = open_image(path).convert("RGB")
     width, height = (size, size) if isinstance(size, int) else size
     if resize == "crop":
         scale = min(image.width / width, image.height / height)

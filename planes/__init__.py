@@ -8,6 +8,7 @@
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
 | the Spanish and African datasets, manifests, selections | `datasets.py` |
 | tables in which no row is lost | `tables.py` |
+| image files, upright and opaque | `pictures.py` |
 | what leaks from training into test | `leaks.py` |
 | fetching both datasets | `download.py` |
 | procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |

@@ -6,11 +6,10 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image
-
 from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
+from planes.pictures import open_image
 from planes.style import STYLES, style_words, with_style
 from planes.tables import read_table
 
@@ -53,13 +52,9 @@ def prompt_in_turn(prompts: tuple[str, ...], seed: int) -> str:
 def say_style(image: Captioned) -> Captioned:
     """The image with the words for its brightness and contrast behind its caption (`planes.style`).
 
-    Raises DatasetError for a file that cannot be read as an image.
+    Raises ImageError as `planes.pictures.open_image`.
     """
-    try:
-        with Image.open(image.path) as picture:
-            words = style_words(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DatasetError(f"{image.path}: not a readable image ({error}); replace or remove it") from None
+    words = style_words(open_image(image.path))
     return replace(image, caption=with_style(image.caption, words))
 
 

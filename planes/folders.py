@@ -7,8 +7,25 @@ from pathlib import Path
 
 from planes.datasets import DatasetError
 
-TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 """The endings of image files, in lower case."""
+
+OTHER_TYPES = (
+    ".gif",
+    ".apng",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jxl",
+    ".tga",
+    ".psd",
+    ".dcm",
+    ".nii",
+    ".mha",
+    ".nrrd",
+)
+"""The endings of pictures that are not read, and therefore not left out in silence."""
 
 REPEATS = re.compile(r"(?!0+_)(\d{1,5})_(.+)")
 """A folder's name in kohya's layout, "20_fetal brain": repeats, not 0 and no date, then a caption."""
@@ -33,7 +50,7 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
         file_name and text (or caption). It alone says which images there are.
     An image's own caption is the first line of the .caption or .txt file of its name. Where both are there .caption
     counts, kohya's default: its taggers write .txt files, its captioner, whole sentences, .caption files.
-    Raises DatasetError where there are no images, or one has no caption.
+    Raises DatasetError where there are no images, one has no caption, or there are pictures that would be left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -57,6 +74,12 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
     if (folder / "metadata.jsonl").is_file():
         return _read_metadata(folder / "metadata.jsonl", repeats)
     images = _images(folder)
+    strays = [p for p in sorted(folder.iterdir()) if _is_stray(p)] if images else []
+    if strays:
+        raise DatasetError(
+            f"{folder}: {len(strays)} pictures or folders of pictures in it would not be trained on, such as "
+            f"{strays[0].name}; convert pictures to PNG, put those of folders beside the others, or move them elsewhere"
+        )
     if not images:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
         raise DatasetError(
@@ -75,6 +98,13 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
 def _images(folder: Path) -> list[Path]:
     """The image files in a folder, sorted; without hidden ones, such as the "._a.png" that macOS leaves."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in TYPES and not path.name.startswith("."))
+
+
+def _is_stray(path: Path) -> bool:
+    """Does a person take it for a part of the images around it, which it is not?"""
+    if path.name.startswith("."):
+        return False
+    return bool(_images(path)) if path.is_dir() else path.suffix.lower() in OTHER_TYPES
 
 
 def _is_data(path: Path) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ldm.images import ImageError
 from ldm.webui.infotext import Infotext, format_parameters, lora_tags, parse_parameters
+from planes.pictures import ImageError
 
 OWN_CHUNK = "fu-lora"  # beside the webui's `parameters`: the same settings exactly, as JSON
 WEBUI_SAMPLERS = {"euler": "Euler", "unipc": "UniPC"}
@@ -177,8 +177,9 @@ def _read_text(path: Path) -> dict[str, str]:
         with Image.open(path) as image:
             image.load()  # a file that is cut off has its text, but not all its pixels
             return dict(getattr(image, "text", {}))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: not a readable image ({error})") from None
+    except Exception as error:  # the decoders of damaged files raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(f"{path}: not a readable image ({reason})") from None
 
 
 def _own_text(text: dict[str, str]) -> tuple[Shot, tuple[int, int]]:

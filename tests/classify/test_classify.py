@@ -27,6 +27,7 @@ from classify.models import MODELS, build, find_head, load, read_weights, save
 from classify.train import MOMENTUM, predict, train_epoch
 from planes import PLANES, Plane
 from planes.datasets import Record
+from planes.pictures import ImageError
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -251,7 +252,7 @@ def test_an_image_that_cannot_be_used_is_named(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:4000])
     elif kind == "deep":
         Image.fromarray(rng.integers(0, 65535, (9, 9), dtype=np.uint16)).save(path)
-    with pytest.raises(ClassifyError, match=r"scan\.png") as error:
+    with pytest.raises(ImageError, match=r"scan\.png") as error:
         decode(path, 32)
     assert "\n" not in str(error.value)
 
@@ -643,7 +644,7 @@ def test_a_broken_test_image_is_refused_before_training(sites, tmp_path):
     shutil.copytree(sites / "african", tmp_path / "african")
     scan = tmp_path / "african" / "Ghana" / "scan9.png"
     scan.write_bytes(scan.read_bytes()[:100])
-    with pytest.raises(ClassifyError, match=r"scan9\.png"):
+    with pytest.raises(ValueError, match=r"scan9\.png: not a readable image"):
         run(*flags(sites, tmp_path / "out", "--african", tmp_path / "african"))
     assert not (tmp_path / "out").exists()
 

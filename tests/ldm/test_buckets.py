@@ -8,8 +8,9 @@ from PIL import Image
 
 from ldm.buckets import choose_bucket, read_bucketed
 from ldm.generate import seeded_noise
-from ldm.images import ImageError, encode_images, read_image
+from ldm.images import encode_images, read_image
 from ldm.vae import AutoencoderKL, VAEConfig
+from planes.pictures import ImageError
 
 
 @pytest.mark.parametrize(

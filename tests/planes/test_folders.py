@@ -133,7 +133,8 @@ def test_one_of_kohyas_folders_given_in_place_of_the_folder_above_is_told_so(tmp
 
 def test_a_folder_that_is_not_there_and_one_without_images_say_what_was_looked_for(tmp_path):
     assert refusal(tmp_path / "img") == f"{tmp_path / 'img'}: no such folder"
-    looked = "no images in it (.png, .jpg, .jpeg, .webp, .bmp), no metadata.jsonl and no folders named repeats_caption"
+    types = ".png, .jpg, .jpeg, .jfif, .webp, .bmp, .tif, .tiff"
+    looked = f"no images in it ({types}), no metadata.jsonl and no folders named repeats_caption"
     message = refusal(tmp_path)
     assert message.startswith(f"{tmp_path}: {looked}") and message.endswith("there are no folders")
 
@@ -206,3 +207,32 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     assert [(image.caption, image.repeats) for image in drawn] == [(prompt, 1) for prompt in PROMPTS.values()]
     (tmp_path / "list.csv").write_text(f"Image_name,Plane\n{drawn[2].path.stem},Fetal femur\n")
     assert training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0) == [drawn[2]]
+
+
+# --- pictures that would be left out ---
+
+
+@pytest.mark.parametrize("ending", ["tif", "TIFF", "jfif"])
+def test_a_tif_and_a_jfif_are_images_too(tmp_path, ending):
+    fill(tmp_path, a="a photo")
+    (tmp_path / f"b.{ending}").touch()
+    (tmp_path / "b.txt").write_text("another photo")
+    assert [image.path.name for image in read_captioned_folder(tmp_path)] == ["a.png", f"b.{ending}"]
+
+
+@pytest.mark.parametrize("folder", [".", "20_fetal brain"])
+@pytest.mark.parametrize("stray", ["e.gif", "scan.DCM", "more"])
+def test_pictures_that_would_not_be_trained_on_are_named(tmp_path, folder, stray):
+    fill(tmp_path / folder, a="a photo")
+    if "." in stray:
+        (tmp_path / folder / stray).touch()
+    else:
+        fill(tmp_path / folder / stray, b="a photo")
+    words = f"{tmp_path / folder}: 1 pictures or folders of pictures in it would not be trained on, such as {stray};"
+    assert words in refusal(tmp_path)
+
+
+def test_what_metadata_leaves_out_is_left_out_on_purpose(tmp_path):
+    metadata(tmp_path, {"file_name": "a.png", "text": "a photo"})
+    (tmp_path / "e.gif").touch()
+    assert [image.path.name for image in read_captioned_folder(tmp_path)] == ["a.png"]
