@@ -8,7 +8,7 @@ import torch
 from ldm import MINI, CheckpointError
 from ldm.checkpoints import PREDICTION_TYPES, Model, load
 from ldm.checkpoints.hub import find_model, resolve_model
-from ldm.text import CLIP_REPOSITORY
+from ldm.checkpoints.tokenizer import CLIP_REPOSITORY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # and behind it /v1-5-pruned.safetensors, the paper's own file

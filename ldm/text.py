@@ -1,18 +1,13 @@
 """The text encoder of Stable Diffusion and its tokenizer: CLIP's (Radford et al. 2021), through transformers."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldm import CheckpointError
-
-CLIP_REPOSITORY = "openai/clip-vit-large-patch14"  # its vocabulary is SD 1's
 
 
 @dataclass(frozen=True)
@@ -60,10 +55,16 @@ class TextEncoder(nn.Module):
         return self.text_model.final_layer_norm(states[-clip_skip])
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], length: int = 77) -> Tensor:
-    """Token ids (B, length) of the prompts, each cut or padded to `length` with its begin and end marks."""
-    tokens = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return tokens.input_ids
+def padding_id(tokenizer: CLIPTokenizer, config: TextConfig) -> int:
+    """What fills a prompt behind its end mark: that mark again, or 0 in SD 2, whose tower is OpenCLIP's ("gelu")."""
+    return 0 if config.hidden_act == "gelu" else tokenizer.eos_token_id
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], config: TextConfig = TextConfig()) -> Tensor:
+    """Token ids (B, S) of the prompts, each cut or padded to what the text encoder reads, two marks among it."""
+    length = config.max_position_embeddings
+    rows = tokenizer(list(prompts), max_length=length, truncation=True).input_ids
+    return torch.tensor([row + [padding_id(tokenizer, config)] * (length - len(row)) for row in rows])
 
 
 def encode_prompts(
@@ -73,46 +74,5 @@ def encode_prompts(
 
     For training; sample.py takes `ldm.webui.prompts.encode_weighted`, the same for a prompt without weights.
     """
-    ids = tokenize(tokenizer, prompts, text_encoder.config.max_position_embeddings)
+    ids = tokenize(tokenizer, prompts, text_encoder.config)
     return text_encoder(ids.to(text_encoder.text_model.final_layer_norm.weight.device), clip_skip)
-
-
-def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokenizer:
-    """The tokenizer in a folder with vocab.json and merges.txt; None: CLIP's from the local hub cache, never fetched.
-
-    folder: that folder, or a diffusers folder that has it as its `tokenizer`
-
-    Raises CheckpointError where there is none, or where it knows more tokens than the text encoder has embeddings.
-    """
-    if folder is None:
-        cached = try_to_load_from_cache(CLIP_REPOSITORY, "vocab.json")
-        if not isinstance(cached, str):
-            raise CheckpointError(
-                f"no tokenizer: put vocab.json and merges.txt of {CLIP_REPOSITORY} into a folder and pass `tokenizer`; "
-                f"the scripts fetch it by --tokenizer {CLIP_REPOSITORY}"
-            )
-        folder = Path(cached).parent
-    folder = Path(folder)
-    if (folder / "tokenizer").is_dir():
-        folder = folder / "tokenizer"
-    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-    if absent:
-        raise CheckpointError(
-            f"{folder}: no {' and no '.join(absent)}; put those of {CLIP_REPOSITORY} there, or pass `tokenizer`"
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=config.max_position_embeddings)
-    if len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{folder}: {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}; pass the right `tokenizer`"
-        )
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path, length: int) -> None:
-    """Write vocab.json, merges.txt and the two small json files that name the marks; `length` tokens per prompt."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.backend_tokenizer.model.save(str(folder))
-    marks = {name: str(getattr(tokenizer, name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
-    (folder / "special_tokens_map.json").write_text(json.dumps(marks, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | marks, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@
 | single files: which family, whose text tower, which prediction | `single_file.py` |
 | tables of tensor names | `keys.py` |
 | tensors of a file, safetensors or a safe pickle, and what is none | `weights.py` |
+| CLIP's tokenizer | `tokenizer.py` |
 | models by their hub id | `hub.py` |
 """
 

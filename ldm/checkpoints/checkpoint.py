@@ -35,8 +35,9 @@ from ldm.checkpoints.single_file import (
     stated_prediction,
     with_prediction,
 )
+from ldm.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from ldm.checkpoints.weights import OTHER_KIND, Stored, Weights, locate, named, open_weights
-from ldm.text import TextEncoder, load_tokenizer, save_tokenizer
+from ldm.text import TextEncoder
 from ldm.unet import UNet
 from ldm.vae import AutoencoderKL, VAEConfig
 
@@ -171,7 +172,7 @@ def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float
         for name, stem in WEIGHTS.items():
             state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in getattr(model, name).state_dict().items()}
             save_file(state, root / name / f"{stem}.safetensors", metadata={"format": "pt"})
-        save_tokenizer(model.tokenizer, root / "tokenizer", model.text_encoder.config.max_position_embeddings)
+        save_tokenizer(model.tokenizer, root / "tokenizer", model.text_encoder.config)
         root.rename(path)
 
 

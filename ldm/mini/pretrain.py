@@ -143,7 +143,7 @@ def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[
     vocabulary = tokenizer.get_vocab()
     unseen = [vocabulary[word + "</w>"] for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)]
     weight = encoder.text_model.embeddings.token_embedding.weight
-    ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config.max_position_embeddings).to(weight.device)
+    ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config).to(weight.device)
     words = torch.isin(ids, torch.tensor(unseen, device=weight.device))
     for _ in range(3):  # what is added depends on it a little
         states = encoder.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
@@ -241,10 +241,11 @@ def main(args):
         "text": text_encoder.requires_grad_(True).to(args.device),
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
-    ids = torch.cat([tokenize(tokenizer, captions[n : n + 1000], POSITIONS) for n in range(0, len(captions), 1000)])
+    sizes = text_encoder.config
+    ids = torch.cat([tokenize(tokenizer, captions[n : n + 1000], sizes) for n in range(0, len(captions), 1000)])
     unet, text_encoder = networks["ema"]
     model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
-    for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], POSITIONS)[0], args):
+    for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], sizes)[0], args):
         save_samples(model, captions[:8], args.work / f"unet_{step:06}.png")
     widen_unseen(text_encoder, tokenizer, captions)
     save_folder(model, args.out, torch.float16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ldm.text import TextEncoder
+from ldm.text import TextEncoder, padding_id
 
 BREAK = ("BREAK", -1.0)
 """The piece of parse_prompt's list at which a chunk ends; webui's own mark."""
@@ -96,12 +96,12 @@ def encode_weighted(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, prompt:
     Raises CheckpointError where the text encoder has no such layer.
     """
     length = text_encoder.config.max_position_embeddings
-    device = text_encoder.text_model.final_layer_norm.weight.device
+    device, fill = text_encoder.text_model.final_layer_norm.weight.device, padding_id(tokenizer, text_encoder.config)
     states = []
     for chunk in split_chunks(tokenizer, prompt, length - 2):
         tokens, weights = [token for token, _ in chunk], [weight for _, weight in chunk]
         padding = length - 2 - len(chunk)
-        ids = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *padding * [tokenizer.pad_token_id]]
+        ids = [tokenizer.bos_token_id, *tokens, tokenizer.eos_token_id, *padding * [fill]]
         z = text_encoder(torch.tensor([ids], device=device), clip_skip)
         if any(weight != 1 for weight in weights):  # else the bits stay, also where the mean is 0
             w = torch.tensor([1.0, *weights, 1.0, *padding * [1.0]], device=device)

@@ -17,7 +17,8 @@ from PIL import Image, PngImagePlugin
 
 from ldm import MINI
 from ldm.checkpoints import Model, load, save_folder
-from ldm.text import TextConfig, TextEncoder, load_tokenizer
+from ldm.checkpoints.tokenizer import load_tokenizer
+from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from ldm.webui.infotext import parse_parameters

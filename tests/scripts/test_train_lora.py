@@ -17,8 +17,9 @@ from safetensors.torch import load_file, safe_open
 
 from ldm import MINI
 from ldm.checkpoints import Model, load, save_folder
+from ldm.checkpoints.tokenizer import load_tokenizer
 from ldm.images import encode_images
-from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
+from ldm.text import TextConfig, TextEncoder, encode_prompts
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora import LoRAError, lora_layers, remove

@@ -19,7 +19,8 @@ import ldm.checkpoints.checkpoint
 import ldm.checkpoints.weights
 from ldm import CheckpointError
 from ldm.checkpoints import NETWORKS, Config, Model, load, save_folder
-from ldm.text import TextConfig, encode_prompts, load_tokenizer, tokenize
+from ldm.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from ldm.text import TextConfig, encode_prompts, tokenize
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
@@ -704,11 +705,58 @@ def test_prompts_are_marked_cut_and_padded_to_the_length(tokenizer_folder):
     assert ids[2].tolist() == [begin] + [end] * 76
 
 
+SD_2 = {
+    "special_tokens_map.json": {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"},
+    "tokenizer_config.json": {"pad_token": "!", "added_tokens_decoder": {"0": {"content": "!", "special": True}}},
+}
+
+
+@pytest.mark.parametrize("json_files", [{}, SD_2, {"special_tokens_map.json": SD_2["special_tokens_map.json"]}])
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_the_text_encoder_and_no_json_says_what_pads_and_a_typed_exclamation_mark_is_a_word(
+    tokenizer_folder, act, json_files
+):
+    for name, content in json_files.items():
+        (tokenizer_folder / name).write_text(json.dumps(content))
+    config = TextConfig(vocab_size=194, hidden_act=act)
+    ids = tokenize(load_tokenizer(tokenizer_folder, config), ["fetal !"], config)[0].tolist()
+    exclamation = 94  # "!</w>"; "!" within a word is 0, which pads SD 2's prompts
+    assert ids == [192, 191, exclamation, 193] + [0 if act == "gelu" else 193] * 73
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<probe>": 195, "<us>": 194, "<|endoftext|>": 193}),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {str(n): {"content": t} for n, t in enumerate(["<us>", "<probe>"], 194)}},
+        ),
+    ],
+)
+def test_tokens_that_were_added_keep_their_numbers(tokenizer_folder, tmp_path, name, content):
+    config = TextConfig(vocab_size=196)
+    (tokenizer_folder / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tokenizer_folder, config)
+    save_tokenizer(tokenizer, tmp_path / "again", config)
+    for known in (tokenizer, load_tokenizer(tmp_path / "again", config)):
+        assert tokenize(known, ["fetal <probe> <us>"], config)[0, :5].tolist() == [192, 191, 195, 194, 193]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"added_tokens_decoder": {"a": 1}}'])
+def test_a_broken_list_of_added_tokens_is_named(tokenizer_folder, content):
+    (tokenizer_folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer_config\.json: not as transformers writes it .*; fetch it again$"
+    ):
+        load_tokenizer(tokenizer_folder, TextConfig())
+
+
 def test_prompts_are_encoded_at_the_towers_own_length(tiny):
     prompts = ["fetal brain", "fetal femur"]
     with torch.no_grad():
         context = encode_prompts(tiny.tokenizer, tiny.text_encoder, prompts, clip_skip=2)
-        expected = tiny.text_encoder(tokenize(tiny.tokenizer, prompts, length=16), clip_skip=2)
+        expected = tiny.text_encoder(tokenize(tiny.tokenizer, prompts, tiny.text_encoder.config), clip_skip=2)
     assert context.shape == (2, 16, 12)
     assert torch.equal(context, expected)
 

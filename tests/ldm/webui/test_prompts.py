@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from ldm import MINI, CheckpointError
+from ldm.checkpoints.tokenizer import load_tokenizer
 from ldm.embedding import add_token, word_embedding
-from ldm.text import TextConfig, TextEncoder, encode_prompts, load_tokenizer
+from ldm.text import TextConfig, TextEncoder, encode_prompts, padding_id
 from ldm.webui.prompts import BREAK, encode_weighted, parse_prompt, split_chunks
 
 MARKS = 2  # the begin and the end mark of every chunk
 
 
-def random_encoder(positions):
+def random_encoder(positions, hidden_act="quick_gelu"):
     config = TextConfig(
         vocab_size=len(load_tokenizer(MINI / "tokenizer", TextConfig())),
         hidden_size=16,
@@ -22,6 +23,7 @@ def random_encoder(positions):
         num_hidden_layers=3,
         num_attention_heads=2,
         max_position_embeddings=positions,
+        hidden_act=hidden_act,
     )
     encoder, generator = TextEncoder(config).eval().requires_grad_(False), torch.Generator().manual_seed(0)
     for (
@@ -213,7 +215,7 @@ def by_hand(tokenizer, encoder, *chunks, clip_skip=1):
             ids, weights = ids + tokens, weights + [weight] * len(tokens)
         ids.append(tokenizer.eos_token_id)
         length = encoder.config.max_position_embeddings
-        ids += [tokenizer.pad_token_id] * (length - len(ids))
+        ids += [padding_id(tokenizer, encoder.config)] * (length - len(ids))
         weights += [1.0] * (length - len(weights))
         z = encoder(torch.tensor([ids]), clip_skip)[0].double()
         weighted = torch.stack([weight * row for weight, row in zip(weights, z, strict=True)])
@@ -280,19 +282,17 @@ def test_chunks_are_as_long_as_the_text_encoder_allows(tokenizer):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_stable_diffusion_2s_padding_does_not_swallow_an_exclamation_mark(tokenizer, encoder):
-    """There the padding is the token "!", id 0, and one mark ends the text."""
-    padding = copy.deepcopy(tokenizer)
-    padding.pad_token = "!"
+def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_does_not_swallow_an_exclamation_mark(tokenizer):
+    encoder = random_encoder(77, hidden_act="gelu")
     seen = []
     with encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0].tolist())):
-        actual = encode_weighted(padding, encoder, "fetal! (brain)")
-    text = [*padding("fetal!").input_ids[1:-1], *padding("brain").input_ids[1:-1]]
-    tokens = [padding.bos_token_id, *text, padding.eos_token_id]
-    assert seen == [tokens + [padding.pad_token_id] * (77 - len(tokens))] and padding.pad_token_id == 0
-    expected = by_hand(padding, encoder, [("fetal!", 1), ("brain", 1.1)])
+        actual = encode_weighted(tokenizer, encoder, "fetal! (brain)")
+    text = [*tokenizer("fetal!").input_ids[1:-1], *tokenizer("brain").input_ids[1:-1]]
+    tokens = [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
+    assert seen == [tokens + [0] * (77 - len(tokens))] and 0 not in tokens
+    expected = by_hand(tokenizer, encoder, [("fetal!", 1), ("brain", 1.1)])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(encode_weighted(padding, encoder, "fetal!"), encode_prompts(padding, encoder, ["fetal!"]))
+    assert torch.equal(encode_weighted(tokenizer, encoder, "fetal!"), encode_prompts(tokenizer, encoder, ["fetal!"]))
 
 
 def test_a_learned_token_takes_weights_and_starts_chunks_like_any_other(tokenizer, encoder):
