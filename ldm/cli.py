@@ -6,7 +6,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 import torch
 
 from ldm import MINI, CheckpointError
-from ldm.checkpoints import PREDICTION_TYPES, Model, load
+from ldm.checkpoints import NETWORKS, PREDICTION_TYPES, Model, load
 from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.checkpoints.tokenizer import CLIP_REPOSITORY
 
@@ -30,9 +30,9 @@ def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> Non
 def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model that the flags of `add_model_arguments` name; what is not here is downloaded from the hub.
 
-    Raises CheckpointError.
+    Raises CheckpointError, also for a weight that is not finite: it is named here, before a picture is black by it.
     """
-    return load(
+    model = load(
         resolve_model(args.model),
         device=device,
         dtype=dtype,
@@ -41,6 +41,14 @@ def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: to
         ema=args.ema,
         vae=args.vae and resolve_model(args.vae, "vae"),
     )
+    for name in NETWORKS:
+        for key, weight in getattr(model, name).state_dict().items():
+            if not weight.isfinite().all():
+                advice = "fetch or train it again" if dtype == torch.float32 else "try --dtype fp32, or fetch it again"
+                raise CheckpointError(
+                    f"{args.model}: {name}.{key} is not finite in {str(weight.dtype).removeprefix('torch.')}; {advice}"
+                )
+    return model
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -96,6 +96,8 @@ def load_embedding(
     ((key, vectors),) = tensors.items()
     if vectors.ndim not in (1, 2) or vectors.shape[:-1].numel() != 1:
         raise CheckpointError(f"{path}: {key} has shape {list(vectors.shape)}; one token's is (D,) or (1, D)")
+    if not vectors.isfinite().all():
+        raise CheckpointError(f"{path}: {key} is not finite; train the token again, at a lower rate, or fetch it again")
     token = token or (path.stem if key == WEBUI_KEY else key)
     try:
         return token, add_token(tokenizer, text_encoder, token, vectors.flatten())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm.generate import seeded_noise
 from ldm.vae import AutoencoderKL
-from planes.pictures import open_image
+from planes.pictures import ImageError, open_image
 
 
 def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
@@ -53,8 +53,14 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
 def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Images (B, H, W, 3) uint8 on the CPU of scaled latents (B, 4, H/8, W/8).
 
-    They are decoded one at a time: the decoder needs far more memory for an image than the U-Net.
+    They are decoded one at a time: the decoder needs far more memory for an image than the U-Net. Raises ImageError
+    where what it returns is not finite.
     """
     dtype, device = vae.post_quant_conv.weight.dtype, vae.post_quant_conv.weight.device
     images = torch.cat([vae.decode(row[None].to(device, dtype)).float().cpu() for row in latents])
+    if not images.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise ImageError(
+            f"what the VAE makes of the latents is not finite in {kind}; give another --vae, or a wider type"
+        )
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)

@@ -20,7 +20,9 @@ class Denoiser:
         in two calls of B where it is not (as webui does; padding the shorter one would change the image)
     prediction_type: what the model predicts, "epsilon" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512)
 
-    Raises SamplerError for an unknown prediction_type, or guidance without a negative_context of context's B and D.
+    Raises SamplerError for an unknown prediction_type, a guidance_scale that is not finite, or guidance without a
+    negative_context of context's B and D; when called, where what it returns would not be finite: no later step can
+    mend that, and a decoder makes a picture even of it.
     """
 
     def __init__(
@@ -34,6 +36,8 @@ class Denoiser:
     ):
         if prediction_type not in ("epsilon", "v_prediction"):
             raise SamplerError(f"unknown prediction_type {prediction_type!r}: choose epsilon or v_prediction")
+        if not math.isfinite(guidance_scale):
+            raise SamplerError(f"guidance_scale {guidance_scale}: must be a finite number")
         self.guided = guidance_scale != 1
         if self.guided and negative_context is None:
             raise SamplerError(f"guidance_scale {guidance_scale:g} needs a negative_context; without one use 1")
@@ -63,5 +67,12 @@ class Denoiser:
             negative, positive = prediction.chunk(2)
             prediction = negative + self.guidance_scale * (positive - negative)
         if self.prediction_type == "epsilon":
-            return x - sigma * prediction
-        return x / scale**2 - sigma / scale * prediction
+            x0 = x - sigma * prediction
+        else:
+            x0 = x / scale**2 - sigma / scale * prediction
+        if not x0.isfinite().all():
+            kind = str(self.contexts[0].dtype).removeprefix("torch.")
+            wider = "bf16 or fp32 (--dtype), or " if kind == "float16" else ""
+            remedy = f"take {wider}another model, LoRA or embedding, or a lower guidance scale"
+            raise SamplerError(f"what the model predicts at t = {t[0]:g} is not finite in {kind}: {remedy}")
+        return x0

@@ -166,8 +166,10 @@ def unipc_nodes(
     else:
         if spacing == "trailing":
             times = _spaced(schedule, spacing, steps)
+        elif spacing == "linspace":  # counted up, as diffusers does: ties of the rounding hang on the last bit
+            times = np.round(np.linspace(0, schedule.num_train_timesteps - 1, steps + 1))[:0:-1]
         else:  # the last of N + 1 times is left to `final`
-            times = np.round(_spaced(schedule, spacing, steps + 1, steps_offset)[:-1])
+            times = _spaced(schedule, spacing, steps + 1, steps_offset)[:-1]
         sigmas = schedule.sigma(times)
     return _nodes(schedule, times, sigmas, final, init_scale=math.hypot(1, sigmas[0]))
 
@@ -211,7 +213,7 @@ def _spaced(schedule: NoiseSchedule, spacing: str, count: int, steps_offset: int
     if spacing == "linspace":
         return np.linspace(T - 1, 0, count)
     if spacing == "trailing":
-        return np.round(T - np.arange(count) * (T / count)) - 1
+        return np.round(np.arange(T, 0, -T / count)[:count]) - 1
     times = np.arange(count)[::-1] * float(T // count) + steps_offset
     if not 0 <= times[-1] <= times[0] <= T - 1:
         raise SamplerError(f"steps_offset {steps_offset}: moves the times beyond [0, {T - 1}]")

@@ -141,3 +141,22 @@ def test_guidance_combines_the_predictions_of_a_half_precision_network_in_float3
         return Denoiser(model, nodes, context, negative, 7.0, prediction_type)(x, nodes.sigmas[0])
 
     torch.testing.assert_close(denoise(widen=False), denoise(widen=True), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("guidance_scale", [1, 3])
+def test_a_prediction_that_is_not_finite_ends_the_sampling_at_its_step(value, guidance_scale):
+    nodes = euler_nodes(SCHEDULE, 4)
+
+    def broken(x_vp, t, context):
+        prediction = network(x_vp, t, context)
+        if t[0] < 500:
+            prediction[-1, -1, -1, -1] = value
+        return prediction
+
+    zeros = torch.zeros(1, 1, 1, dtype=torch.float64)
+    denoise = Denoiser(broken, nodes, zeros, zeros, guidance_scale)
+    with pytest.raises(SamplerError, match=r"predicts at t = 333 is not finite in float64: take another model"):
+        sample_euler(denoise, nodes.init_scale * noise(1, 1, 3, 3), nodes.sigmas)
+    with pytest.raises(SamplerError, match="must be a finite number"):
+        Denoiser(network, nodes, zeros, zeros, value)

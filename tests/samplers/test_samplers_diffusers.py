@@ -110,3 +110,22 @@ def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
         SCHEDULE.velocity(latents, noise, t), theirs.get_velocity(latents, noise, t), **tolerance
     )
     np.testing.assert_allclose(SCHEDULE.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_times_are_those_of_diffusers_at_every_number_of_steps(diffusers, sampler, spacing):
+    """What is rounded hangs on its last bit, and so on the way of counting.
+
+    Euler's only step of linspace is diffusers' t = 0, from which no image can come, and k-diffusion's 999.
+    """
+    scheduler = {"euler": diffusers.EulerDiscreteScheduler, "unipc": diffusers.UniPCMultistepScheduler}[sampler]
+    nodes = {"euler": euler_nodes, "unipc": unipc_nodes}[sampler]
+    theirs = scheduler(**BETAS, timestep_spacing=spacing)
+    off = []
+    for steps in range(2 if (sampler, spacing) == ("euler", "linspace") else 1, 1000):
+        theirs.set_timesteps(steps)
+        own = np.float32(nodes(SCHEDULE, steps, spacing).timesteps)
+        if not np.allclose(own, theirs.timesteps.numpy()[:steps], rtol=0, atol=1e-3):
+            off.append(steps)
+    assert off == []

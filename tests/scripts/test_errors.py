@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from ldm import MINI
@@ -123,6 +124,52 @@ def test_a_model_with_other_tensors_than_it_needs_is_told_which(name, tmp_path, 
     line = refused("sample", ["--model", tmp_path / "model"], tmp_path / "out", monkeypatch, capsys)
     assert line.startswith(f"{tmp_path / 'model'}") and message in line
     assert "fetch it again" in line or "give a checkpoint of SD 1 or SD 2" in line
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("script", ["sample", "train_lora"])
+def test_a_weight_that_is_not_finite_is_named_when_the_model_is_loaded(value, script, tmp_path, monkeypatch, capsys):
+    changed_mini(tmp_path / "model", lambda tensors: tensors["conv_in.weight"].view(-1)[3].fill_(value))
+    (tmp_path / "images").mkdir()
+    Image.new("L", (64, 64)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a photo")
+    flags = {"sample": [], "train_lora": ["--images", tmp_path / "images"]}[script]
+    line = refused(script, ["--model", tmp_path / "model", *flags], tmp_path / "out", monkeypatch, capsys)
+    assert line == f"{tmp_path / 'model'}: unet.conv_in.weight is not finite in float32; fetch or train it again"
+
+
+def test_activations_that_leave_half_precision_are_told_with_the_step_and_the_remedy(tmp_path, monkeypatch, capsys):
+    def swell(tensors):  # the same function, but for what its middle reaches
+        for name, weight in list(tensors.items()):
+            if ".ff.net.0.proj." in name:
+                value, gate = weight.float().chunk(2)
+                tensors[name] = torch.cat([value * 1e5, gate])
+            elif name.endswith(".ff.net.2.weight"):
+                tensors[name] = weight.float() / 1e5
+
+    changed_mini(tmp_path / "model", swell)
+    flags = ["--model", tmp_path / "model", "--planes", "brain", "--samplers", "euler", "--count", 1, "--steps", 2]
+    half = refused("sample", [*flags, "--dtype", "fp16"], tmp_path / "out", monkeypatch, capsys)
+    assert half.startswith(
+        "what the model predicts at t = 999 is not finite in float16: take bf16 or fp32 (--dtype), or "
+    )
+    sample = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
+    flags += ["--dtype", "bf16", "--device", "cpu", "--out", tmp_path / "bf16"]
+    sample["main"](sample["parse_args"](list(map(str, flags))))
+    assert len(list((tmp_path / "bf16" / "brain").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_embedding_that_is_not_finite_is_refused(value, tmp_path, monkeypatch, capsys):
+    save_file({"<us>": torch.full((1, 128), value)}, tmp_path / "us.safetensors")
+    line = refused("sample", ["--embedding", tmp_path / "us.safetensors"], tmp_path / "out", monkeypatch, capsys)
+    assert line.startswith(f"{tmp_path / 'us.safetensors'}: <us> is not finite; train the token again")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
+def test_a_guidance_scale_that_is_no_number_is_refused(scale, tmp_path, monkeypatch, capsys):
+    line = refused("sample", [f"--guidance-scale={scale}", "--count", 1], tmp_path / "out", monkeypatch, capsys)
+    assert line == f"guidance_scale {scale}: must be a finite number"
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (7, "an upscaling")])
