@@ -180,18 +180,7 @@ def main(args):
     prompts_of = {plane: tuple(with_token(prompt, token) for prompt in prompts_of[plane]) for plane in prompts_of}
 
     # what is to be made, and the text embeddings for it
-    same = ("negative_prompt", "steps", "spacing", "clip_skip", "strength")
-    common = {name: getattr(args, name) for name in same} | {
-        "guidance": args.guidance_scale,
-        "width": width,
-        "height": height,
-        "loras": webui.tags(loras),
-        "lora_hashes": webui.lora_hashes(args.lora),
-        "init_image": sha256(args.init_image)[:10] if args.init_image else "",
-        "model": Path(args.model).name.removesuffix(".safetensors"),
-        "model_hash": webui.model_hash(hashes),
-    }
-    groups = list(plan(args, prompts_of, common))
+    groups = list(plan(args, prompts_of, webui.common_fields(args, model, hashes, loras, (width, height))))
     if wanted:
         webui.require_same(groups[0][0], wanted, args.like)
     texts = sorted({shot.prompt for group in groups for shot in group} | {args.negative_prompt})

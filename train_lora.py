@@ -32,7 +32,7 @@ from lora.files import save_lora
 from lora.files.metadata import metadata
 from lora.layer import LoRAError
 from lora.model import TARGETS
-from paper.adapt import Contexts, adapt, captioned_images, default_repeats, sample_sheet
+from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError
 from samplers.schedule import NoiseSchedule
@@ -176,7 +176,7 @@ def main(args):
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
     model_hashes = model.sha256()
-    identity = training.run_identity(vars(args) | {"size": size}) | model_hashes
+    identity = training.run_identity(vars(args) | {"size": size}) | model_hashes | material(images, paths, model, args)
     state = {"lora": parameters, "optimizer": optimizer, "scaler": scaler}
     if args.resume and checkpoint.exists():
         done, rows = training.load_checkpoint(checkpoint, identity, **state)

@@ -8,6 +8,8 @@
 | DreamBooth (Ruiz et al. 2023) | LoRA, held to images of the base model | name a rare word |
 """
 
+import hashlib
+import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from eval.record import sha256
 from ldm.checkpoints import Model
+from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.embedding import add_token, word_embedding
 from ldm.generate import generate
 from ldm.images import decode_images
@@ -56,6 +60,22 @@ def captioned_images(args: Namespace) -> list[Captioned]:
     images = training_images(args.spanish, args.images, args.manifest, args.per_plane, args.seed)
     images = [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in images]
     return [say_style(image) for image in images] if args.style_words else images
+
+
+def material(images: Sequence[Captioned], paths: Sequence[Path], model: Model, args: Namespace) -> dict[str, str]:
+    """What a run was made of besides its settings and weights, which it must have again when it goes on.
+
+    paths: of the images and, behind them, of the base model's own
+    """
+    files = "".join(sha256(path) for path in paths)
+    words = json.dumps([(image.caption, image.repeats) for image in images])
+    return {
+        "images and captions": hashlib.sha256((files + words).encode()).hexdigest()[:10],
+        "tokenizer": tokenizer_hash(model.tokenizer)[:10],
+        "prediction_type": model.prediction_type,
+        "dtype": args.dtype,
+        "ema": str(args.ema),
+    }
 
 
 def adapt(model: Model, args: Namespace, dtype: torch.dtype, say: Callable[[str], object]) -> Trained:

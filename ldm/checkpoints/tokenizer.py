@@ -1,5 +1,6 @@
 """CLIP's tokenizer from vocab.json and merges.txt, and back."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -59,6 +60,12 @@ def _added_tokens(folder: Path, known: int) -> list[str]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not as transformers writes it ({error}); fetch it again") from None
     return [added[number] for number in sorted(added) if number >= known]
+
+
+def tokenizer_hash(tokenizer: CLIPTokenizer) -> str:
+    """The sha256 of its vocabulary and merges, without tokens that were added."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return hashlib.sha256(json.dumps([model["vocab"], model["merges"]], sort_keys=True).encode()).hexdigest()
 
 
 def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path, config: TextConfig) -> None:

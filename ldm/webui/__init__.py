@@ -5,10 +5,10 @@
 | prompts with weights in brackets, of any length | `prompts.py` |
 | one image's settings, in its PNG and back | `shots.py` |
 | the webui's text there | `infotext.py` |
-| the flags that make it again | `like.py` |
+| what images of a run share, the flags that make one again | `like.py` |
 """
 
-from ldm.webui.like import settings_of
+from ldm.webui.like import common_fields, settings_of
 from ldm.webui.shots import (
     Shot,
     is_saved,
@@ -25,6 +25,7 @@ from ldm.webui.shots import (
 
 __all__ = [
     "Shot",
+    "common_fields",
     "is_saved",
     "lora_hash",
     "lora_hashes",

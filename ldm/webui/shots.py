@@ -62,6 +62,10 @@ class Shot:
     strength: float | None  # of the variation
     model: str
     model_hash: str
+    dtype: str = ""  # of the U-Net and the text encoder; "" where a foreign PNG does not say, as of what follows
+    prediction_type: str = ""
+    ema: bool = False
+    tokenizer: str = ""  # hash
 
 
 def webui_text(shot: Shot, batch: Sequence[int] = (1, 0)) -> str:
@@ -150,9 +154,10 @@ def read_shot(path: Path) -> tuple[Shot, tuple[int, int]]:
 def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
     """Raises ImageError where --like would take another model, LoRA or init image than its image was made with."""
     flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
+    flags |= {name: f"--{name.replace('_', '-')}" for name in ("dtype", "prediction_type", "ema", "tokenizer")}
     for name, flag in flags.items():
         before, now = getattr(wanted, name), getattr(shot, name)
-        if before != now and (before or name not in ("lora_hashes", "model_hash")):
+        if before != now and (before or name in ("loras", "init_image")):
             raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import runpy
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,7 @@ from ldm.vae import AutoencoderKL, VAEConfig
 from ldm.webui.infotext import parse_parameters
 from lora.files import save_lora
 from lora.model import inject, lora_layers
+from planes.pictures import ImageError
 from planes.style import STYLES, with_style
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "sample.py")
@@ -412,3 +414,43 @@ def test_a_lora_that_differs_from_the_images_is_named_with_both_hashes(run, tiny
         sample(tmp_path / "out", "--like", path, "--model", tiny, "--lora", other, loras[1])
     assert data_sha256(loras[0])[:12] in str(error.value) and data_sha256(other)[:12] in str(error.value)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# --- images that are kept ---
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"--dtype": "bf16"},
+        {"--prediction-type": "v_prediction"},
+        {"--tokenizer": "other"},
+        {"--negative-prompt": "head"},
+        {"--spacing": "leading"},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_an_image_made_with_another_flag_that_changes_pixels_is_made_again(tiny, tmp_path, capsys, other):
+    flags = ["--model", tiny, "--prompt", "a photo of fetal femur", "--seeds", 1]
+    before = pixels(sample(tmp_path / "out", *flags) / "prompt" / "euler_1.png")
+    sample(tmp_path / "out", *flags)
+    assert "1 images: 1 are there, 0 to make" in capsys.readouterr().out
+    if "--tokenizer" in other:  # two words of the prompt change their numbers
+        shutil.copytree(tiny / "tokenizer", tmp_path / "other")
+        vocabulary = json.loads((tmp_path / "other" / "vocab.json").read_text())
+        vocabulary["photo</w>"], vocabulary["fetal</w>"] = vocabulary["fetal</w>"], vocabulary["photo</w>"]
+        (tmp_path / "other" / "vocab.json").write_text(json.dumps(vocabulary))
+        other = {"--tokenizer": tmp_path / "other"}
+    sample(tmp_path / "out", *flags, *[part for flag in other.items() for part in flag])
+    assert "1 images: 0 are there, 1 to make" in capsys.readouterr().out
+    assert (pixels(tmp_path / "out" / "prompt" / "euler_1.png") != before).any()
+
+
+def test_an_image_again_by_like_takes_its_precision_and_refuses_another(tiny, tmp_path, capsys):
+    run = sample(tmp_path / "out", "--model", tiny, "--prompt", PROMPT, "--seeds", 1, "--dtype", "bf16")
+    moved = tmp_path / "moved.png"  # away from the record of its run
+    shutil.copy(run / "prompt" / "euler_1.png", moved)
+    sample(tmp_path / "again", "--model", tiny, "--like", moved)
+    assert "the very pixels" in capsys.readouterr().out
+    with pytest.raises(ImageError, match=r"was made with dtype bf16, not fp32; give its --dtype"):
+        sample(tmp_path / "fp32", "--model", tiny, "--like", moved, "--dtype", "fp32")

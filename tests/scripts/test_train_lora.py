@@ -6,6 +6,7 @@ Runs are of a few steps, of a random model with the embedded one's tokenizer, on
 import json
 import math
 import runpy
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -294,6 +295,31 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     assert vector.isfinite().all()
 
 
+@pytest.mark.parametrize("change", ["image", "caption", "--dtype", "--prediction-type", "--tokenizer"])
+def test_a_run_goes_on_with_what_it_was_made_of_alone(tiny, folder, tmp_path, change):
+    shutil.copytree(folder, tmp_path / "images")
+    shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
+    flags = ["--epochs", 1, "--tokenizer", tmp_path / "tokenizer"]
+    train(tiny, tmp_path / "images", tmp_path / "out", *flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    named, more = "images and captions", []
+    if change == "image":
+        Image.new("RGB", WIDE).save(tmp_path / "images" / "2_fetal brain" / "0.png")
+    elif change == "caption":
+        (tmp_path / "images" / "2_fetal brain" / "0.txt").write_text("a photo of fetal brain")
+    elif change == "--tokenizer":
+        vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
+        vocabulary["photo</w>"], vocabulary["fetal</w>"] = vocabulary["fetal</w>"], vocabulary["photo</w>"]
+        (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+        named = "tokenizer"
+    else:
+        named = change[2:].replace("-", "_")
+        more = [change, {"dtype": "bf16", "prediction_type": "v_prediction"}[named]]
+    with pytest.raises(LoRAError, match=rf"other settings \({named} was \w+, is \w+\): use its own"):
+        train(tiny, tmp_path / "images", tmp_path / "out", *flags, "--epochs", 2, "--resume", *more)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
 def test_fewer_epochs_than_are_done_are_refused_and_nothing_is_overwritten(tiny, folder, tmp_path):
     train(tiny, folder, tmp_path, "--epochs", 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -309,7 +335,7 @@ def test_sample_sheets_show_the_text_encoder_as_it_is_trained(tiny, folder, tmp_
         contexts.append((context[0], negative_context[0]))
         return torch.zeros(len(seeds), 4, *size)
 
-    monkeypatch.setitem(SCRIPT["main"].__globals__, "generate", generate)
+    monkeypatch.setattr("paper.adapt.generate", generate)
     model = train(tiny, folder, tmp_path, "--train-text-encoder", "--batch-size", 8, "--sample-every", 0)
     base = load(tiny)
     for shown, text in zip((*contexts[0], contexts[1][0]), ("fetal brain", "", "fetal femur")):
@@ -326,7 +352,7 @@ def test_of_many_captions_a_sample_sheet_shows_eight_from_first_to_last(tiny, fo
     prompts = []
     monkeypatch.setattr("paper.adapt.encode_prompts", lambda *args: prompts.append(args[2]) or encode_prompts(*args))
     drawn = torch.zeros(4, 4, 8, 8)
-    monkeypatch.setitem(SCRIPT["main"].__globals__, "generate", lambda *args, **settings: drawn)
+    monkeypatch.setattr("paper.adapt.generate", lambda *args, **settings: drawn)
     few = ["--train-text-encoder", "--batch-size", 20, "--repeats", 1, "--sample-every", 0]
     train(tiny, tmp_path / "images", tmp_path / "out", *few)
     assert [asked[0] for asked in prompts if len(asked) == 1 and asked[0]] == ["a", "d", "g", "j", "m", "p", "s"]
