@@ -29,8 +29,9 @@ from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
+from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
-from eval.record import record_run, sha256, sha256_of_all
+from eval.record import record_run, require_folder, sha256, sha256_of_all
 from planes import PLANES
 from planes.datasets import (
     DatasetError,
@@ -78,8 +79,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-3, help="learning rate of SGD with momentum 0.9 (1e-3)")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr; cosine: to 0 (constant)")
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="that decode images (4 at most)")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=seed_number, default=0)
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, default="fp32", help="of autocast (fp32)")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     args.size = recipe.size if args.size is None else args.size
     args.input_range = args.input_range or recipe.input_range
     at_least = dict.fromkeys(("epochs", "passes", "batch_size", "per_plane"), 1)
-    for name, least in (at_least | dict.fromkeys(("validation", "workers", "seed"), 0)).items():
+    for name, least in (at_least | dict.fromkeys(("validation", "workers"), 0)).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if not args.lr > 0:
@@ -145,20 +146,10 @@ def write_table(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def check_out(out: Path) -> None:
-    """ClassifyError unless a folder `out` is there or can be made; makes nothing."""
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ClassifyError(f"--out {out}: {nearest} is not a folder that can be written to")
-
-
 def main(args):
     # everything that can be refused is refused before any work
-    check_out(args.out)
-    try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ClassifyError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
+    require_folder(args.out)
+    device = torch.device(args.device)
     training, validation, test, twice = choose_records(args)
     copies = find_copies(training, test)
     torch.manual_seed(args.seed)

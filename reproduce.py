@@ -18,7 +18,8 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
-from eval.record import record_environment, sha256
+from eval.flags import device_name, seed_number
+from eval.record import record_environment, require_folder, sha256
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags
 from lora import LoRAError
@@ -115,9 +116,11 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="ResNet18 on six data models, three seeds, fewer synthetic images")
     add("--beyond", action="store_true", help="also detailed prompts, Textual Inversion and DreamBooth")
     add("--plan", action="store_true", help="print the rows, what they need and what is missing here; run nothing")
-    add("--seeds", type=int, nargs="+", help="of the classifiers: each row is run with each (0; --quick: 0 1 2)")
-    add("--seed", type=int, default=0, help="of selections, phantoms, the LoRAs and the synthetic images (0)")
-    add("--device", help="of every stage (default: CUDA where there is one)")
+    add(
+        "--seeds", type=seed_number, nargs="+", help="of the classifiers: each row is run with each (0; --quick: 0 1 2)"
+    )
+    add("--seed", type=seed_number, default=0, help="of selections, phantoms, the LoRAs and the synthetic images (0)")
+    add("--device", type=device_name, help="of every stage (default: CUDA where there is one)")
     add("--out", type=Path, default=Path("runs/reproduce"))
     args = parser.parse_args(argv)
     if (args.spanish is None) != (args.african is None):
@@ -268,6 +271,7 @@ def main(args):
         models = describe_models(args)
         print(preview(args, scale, selections, models, full=scale is PAPER, done=partial(is_run, args.out)))
         return
+    require_folder(args.out)
     if spanish is None:
         spanish, african = make_phantoms(args)
     selections = Selections(spanish, african, lists, scale.per_plane, args.seed)
@@ -293,6 +297,6 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (CheckpointError, ClassifyError, DatasetError, LoRAError, ResultError, SamplerError) as error:
+    except (CheckpointError, ClassifyError, DatasetError, LoRAError, OSError, ResultError, SamplerError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         sys.exit(2)

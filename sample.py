@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.figures import first_images_figure, save
+from eval.flags import LAST_SEED, device_name, seed_number
 from eval.record import record_run, sha256, write_atomically
 from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
@@ -32,7 +33,7 @@ from lora.files import load_lora
 from lora.layer import LoRAError
 from lora.model import merge
 from planes import PLANES
-from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_token
+from planes.captions import choose_prompt, is_text, prompt_in_turn, read_prompts, with_token
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
@@ -55,8 +56,13 @@ def parse_args(argv=None):
     add("--negative-prompt", default="", help="what guidance leads away from (nothing)")
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
     add("--count", type=int, help="images per prompt and sampler (500)")
-    add("--seed", type=int, default=0, help="the first seed (0)")
-    add("--seeds", type=int, nargs="+", help="instead of --seed and --count, the seeds for every prompt and sampler")
+    add("--seed", type=seed_number, default=0, help="the first seed (0)")
+    add(
+        "--seeds",
+        type=seed_number,
+        nargs="+",
+        help="instead of --seed and --count, the seeds for every prompt and sampler",
+    )
     add("--steps", type=int, default=20, help="model calls per image (20)")
     add("--spacing", help="of the noise levels: linspace, leading, trailing or karras (default: the sampler's own)")
     add("--order", type=int, help="UniPC's, 1 to 3 (3)")
@@ -67,7 +73,7 @@ def parse_args(argv=None):
     add("--strength", type=float, help="of the variation, up to 1; int(steps * strength) steps are done (0.75)")
     add("--like", type=Path, help="a PNG of this script or of the webui: its settings are the flags' defaults")
     add("--batch-size", type=int, default=8)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="of the U-Net and the text encoder (default: fp16 on CUDA, else fp32)")
     add("--out", type=Path, required=True)
     if like := parser.parse_args(argv).like:
@@ -95,6 +101,10 @@ def parse_args(argv=None):
         parser.error(f"--token {args.token}: names the token of an --embedding FILE, which is not given")
     if args.count > SEEDS_APART:
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
+    if args.seed > LAST_SEED - len(PLANES) * len(SAMPLERS) * SEEDS_APART:
+        parser.error(f"--seed {args.seed}: those of the last plane would lie beyond {LAST_SEED}")
+    if bad := next((text for text in (args.prompt, args.negative_prompt, args.rare_token) if not is_text(text)), None):
+        parser.error(f"{bad!r}: holds bytes that are no text in this terminal's encoding; type it in UTF-8")
     if len(args.lora_weight) not in (1, len(args.lora)):
         parser.error(
             f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or each one's"

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval.flags import device_name, seed_number
 from eval.record import record_run, sha256, write_atomically
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
@@ -81,8 +82,8 @@ def parse_args(argv=None):
     add("--sample-every", type=int, default=0, help="optimizer steps between sample sheets; 0: only the last (0)")
     add("--guidance-scale", type=float, default=7.0, help="of the sample sheets (7)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=seed_number, default=0)
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="of the frozen base and of autocast (default: fp16 on CUDA, else fp32)")
     parser.set_defaults(**training.PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
@@ -153,8 +154,7 @@ def main(args):
         f"batch {args.batch_size} x {args.accumulate} accumulated -> {steps:,} optimizer steps"
     )
 
-    sheets = args.out / "samples"
-    sheets.mkdir(parents=True, exist_ok=True)
+    (sheets := args.out / "samples").mkdir(parents=True, exist_ok=True)
     save_sheet = partial(sample_sheet, args, model, context_of, autocast, size // downsampling)
     optimizer, reason = training.make_optimizer(trained.groups, args.weight_decay, args.optimizer == "adamw8bit")
     if reason:
@@ -218,7 +218,7 @@ def main(args):
         # a GradScaler skips single steps by design; many in a row, or one without it, is a run gone wrong
         bad = 0 if math.isfinite(mean_loss) and math.isfinite(norm) else bad + 1
         if bad > (10 if scaler.is_enabled() else 0):
-            advice = f"{checkpoint} holds the last good state: try a lower --lr, or --dtype bf16 or fp32"
+            advice = f"{checkpoint} holds the last good state: " * checkpoint.exists() + "try a lower --lr, or fp32"
             raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
         rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
         progress.set_postfix(loss=f"{mean_loss:.4f}")

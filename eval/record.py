@@ -26,11 +26,21 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
 
 
+def require_folder(out: Path) -> None:
+    """OSError unless a folder `out` is there or can be made, and written to; makes nothing."""
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise NotADirectoryError(f"--out {out}: {nearest} is not a folder that can be written to; give another")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file in one go: whoever reads it finds the old text or the new one, whole."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # of a disk that was full
 
 
 def record_run(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:

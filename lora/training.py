@@ -168,8 +168,14 @@ def save_checkpoint(
     """
     state = {"identity": dict(identity), "step": step, "rows": rows, "lora": [tensor.detach().cpu() for tensor in lora]}
     state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(state, part)
+        part.replace(path)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(

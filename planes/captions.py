@@ -36,7 +36,18 @@ def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
     for plane, prompts in lists.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
             raise DatasetError(f"{source}: {plane} needs a list of one or more prompts, in quotation marks")
+        if bad := next((prompt for prompt in prompts if not is_text(prompt)), None):
+            raise DatasetError(f"{source}: {plane} has {bad!r}, in which half a character stands alone; write it whole")
     return {plane: tuple(lists[plane]) for plane in PLANES}
+
+
+def is_text(text: str | None) -> bool:
+    """Can it be written in UTF-8? A lone surrogate, half of a character, cannot; None is no text to mind."""
+    try:
+        (text or "").encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:

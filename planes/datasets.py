@@ -122,7 +122,9 @@ def read_synthetic(manifest: str | Path) -> list[Record]:
         files = {file.stem: file for file in path.parent.rglob("*.png")}
         names = _rows(path, "Plane", ("Image_name",))
         rows = [(plane, files.get(name, path.parent / f"{name}.png"), "published") for _, plane, name in names]
-    return [Record(file, plane, f"synthetic/{file.stem}", True, "synthetic", sampler) for plane, file, sampler in rows]
+    # each is a patient of its own: of one seed there may be an image of every plane and sampler
+    of = [f"synthetic/{plane}/{sampler}/{file.stem}" for plane, file, sampler in rows]
+    return [Record(f, plane, name, True, "synthetic", sampler) for name, (plane, f, sampler) in zip(of, rows)]
 
 
 def require_images(records: Iterable[Record]) -> None:

@@ -141,6 +141,7 @@ def _read_metadata(file: Path, repeats: int) -> list[Captioned]:
             name, caption = row["file_name"], row["text"] if "text" in row else row["caption"]
             if not (name.strip() and caption.strip()):
                 raise ValueError("empty")
+            (name + caption).encode("utf-8")  # half a character, as "\\ud800", is a ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
             needed = '{"file_name": "image.png", "text": "its caption"}'
             raise DatasetError(f"{file}, line {number}: must be like {needed}, neither of them empty") from None

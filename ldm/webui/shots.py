@@ -107,8 +107,11 @@ def save_shot(path: Path, pixels: np.ndarray, shot: Shot, batch: Sequence[int] =
     text.add_text(OWN_CHUNK, json.dumps(asdict(shot) | {"batch": list(batch)}))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    Image.fromarray(pixels).save(part, format="PNG", pnginfo=text)
-    part.replace(path)
+    try:
+        Image.fromarray(pixels).save(part, format="PNG", pnginfo=text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a disk that was full
 
 
 def manifest_text(shots: Sequence[Shot]) -> str:
@@ -234,8 +237,11 @@ def _webui_shot(info: Infotext) -> Shot:
 
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:
-    """What LoRAs are called in the text: by their files, and by their folders too where two files have one name."""
-    stems = [path.stem for path in paths]
+    """What LoRAs are called in the text: by their files, and by their folders too where two files have one name.
+
+    What would end a tag or a hash there, <, :, > and the comma, becomes an underline.
+    """
+    stems = [re.sub(r"[<:>,]", "_", path.stem) for path in paths]
     return [s if stems.count(s) == 1 else f"{path.absolute().parent.name}-{s}" for s, path in zip(stems, paths)]
 
 
