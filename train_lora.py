@@ -31,6 +31,7 @@ from ldm.images import encode_images, read_image
 from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
+from lora.interrupt import SaveTimes
 from lora.layer import LoRAError
 from lora.model import TARGETS
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")
     add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw8bit", help="adamw8bit needs CUDA (adamw8bit)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
-    add("--save-every", type=int, default=500, help="optimizer steps between checkpoints (500)")
+    add("--save-every", type=int, help="optimizer steps between checkpoints (every five minutes)")
     add("--sample-every", type=int, default=0, help="optimizer steps between sample sheets; 0: only the last (0)")
     add("--guidance-scale", type=float, default=7.0, help="of the sample sheets (7)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -148,11 +149,7 @@ def main(args):
     steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
     for (_, height, width), count in zip(shapes, torch.bincount(bucket_of) if args.bucket else ()):
         print(f"{count} images in the bucket of {width * downsampling} x {height * downsampling} px")
-    print(
-        f"{len(images)} images x {' or '.join(map(str, repeats.unique().tolist()))} repeats x {args.epochs} epochs = "
-        f"{args.epochs * int(repeats.sum()):,} image passes; "
-        f"batch {args.batch_size} x {args.accumulate} accumulated -> {steps:,} optimizer steps"
-    )
+    print(training.describe_passes(repeats, args.epochs, args.batch_size, args.accumulate, steps))
 
     (sheets := args.out / "samples").mkdir(parents=True, exist_ok=True)
     save_sheet = partial(sample_sheet, args, model, context_of, autocast, size // downsampling)
@@ -189,7 +186,7 @@ def main(args):
         lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in rows)]
         write_atomically(args.out / "loss.csv", "\n".join(lines) + "\n")
 
-    bad = 0
+    bad, saves = 0, SaveTimes(args.save_every)
     progress = tqdm(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in progress:
         # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
@@ -224,8 +221,10 @@ def main(args):
         progress.set_postfix(loss=f"{mean_loss:.4f}")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             save_sheet(sheets / f"step{step + 1:06}.png", shown)
-        if (step + 1) % args.save_every == 0:
+        if saves.due(step + 1):
             save_state(step + 1)
+            saves.leave_if_asked(f"{checkpoint} has the {step + 1:,} steps that are done; --resume goes on from there")
+    saves.restore()
 
     # the file that kohya's tools, the webui and load_lora read
     if not args.sample_every:

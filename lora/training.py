@@ -59,6 +59,15 @@ def batches_per_epoch(repeats: Tensor, buckets: Tensor, batch_size: int) -> int:
     return sum(math.ceil(int(repeats[buckets == bucket].sum()) / batch_size) for bucket in buckets.unique())
 
 
+def describe_passes(repeats: Tensor, epochs: int, batch_size: int, accumulate: int, steps: int) -> str:
+    """How image passes make optimizer steps, in a line."""
+    each = " or ".join(map(str, repeats.unique().tolist()))
+    return (
+        f"{len(repeats)} images x {each} repeats x {epochs} epochs = {epochs * int(repeats.sum()):,} image passes; "
+        f"batch {batch_size} x {accumulate} accumulated -> {steps:,} optimizer steps"
+    )
+
+
 def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
     """Indices (M,) of images cut into batches of one bucket each, in their order within a bucket."""
     bucket_of = buckets[images]

@@ -5,8 +5,10 @@ Runs are of a few steps, of a random model with the embedded one's tokenizer, on
 
 import json
 import math
+import os
 import runpy
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from ldm.images import encode_images
 from ldm.text import TextConfig, TextEncoder, encode_prompts
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
-from lora import LoRAError, lora_layers, remove
+from lora import LoRAError, lora_layers, remove, training
+from lora.interrupt import SaveTimes
 from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss_weights
 from planes.style import style_words
 from samplers.schedule import NoiseSchedule
@@ -293,6 +296,47 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     assert rates == pytest.approx([1e-3, 1e-3 * (2 + 2**0.5) / 4, 5e-4, 1e-3 * (2 - 2**0.5) / 4])
     ((_, vector),) = load_file(tmp_path / "whole" / "embedding.safetensors").items()
     assert vector.isfinite().all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tiny, folder, tmp_path, number, capsys):
+    flags = ["--epochs", 2, "--seed", 3]  # eight steps
+    train(tiny, folder, tmp_path / "whole", *flags)
+    before, rate_share = signal.getsignal(number), training.rate_share
+
+    def asked_in_the_third_step(schedule, step, steps):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return rate_share(schedule, step, steps)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(training, "rate_share", asked_in_the_third_step)
+        train(tiny, folder, tmp_path / "cut", *flags)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    assert "checkpoint.pt has the 3 steps that are done; --resume goes on from there" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "lora.safetensors").exists()
+    train(tiny, folder, tmp_path / "cut", *flags, "--resume")
+    for name in ("lora.safetensors", "loss.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
+    clock = iter([0.0, 299.0, 300.0, 301.0, 599.0, 600.0])
+    monkeypatch.setattr("lora.interrupt.time.monotonic", lambda: next(clock))
+    saves = SaveTimes(None)
+    assert [saves.due(step) for step in range(1, 6)] == [False, True, False, False, True]
+    saves.restore()
+    monkeypatch.undo()
+    saves = SaveTimes(3)
+    assert [step for step in range(1, 10) if saves.due(step)] == [3, 6, 9]
+    saves.restore()
+
+
+def test_where_no_checkpoint_is_yet_a_run_gone_wrong_names_none(tiny, folder, tmp_path):
+    with pytest.raises(LoRAError, match=r"^step \d+: the loss or its gradient is not finite; try a lower --lr"):
+        train(tiny, folder, tmp_path / "a", "--lr", 1e30, "--epochs", 9)
+    with pytest.raises(LoRAError, match=r"not finite; .*checkpoint\.pt holds the last good state: try a lower --lr"):
+        train(tiny, folder, tmp_path / "b", "--lr", 1e30, "--epochs", 9, "--save-every", 1)
 
 
 @pytest.mark.parametrize("change", ["image", "caption", "--dtype", "--prediction-type", "--tokenizer"])
