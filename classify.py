@@ -10,7 +10,6 @@ epoch is the one that is tested: nothing is selected on any image.
 import argparse
 import csv
 import itertools
-import json
 import math
 import os
 import sys
@@ -31,7 +30,7 @@ from eval.figures import confusion_figure
 from eval.figures import save as save_figure
 from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
-from eval.record import record_run, require_folder, sha256, sha256_of_all
+from eval.record import json_text, record_run, require_folder, sha256, sha256_of_all
 from planes import PLANES
 from planes.datasets import (
     DatasetError,
@@ -217,7 +216,7 @@ def main(args):
         save(part / "model.safetensors", model, description)
         write_table(part / "predictions.csv", predictions)
         write_table(part / "train.csv", history)
-        (part / "metrics.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
         figure = confusion_figure(np.array(result["confusion"]), PLANES, f"{len(test)} test images, {args.model}")
         save_figure(figure, part / "confusion.png")
         for path in sorted(part.iterdir()):
@@ -228,6 +227,8 @@ def main(args):
     inputs |= {f"{name} images": sha256_of_all(record.path for record in records) for name, records in sets.items()}
     record_run(args.out, args, inputs)
 
+    if len(set(test_set.targets)) == 1:
+        print(f"AUC: none, since the test images are all {test[0].plane}")
     notebook = "  ".join(f"{metric} {100 * value:.2f}" for metric, value in result["scores"]["notebook"].items())
     print(f"{len(test)} images of {args.african}: {notebook}")
     return result

@@ -3,10 +3,11 @@
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,19 @@ def sha256(path: Path) -> str:
 def sha256_of_all(paths: Iterable[Path]) -> str:
     """One hash of many files, in order."""
     return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+
+
+def json_text(value: object) -> str:
+    """A result as JSON, in which what is no number is null: NaN is none of JSON's words."""
+
+    def plain(part: object) -> object:
+        if isinstance(part, Mapping):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
 
 
 def require_folder(out: Path) -> None:

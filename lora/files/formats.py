@@ -61,6 +61,10 @@ CONTENTS: dict[bytes, str] = {
 }
 """A pattern that the beginning of a file matches -> what it is, where it is no safetensors file."""
 
+KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""PEFT's init_lora_weights that leave W0 as it was. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA take from it what A and B
+begin with (`tuners/lora/layer.py` of PEFT 0.21): behind the original W0 it counts twice. What is unknown may too."""
+
 WORDS = (
     r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|text_model|self_attn|[qkv]_proj"
     r"|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut|time_embedding|linear_[12]"
@@ -138,6 +142,8 @@ def read(path: str | Path) -> LoRAFile:
         if name in settings and "alpha" not in parts[name]:
             pair = pair._replace(alpha=_config_alpha(f"{path}: {name}", *settings[name], rank=len(pair.down)))
         pairs[name] = pair
+    if zeros := sum(bool((part["alpha"] == 0).all()) for part in parts.values() if "alpha" in part):
+        warnings.warn(f"{path}: alpha 0 of {zeros} layers is read as their rank, as kohya does", stacklevel=3)
     return LoRAFile(pairs, dict(keys), metadata)
 
 
@@ -227,6 +233,11 @@ def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for config in configs.values():
         if config.get("use_dora"):
             raise LoRAError(f"{source}: a DoRA (use_dora), which cannot be loaded: use a plain LoRA")
+        if (init := config.get("init_lora_weights", True)) not in KEEP_BASE:
+            raise LoRAError(
+                f"{source}: made for weights that init_lora_weights {init!r} changed, not for the model's own: save it "
+                "with PEFT's path_initial_model_for_weight_conversion, or use a plain LoRA"
+            )
     return dict(configs)
 
 
@@ -263,7 +274,4 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
     alpha = parts.get("alpha", torch.tensor(rank))
     if alpha.numel() != 1 or alpha < 0:
         raise LoRAError(f"{where}: alpha of shape {list(alpha.shape)} must be one number, not negative: mend the file")
-    if alpha == 0:
-        warnings.warn(f"{where}: alpha 0 is read as the rank, {rank}, as kohya does", stacklevel=4)
-        alpha = torch.tensor(rank)
-    return Pair(down, up, float(alpha))
+    return Pair(down, up, float(alpha) or float(rank))

@@ -537,6 +537,22 @@ def trained(sites, tmp_path_factory):
     return out, mix, run(*flags(sites, out, *mix))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
+def test_a_test_set_of_one_plane_has_no_auc_which_json_says_by_null(sites, tmp_path, capsys):
+    shutil.copytree(sites / "african", tmp_path / "african")
+    table = tmp_path / "african" / "African_planes_database.csv"
+    header, *rows = table.read_text().splitlines()
+    test = [row for row in rows if ",0," in row]
+    plane = test[0].split(",")[1]
+    table.write_text("\n".join([header, *(row for row in rows if row not in test or plane in row)]) + "\n")
+    run(*flags(sites, tmp_path / "out", "--african", tmp_path / "african"))
+    text = (tmp_path / "out" / "metrics.json").read_text()
+    metrics = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert metrics["scores"]["plain"]["auc"] is None and metrics["intervals"]["notebook"]["auc"] == [None, None]
+    assert 0 <= metrics["scores"]["plain"]["accuracy"] <= 1
+    assert "AUC: none, since the test images are all" in capsys.readouterr().out
+
+
 def test_a_run_writes_its_model_predictions_metrics_figure_losses_and_arguments(trained):
     out, _, result = trained
     names = {"model.safetensors", "predictions.csv", "metrics.json", "confusion.png", "train.csv", "args.json"}

@@ -149,7 +149,7 @@ def test_alpha_is_the_rank_where_absent_and_may_have_any_type(models, file, alph
 
 
 def test_alpha_zero_is_read_as_the_rank_with_a_warning(models, file):
-    with pytest.warns(UserWarning, match="alpha 0 is read as the rank, 4"):
+    with pytest.warns(UserWarning, match="alpha 0 of 1 layers is read as their rank"):
         load_lora(file(lambda tensors: tensors[f"{TO_K}.alpha"].zero_()), models)
     assert lora_layers(models["lora_unet"])[f"{MID}.transformer_blocks.0.attn2.to_k"].alpha == 4
 

@@ -319,6 +319,13 @@ def test_alpha_is_read_from_pefts_patterns_and_scaled_by_rslora(tmp_path, rslora
     assert [pair.alpha for pair in read(tmp_path / "a").pairs.values()] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_an_adapter_whose_initialisation_left_the_base_as_it_was_is_read(tmp_path, init):
+    tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
+    save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": init})})
+    assert len(read(tmp_path / "a").pairs) == 1
+
+
 PATH = "unet.mid_block.attentions.0.proj_in"
 
 
@@ -326,6 +333,17 @@ PATH = "unet.mid_block.attentions.0.proj_in"
     ("key", "metadata", "message"),
     [
         (PATH, '{"unet.use_dora": true}', r"a DoRA \(use_dora\)"),
+        (PATH, '{"unet.init_lora_weights": "pissa"}', "weights that init_lora_weights 'pissa' changed"),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "pissa_niter_16"}',
+            "init_lora_weights 'pissa_niter_16' changed",
+        ),
+        (PATH, '{"unet.init_lora_weights": "corda"}', "weights that init_lora_weights 'corda' changed"),
+        (PATH, '{"init_lora_weights": "olora"}', "weights that init_lora_weights 'olora' changed"),
+        (PATH, '{"unet.init_lora_weights": "loftq"}', "weights that init_lora_weights 'loftq' changed"),
+        (PATH, '{"unet.init_lora_weights": "lora_ga"}', "weights that init_lora_weights 'lora_ga' changed"),
+        (PATH, '{"unet.init_lora_weights": "next_year"}', "weights that init_lora_weights 'next_year' changed"),
         (PATH, "[1, 2]", "not a JSON object"),
         (PATH, "{", "not a JSON object"),
         (PATH, '{"unet.lora_alpha": "x"}', "no readable alpha"),
