@@ -30,6 +30,7 @@ from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images, read_image
 from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
+from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
 from lora.model import merge
 from planes import PLANES
@@ -178,9 +179,9 @@ def main(args):
     weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
     loras = [*zip(webui.lora_labels(args.lora), weights)]
     for path, (name, weight) in zip(args.lora, loras):
-        trained_with = load_lora(path, networks, name, weight).metadata.get("ss_clip_skip", "None")
-        if trained_with not in ("None", str(args.clip_skip)):
-            print(f"{path}: was trained with clip skip {trained_with}, this is --clip-skip {args.clip_skip}")
+        said = load_lora(path, networks, name, weight).metadata
+        for difference in trained_otherwise(said, args.clip_skip, model.prediction_type):
+            print(f"{path}: {difference}")
     for network in networks.values():
         merge(network)
     hashes, token = model.sha256(), args.rare_token

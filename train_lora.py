@@ -134,7 +134,7 @@ def main(args):
     # contexts and latents once, for each image the same, as kohya caches them; the VAE waits on the CPU for the sheets
     shown = sorted({image.caption for image in images})
     every = [*shown, *sorted({*captions} - {*shown}), ""]
-    context_of = Contexts(model, every, args, dtype, autocast)
+    context_of = Contexts(model, every, args, dtype, autocast, print)
     read = partial(read_bucketed, step=multiple) if args.bucket else partial(read_image, resize=args.resize)
     pixels = (read(path, size=size) for path in tqdm(paths, desc="latents", unit="image"))
     latents = encode_images(model.vae, pixels, args.seed)

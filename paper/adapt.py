@@ -111,15 +111,19 @@ class Contexts:
 
     captions: all that will be asked for
     autocast: a context of mixed precision, entered where the text encoder is trained
+    say: is told how many captions are longer than what the text encoder reads
 
     Raises CheckpointError where the text encoder is not as deep as args.clip_skip asks.
     """
 
-    def __init__(self, model: Model, captions: Sequence[str], args: Namespace, dtype: torch.dtype, autocast):
+    def __init__(self, model: Model, captions: Sequence[str], args: Namespace, dtype: torch.dtype, autocast, say):
         self.model, self.clip_skip, self.dtype = model, args.clip_skip, dtype
         self.autocast = autocast if args.train_text_encoder else nullcontext
         self.stored: dict[str, Tensor] = {}
         captions = list(dict.fromkeys(captions))
+        read = model.text_encoder.config.max_position_embeddings
+        if cut := [text for text in captions if len(model.tokenizer(text, verbose=False).input_ids) > read]:
+            say(f"{len(cut)} captions are cut behind {read - 2} tokens, such as the one that begins {cut[0][:40]!r}")
         with torch.no_grad():  # now, even if not for good: a clip skip too deep is found before hours of work
             stored = self(captions)
         if not args.train_text_encoder and not args.learn_token:

@@ -72,3 +72,20 @@ def metadata(
     if architecture := ARCHITECTURES.get((context_dim, prediction)):
         keys["modelspec.architecture"] = f"{architecture}/lora"
     return keys
+
+
+def trained_otherwise(said: Mapping[str, str], clip_skip: int, prediction_type: str) -> list[str]:
+    """What a file's metadata says of its training that is other than what it is used with, a sentence each.
+
+    said: the header's metadata, whoever wrote it; what it does not say cannot differ
+    """
+    found = []
+    if (before := said.get("ss_clip_skip", "None")) not in ("None", str(clip_skip)):
+        found.append(f"was trained with clip skip {before}, this is --clip-skip {clip_skip}")
+    stated = said.get("modelspec.prediction_type") or {"True": "v", "False": "epsilon"}.get(
+        said.get("ss_v_parameterization", "")
+    )
+    if stated and (stated == "v") != (prediction_type == "v_prediction"):
+        own = "v" if prediction_type == "v_prediction" else "epsilon"
+        found.append(f"was trained on a model that predicts {stated}, this one predicts {own}")
+    return found

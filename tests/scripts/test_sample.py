@@ -24,6 +24,7 @@ from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from ldm.webui.infotext import parse_parameters
 from lora.files import save_lora
+from lora.files.metadata import trained_otherwise
 from lora.model import inject, lora_layers
 from planes.pictures import ImageError
 from planes.style import STYLES, with_style
@@ -309,6 +310,24 @@ def test_a_lora_of_another_clip_skip_is_told_in_one_line(tiny, loras, tmp_path, 
     sample(tmp_path, "--model", tiny, "--lora", loras[0], "--prompt", "a femur", "--seeds", 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "clip skip" in line]
     assert len(lines) == 1 and "fetal.safetensors" in lines[0] and "2" in lines[0] and "--clip-skip 1" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"ss_v_parameterization": "True"}, "was trained on a model that predicts v, this one predicts epsilon"),
+        ({"modelspec.prediction_type": "v"}, "was trained on a model that predicts v, this one predicts epsilon"),
+        ({"ss_v_parameterization": "False"}, None),
+        ({"modelspec.prediction_type": "epsilon"}, None),
+        ({}, None),
+    ],
+)
+def test_a_lora_of_another_prediction_is_told_in_one_line(said, told):
+    assert trained_otherwise(said, 1, "epsilon") == ([told] if told else [])
+    other = trained_otherwise(said, 1, "v_prediction")
+    assert len(other) == bool(said and not told) and all(
+        "predicts epsilon, this one predicts v" in line for line in other
+    )
 
 
 def write_png(path, **chunks):

@@ -529,3 +529,14 @@ def test_flags_that_cannot_go_together_are_refused_in_one_line(flags, words, cap
     with pytest.raises(SystemExit) as stop:
         parse("--spanish", "x", "--out", "y", *flags)
     assert stop.value.code == 2 and words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted_and_said_once(tiny, folder, tmp_path, capsys):
+    long = "ultrasound " * 76
+    for name, caption in (("0", long), ("1", long + "again"), ("2", "ultrasound " * 75)):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{name}.png").symlink_to(folder / "1_fetal femur" / "0.png")
+        (tmp_path / "images" / f"{name}.txt").write_text(caption)
+    train(tiny, tmp_path / "images", tmp_path / "out", "--repeats", 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if "captions are cut" in line]
+    assert said == ["2 captions are cut behind 75 tokens, such as the one that begins " + repr(long[:40])]
