@@ -229,7 +229,7 @@ def main(args):
             progress.update(len(missing))
 
     shots = [shot for group in groups for shot in group]
-    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots))
+    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, args.out))
     images = {sampler: {} for sampler in args.samplers}
     for (first, *_), group in zip(groups, groups):
         images[first.sampler][str(first.plane)] = [Image.open(args.out / shot.image) for shot in group[:4]]

@@ -5,17 +5,18 @@
 | prompts with weights in brackets, of any length | `prompts.py` |
 | one image's settings, in its PNG and back | `shots.py` |
 | the webui's text there | `infotext.py` |
+| the table of a folder's images | `manifest.py` |
 | what images of a run share, the flags that make one again | `like.py` |
 """
 
 from ldm.webui.like import common_fields, settings_of
+from ldm.webui.manifest import manifest_text
 from ldm.webui.shots import (
     Shot,
     is_saved,
     lora_hash,
     lora_hashes,
     lora_labels,
-    manifest_text,
     model_hash,
     read_shot,
     require_same,

@@ -1,8 +1,6 @@
 """One image to make: its settings, the PNG that carries them, and the way back from a PNG to its settings."""
 
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -112,15 +110,6 @@ def save_shot(path: Path, pixels: np.ndarray, shot: Shot, batch: Sequence[int] =
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)  # of a disk that was full
-
-
-def manifest_text(shots: Sequence[Shot]) -> str:
-    """manifest.csv: a row for each image."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(asdict(shots[0])), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(shot) for shot in shots)
-    return table.getvalue()
 
 
 def is_saved(path: Path, shot: Shot) -> bool:

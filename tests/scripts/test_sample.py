@@ -465,6 +465,22 @@ def test_an_image_made_with_another_flag_that_changes_pixels_is_made_again(tiny,
     assert (pixels(tmp_path / "out" / "prompt" / "euler_1.png") != before).any()
 
 
+def rows_of(out):
+    return [row["image"] for row in csv.DictReader((out / "manifest.csv").read_text().splitlines())]
+
+
+def test_a_run_over_other_planes_leaves_the_rows_of_images_that_are_there(tiny, tmp_path):
+    flags = ["--model", tiny, "--count", 2]
+    sample(tmp_path, *flags, "--planes", "brain", "femur")
+    (tmp_path / "femur" / "euler_400001.png").unlink()
+    sample(tmp_path, *flags, "--planes", "thorax")
+    brain = [f"brain/euler_{seed}.png" for seed in (200_000, 200_001)]
+    thorax = [f"thorax/euler_{seed}.png" for seed in (600_000, 600_001)]
+    assert rows_of(tmp_path) == [*brain, "femur/euler_400000.png", *thorax]
+    sample(tmp_path, "--model", tiny, "--count", 1, "--planes", "brain")  # of its own plane a run says all there is
+    assert rows_of(tmp_path) == ["femur/euler_400000.png", *thorax, brain[0]]
+
+
 def test_an_image_again_by_like_takes_its_precision_and_refuses_another(tiny, tmp_path, capsys):
     run = sample(tmp_path / "out", "--model", tiny, "--prompt", PROMPT, "--seeds", 1, "--dtype", "bf16")
     moved = tmp_path / "moved.png"  # away from the record of its run
