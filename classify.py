@@ -8,7 +8,6 @@ epoch is the one that is tested: nothing is selected on any image.
 """
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -23,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from classify import ClassifyError
+from classify.checkpoint import load_checkpoint, save_checkpoint
 from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, draw_contrast
 from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
@@ -30,7 +30,8 @@ from eval.figures import confusion_figure
 from eval.figures import save as save_figure
 from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
-from eval.record import json_text, record_run, require_folder, sha256, sha256_of_all
+from eval.record import json_text, record_run, require_folder, sha256, sha256_of_all, write_table
+from lora.interrupt import SaveTimes
 from planes import PLANES
 from planes.datasets import (
     DatasetError,
@@ -47,6 +48,7 @@ from planes.datasets import (
 from planes.leaks import describe_leaks, leaks, repeated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ELSEWHERE = ("out", "device", "workers", "resume")  # flags that a run which goes on may have otherwise
 BAR = {"leave": False, "disable": None}  # on a terminal only; a log gets a line for each epoch
 
 
@@ -81,6 +83,7 @@ def parse_args(argv=None):
     add("--seed", type=seed_number, default=0)
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, default="fp32", help="of autocast (fp32)")
+    add("--resume", action="store_true", help="go on from the last whole epoch of a run in --out that was stopped")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
@@ -138,13 +141,6 @@ def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
     return copies
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(args):
     # everything that can be refused is refused before any work
     require_folder(args.out)
@@ -169,15 +165,22 @@ def main(args):
     dtype = DTYPES[args.dtype]
     loader = batches(train_set, args.batch_size, args.workers, args.seed, args.balanced_sampling)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)
-    history = []
     epochs = max(1, round(args.passes / len(training))) if args.passes else args.epochs
-    steps = itertools.count()
+
+    # go on from a checkpoint of the same run
+    groups = {"training images": training, "validation images": validation, "test images": test}
+    hashes = {name: sha256_of_all(record.path for record in records) for name, records in groups.items()}
+    identity = {name: str(value) for name, value in vars(args).items() if name not in ELSEWHERE} | hashes
+    checkpoint, state, history = args.out / "checkpoint.pt", (model, optimizer, loader), []
+    if args.resume and checkpoint.exists():
+        history = load_checkpoint(checkpoint, identity, *state)
+    steps, saves = itertools.count(len(history) * len(loader)), SaveTimes(None)
 
     def cosine() -> float:
         return args.lr * (1 + math.cos(math.pi * next(steps) / (epochs * len(loader)))) / 2
 
     rate = cosine if args.schedule == "cosine" else None
-    for epoch in range(epochs):
+    for epoch in range(len(history), epochs):
         contrast = partial(draw_contrast, args.seed, epoch) if args.contrast else None
         augmentation = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch) if args.augment else None
         bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", **BAR, unit="batch")
@@ -189,6 +192,10 @@ def main(args):
             row["validation_accuracy"] = hits.float().mean().item()
         history.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
+        if saves.due(epoch + 1):
+            save_checkpoint(checkpoint, identity, history, *state)
+            saves.leave_if_asked(f"{checkpoint} has the {epoch + 1} epochs that are done; --resume goes on from there")
+    saves.restore()
 
     # the unseen site
     test_loader = batches(test_set, args.batch_size, args.workers)
@@ -222,10 +229,8 @@ def main(args):
         for path in sorted(part.iterdir()):
             path.replace(args.out / path.name)
     files = (args.manifest, *args.synthetic, Path(args.weights))
-    inputs = {str(path): sha256(path) for path in files if path and path.is_file()}
-    sets = {"training": training, "validation": validation, "test": test}
-    inputs |= {f"{name} images": sha256_of_all(record.path for record in records) for name, records in sets.items()}
-    record_run(args.out, args, inputs)
+    record_run(args.out, args, {str(path): sha256(path) for path in files if path and path.is_file()} | hashes)
+    checkpoint.unlink(missing_ok=True)
 
     if len(set(test_set.targets)) == 1:
         print(f"AUC: none, since the test images are all {test[0].plane}")

@@ -232,7 +232,7 @@ class Experiment:
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
         out = row_folder(args.out, data.name, row.classifier, seed)
-        return self.stages.run("classify", out, *flags, needs=needs)
+        return self.stages.run("classify", out, *flags, "--resume", needs=needs)
 
 
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:

@@ -5,6 +5,7 @@
 | the five networks, their weights, the trained file | `models.py` |
 | decoding, input ranges, augmentation | `data.py` |
 | one epoch of SGD, prediction | `train.py` |
+| what a run that was stopped goes on from | `checkpoint.py` |
 """
 
 

@@ -3,9 +3,11 @@
 import argparse
 import csv
 import json
+import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -535,6 +537,33 @@ def trained(sites, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     mix = ["--synthetic", sites / "synthetic" / "manifest.csv", "--augment", "--validation", 4, "--workers", 1]
     return out, mix, run(*flags(sites, out, *mix))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("more", [["--schedule", "cosine", "--augment"], ["--balanced-sampling", "--contrast"]])
+def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bits(sites, tmp_path, number, more):
+    more = [*more, "--epochs", 3, "--validation", 4]  # dropout makes it random besides
+    run(*flags(sites, tmp_path / "whole", *more))
+    done = []
+
+    def asked_in_the_second_epoch(*args):
+        done.append(train_epoch(*args))
+        if len(done) == 2:
+            os.kill(os.getpid(), number)
+        return done[-1]
+
+    module = script()
+    module["main"].__globals__["train_epoch"] = asked_in_the_second_epoch
+    out = [str(flag) for flag in flags(sites, tmp_path / "cut", *more)]
+    with pytest.raises(SystemExit) as stop:
+        module["main"](module["parse_args"](out))
+    assert stop.value.code == 128 + number and [p.name for p in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
+    with pytest.raises(ClassifyError, match=r"other settings \(lr was 0\.001, is 0\.5\): use its own"):
+        run(*out, "--lr", 0.5, "--resume")
+    run(*out, "--resume")
+    for name in ("model.safetensors", "predictions.csv", "train.csv", "metrics.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "cut" / "checkpoint.pt").exists()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
