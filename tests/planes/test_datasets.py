@@ -201,7 +201,9 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     lines = ["Image_name,Plane,Train", "00001-2671683619,Fetal femur,1", "00002-77,Other,1"]
     (tmp_path / "list.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     found, lost = read_synthetic(tmp_path / "list.csv")
-    assert found == Record(there, Plane.FEMUR, f"synthetic/{there.stem}", True, "synthetic", "published")
+    assert found == Record(
+        there, Plane.FEMUR, f"synthetic/femur/published/{there.stem}", True, "synthetic", "published"
+    )
     assert lost.plane is Plane.OTHER
     with pytest.raises(DatasetError, match=r"1 of 2 images are missing \(00002-77.*13228158"):
         require_images([found, lost])
@@ -213,7 +215,7 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     (tmp_path / "manifest.csv").write_text(f"{header}\n{row}\n")
     (record,) = read_synthetic(tmp_path / "manifest.csv")
     path = tmp_path / "femur" / "unipc_12.png"
-    assert record == Record(path, Plane.FEMUR, "synthetic/unipc_12", True, "synthetic", "unipc")
+    assert record == Record(path, Plane.FEMUR, "synthetic/femur/unipc/unipc_12", True, "synthetic", "unipc")
     with pytest.raises(DatasetError, match=r"1 of 1 images are missing \(unipc_12\); make them with sample\.py"):
         require_images([record])
 

@@ -168,7 +168,8 @@ def test_images_are_cut_into_batches_of_one_bucket_in_their_order():
 # the preset
 
 
-def test_the_preset_of_kohya_has_the_authors_values():
+def test_the_preset_of_kohya_has_the_authors_values(monkeypatch):
+    monkeypatch.setitem(SCRIPT["parse_args"].__globals__, "device_name", str)  # as where there is a GPU
     args = vars(parse("--preset", "kohya", "--spanish", "x", "--out", "y", "--device", "cuda"))
     authors = {"rank": 128, "alpha": 128, "lr": 1e-4, "text_encoder_lr": 5e-5, "train_text_encoder": True}
     authors |= {"batch_size": 1, "epochs": 1, "clip_skip": 2, "dtype": "fp16", "optimizer": "adamw8bit", "seed": 1234}
