@@ -78,13 +78,8 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
     passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
     left_out={"vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"},
 )
-QUICK = replace(  # a LoRA of a quarter of the steps wants more guidance
-    EMBEDDED,
-    repeats=50,
-    sample="--guidance-scale 2 --batch-size 20",
-    count=16,
-    passes=dict.fromkeys(CLASSIFIERS, 2000),
-)
+QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
+QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of a quarter of the steps wants more
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
 MANIFESTS = {  # the authors' lists
     "all": "all_train_no_cer.csv",

@@ -35,7 +35,7 @@ class SaveTimes:
     def leave_if_asked(self, text: str) -> None:
         """Exits, having said `text`, where a signal has come since this was made."""
         if self.asked:
-            print(f"\n{text}", file=sys.stderr)
+            sys.stderr.write(f"\n{text}\n")
             sys.exit(128 + self.asked)
 
     def restore(self) -> None:
