@@ -182,7 +182,7 @@ def save_checkpoint(
         torch.save(state, part)
         part.replace(path)
     except RuntimeError as error:  # torch's word for a disk that is full
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+        raise OSError(f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         part.unlink(missing_ok=True)
 
