@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from classify import ClassifyError
-from classify.checkpoint import load_checkpoint, save_checkpoint
+from classify.checkpoint import restore, training_state
 from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, draw_contrast
 from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
@@ -31,7 +31,7 @@ from eval.figures import save as save_figure
 from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
 from eval.record import json_text, record_run, require_folder, sha256, sha256_of_all, write_table
-from lora.interrupt import SaveTimes
+from lora.saving import SaveTimes, read_state, write_state
 from planes import PLANES
 from planes.datasets import (
     DatasetError,
@@ -132,8 +132,8 @@ def choose_records(args) -> tuple[list[Record], list[Record], list[Record], set[
 def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
     """Test images with the same bytes as a training image; a shared patient is an error."""
     found = leaks(training, test)
-    if of_patients := [leak.test for leak in found if leak.kind == "patient"]:
-        raise ClassifyError(f"{of_patients[0].patient} is in training and in test, as {len(of_patients)} images are")
+    if shared := [leak.test for leak in found if leak.kind == "patient"]:
+        raise ClassifyError(f"{shared[0].patient} is in training and in test, as {len(shared)} test images are")
     copies = {leak.test for leak in found}
     print(f"leak check: {describe_leaks(found)}")
     if copies:
@@ -173,7 +173,7 @@ def main(args):
     identity = {name: str(value) for name, value in vars(args).items() if name not in ELSEWHERE} | hashes
     checkpoint, state, history = args.out / "checkpoint.pt", (model, optimizer, loader), []
     if args.resume and checkpoint.exists():
-        history = load_checkpoint(checkpoint, identity, *state)
+        history = restore(read_state(checkpoint, identity, "classify.py", ClassifyError), *state)
     steps, saves = itertools.count(len(history) * len(loader)), SaveTimes(None)
 
     def cosine() -> float:
@@ -193,7 +193,7 @@ def main(args):
         history.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
         if saves.due(epoch + 1):
-            save_checkpoint(checkpoint, identity, history, *state)
+            write_state(checkpoint, {"identity": identity} | training_state(history, *state))
             saves.leave_if_asked(f"{checkpoint} has the {epoch + 1} epochs that are done; --resume goes on from there")
     saves.restore()
 

@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from eval.figures import first_images_figure, save
 from eval.flags import LAST_SEED, device_name, seed_number
-from eval.record import record_run, sha256, write_atomically
+from eval.record import record_run, require_folder, sha256, write_atomically
 from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images, read_image
-from ldm.webui.prompts import encode_weighted
 from lora.files import load_lora
 from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
@@ -157,6 +156,7 @@ def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Te
 
 
 def main(args):
+    require_folder(args.out)
     strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
         make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
@@ -196,7 +196,7 @@ def main(args):
         webui.require_same(groups[0][0], wanted, args.like)
     texts = sorted({shot.prompt for group in groups for shot in group} | {args.negative_prompt})
     with torch.no_grad():
-        contexts = {text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip) for text in texts}
+        contexts = {t: webui.encode_weighted(model.tokenizer, model.text_encoder, t, args.clip_skip) for t in texts}
 
     work = []  # the rows of each batch, and which of them are missing; --like: as often and where its image was
     for group in groups:
@@ -238,8 +238,8 @@ def main(args):
     record_run(args.out, args, hashes | files)
     if wanted:
         before, now = (np.asarray(Image.open(path).convert("RGB")) for path in (args.like, args.out / shots[0].image))
-        same = before.shape == now.shape and (before == now).all()
-        print(f"{args.out / shots[0].image}: {'the very pixels' if same else 'not the pixels'} of {args.like}")
+        same = "the very pixels" if np.array_equal(before, now) else "not the pixels"
+        print(f"{args.out / shots[0].image}: {same} of {args.like}")
 
 
 if __name__ == "__main__":

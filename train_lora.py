@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from eval.flags import device_name, seed_number
-from eval.record import record_run, sha256, write_atomically
+from eval.record import record_run, require_folder, sha256, write_atomically
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
@@ -31,9 +31,9 @@ from ldm.images import encode_images, read_image
 from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
-from lora.interrupt import SaveTimes
 from lora.layer import LoRAError
 from lora.model import TARGETS
+from lora.saving import SaveTimes
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError
@@ -44,8 +44,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    preset = "defaults of the flags: the paper's, or those of the authors' kohya run, but its repeats (paper)"
-    add("--preset", choices=training.PRESETS, default="paper", help=preset)
+    add("--preset", choices=training.PRESETS, default="paper", help="defaults: paper's, or the authors' kohya run's")
     add_model_arguments(parser)
     add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): 20 images per plane are drawn")
     add("--manifest", type=Path, help="the list of images to take from --spanish, instead of drawing them")
@@ -112,6 +111,7 @@ def parse_args(argv=None):
 
 
 def main(args):
+    require_folder(args.out)
     # images and their captions; behind them, for DreamBooth, images of the base model
     args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
     images = captioned_images(args)
@@ -172,8 +172,8 @@ def main(args):
 
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
-    model_hashes = model.sha256()
-    identity = training.run_identity(vars(args) | {"size": size}) | model_hashes | material(images, paths, model, args)
+    model_hashes, made_of = model.sha256(), material(paths, captions, repeats.tolist(), model, args)
+    identity = training.run_identity(vars(args) | {"size": size}) | model_hashes | made_of
     state = {"lora": parameters, "optimizer": optimizer, "scaler": scaler}
     if args.resume and checkpoint.exists():
         done, rows = training.load_checkpoint(checkpoint, identity, **state)
@@ -215,7 +215,8 @@ def main(args):
         # a GradScaler skips single steps by design; many in a row, or one without it, is a run gone wrong
         bad = 0 if math.isfinite(mean_loss) and math.isfinite(norm) else bad + 1
         if bad > (10 if scaler.is_enabled() else 0):
-            advice = f"{checkpoint} holds the last good state: " * checkpoint.exists() + "try a lower --lr, or fp32"
+            kept = f"{checkpoint} holds the last good state: " * checkpoint.exists()
+            advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
             raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
         rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
         progress.set_postfix(loss=f"{mean_loss:.4f}")

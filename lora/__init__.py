@@ -11,7 +11,7 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 | which layers of a model get one | `model.py` TARGETS, inject |
 | a whole model: strength, merge and unmerge, removal, the parameters to train | `model.py` |
 | around a training: presets, what a step sees, the optimizer, checkpoints | `training.py` |
-| when a run saves, and what it does where it is asked to stop | `interrupt.py` |
+| when any long run saves, where it is asked to stop too, and what may go on from it | `saving.py` |
 | files of kohya, PEFT and diffusers: into models, from models, from one layout to another | `files/` |
 """
 

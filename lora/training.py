@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora.layer import LoRAError
+from lora.saving import read_state, write_state
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},
@@ -177,14 +178,7 @@ def save_checkpoint(
     """
     state = {"identity": dict(identity), "step": step, "rows": rows, "lora": [tensor.detach().cpu() for tensor in lora]}
     state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    part = path.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        part.replace(path)
-    except RuntimeError as error:  # torch's word for a disk that is full
-        raise OSError(f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_state(path, state)
 
 
 def load_checkpoint(
@@ -198,14 +192,7 @@ def load_checkpoint(
 
     Raises LoRAError, which names them, where settings of `identity` were others.
     """
-    try:
-        state = torch.load(path, weights_only=True, map_location=lora[0].device)
-        before = state["identity"]
-    except Exception:  # a broken or foreign file may make the unpickler raise anything
-        raise LoRAError(f"{path}: no checkpoint of train_lora.py, or a damaged one: remove it to begin anew") from None
-    keys = [key for key in before | identity if before.get(key) != identity.get(key)]
-    if changed := [f"{key} was {before.get(key)}, is {identity.get(key)}" for key in keys]:
-        raise LoRAError(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
+    state = read_state(path, identity, "train_lora.py", LoRAError, lora[0].device)
     for tensor, saved in zip(lora, state["lora"], strict=True):
         tensor.data.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])

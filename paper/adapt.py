@@ -62,13 +62,14 @@ def captioned_images(args: Namespace) -> list[Captioned]:
     return [say_style(image) for image in images] if args.style_words else images
 
 
-def material(images: Sequence[Captioned], paths: Sequence[Path], model: Model, args: Namespace) -> dict[str, str]:
+def material(
+    paths: Sequence[Path], captions: Sequence[str], repeats: Sequence[int], model: Model, args: Namespace
+) -> dict[str, str]:
     """What a run was made of besides its settings and weights, which it must have again when it goes on.
 
-    paths: of the images and, behind them, of the base model's own
+    paths, captions: of the images and, behind them, of the base model's own; repeats: of the former
     """
-    files = "".join(sha256(path) for path in paths)
-    words = json.dumps([(image.caption, image.repeats) for image in images])
+    files, words = "".join(map(sha256, paths)), json.dumps([[*captions], [*repeats]])
     return {
         "images and captions": hashlib.sha256((files + words).encode()).hexdigest()[:10],
         "tokenizer": tokenizer_hash(model.tokenizer)[:10],

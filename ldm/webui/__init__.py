@@ -11,6 +11,7 @@
 
 from ldm.webui.like import common_fields, settings_of
 from ldm.webui.manifest import manifest_text
+from ldm.webui.prompts import encode_weighted
 from ldm.webui.shots import (
     Shot,
     is_saved,
@@ -27,6 +28,7 @@ from ldm.webui.shots import (
 __all__ = [
     "Shot",
     "common_fields",
+    "encode_weighted",
     "is_saved",
     "lora_hash",
     "lora_hashes",

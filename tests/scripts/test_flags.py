@@ -56,7 +56,7 @@ def test_seeds_of_images_that_would_be_one_to_the_generator_are_refused(tmp_path
     assert line == "--seed 4294967000: those of the last plane would lie beyond 4294967295"
 
 
-@pytest.mark.parametrize("script", ["classify", "reproduce"])
+@every_script
 def test_an_out_that_is_a_file_is_one_line(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     line = refusal(script, [], tmp_path / "file", monkeypatch, capsys)

@@ -26,7 +26,7 @@ from ldm.text import TextConfig, TextEncoder, encode_prompts
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora import LoRAError, lora_layers, remove, training
-from lora.interrupt import SaveTimes
+from lora.saving import SaveTimes
 from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss_weights
 from planes.style import style_words
 from samplers.schedule import NoiseSchedule
@@ -323,7 +323,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tiny, fo
 
 def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
     clock = iter([0.0, 299.0, 300.0, 301.0, 599.0, 600.0])
-    monkeypatch.setattr("lora.interrupt.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("lora.saving.time.monotonic", lambda: next(clock))
     saves = SaveTimes(None)
     assert [saves.due(step) for step in range(1, 6)] == [False, True, False, False, True]
     saves.restore()

@@ -1,0 +1,84 @@
+"""When a long run saves, from time to time and where it is asked to stop; how it does, and what may go on from it.
+
+Of any training: nothing here is LoRA's.
+"""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PERIOD = 300.0  # seconds
+
+
+class SaveTimes:
+    """Says after each step whether to save: every `every` steps, or where that is None every five minutes.
+
+    SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it stands: the step is
+    finished, saved, and `leave_if_asked` exits with 130 or 143. A second one ends it as ever. Only the main thread can
+    listen to signals; elsewhere they stay what they were.
+    """
+
+    def __init__(self, every: int | None):
+        self.every, self.last, self.asked, self.before = every, time.monotonic(), 0, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = number
+        self.restore()
+
+    def due(self, step: int) -> bool:
+        """Save now? step: how many are done."""
+        now = time.monotonic()
+        due = bool(self.asked) or (step % self.every == 0 if self.every else now - self.last >= PERIOD)
+        self.last = now if due else self.last
+        return due
+
+    def leave_if_asked(self, text: str) -> None:
+        """Exits, having said `text`, where a signal has come since this was made."""
+        if self.asked:
+            sys.stderr.write(f"\n{text}\n")
+            sys.exit(128 + self.asked)
+
+    def restore(self) -> None:
+        """Signals are again what they were."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+def write_state(path: Path, state: Mapping[str, Any]) -> None:
+    """torch.save, replaced in one go: a run killed meanwhile keeps the state before. Raises OSError; leaves no part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        torch.save(dict(state), part)
+        part.replace(path)
+    except RuntimeError as error:  # torch's word for a disk that is full
+        raise OSError(f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_state(
+    path: Path, identity: Mapping[str, str], script: str, error: type[Exception], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """What `write_state` wrote, if its "identity", what a run that goes on must share, is this one.
+
+    Raises `error`, one line, for a file that is none of `script`'s, and where something was otherwise, which it names.
+    """
+    try:
+        state = torch.load(path, weights_only=True, map_location=device)
+        before = state["identity"]
+    except Exception:  # a broken or foreign file may make the unpickler raise anything
+        raise error(f"{path}: no checkpoint of {script}, or a damaged one: remove it to begin anew") from None
+    keys = [key for key in before | identity if before.get(key) != identity.get(key)]
+    if changed := [f"{key} was {before.get(key)}, is {identity.get(key)}" for key in keys]:
+        raise error(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
+    return state
