@@ -11,15 +11,12 @@ import argparse
 import itertools
 import math
 import os
-import sys
-import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from classify import ClassifyError
 from classify.checkpoint import restore, training_state
@@ -30,7 +27,8 @@ from eval.figures import confusion_figure
 from eval.figures import save as save_figure
 from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
-from eval.record import json_text, record_run, require_folder, sha256, sha256_of_all, write_table
+from eval.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
+from eval.script import alone, progress, run
 from lora.saving import SaveTimes, read_state, write_state
 from planes import PLANES
 from planes.datasets import (
@@ -49,7 +47,7 @@ from planes.leaks import describe_leaks, leaks, repeated
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ELSEWHERE = ("out", "device", "workers", "resume")  # flags that a run which goes on may have otherwise
-BAR = {"leave": False, "disable": None}  # on a terminal only; a log gets a line for each epoch
+BAR = {"leave": False}  # gone when done: a line for each epoch stays
 
 
 def parse_args(argv=None):
@@ -141,9 +139,9 @@ def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
     return copies
 
 
+@alone
 def main(args):
     # everything that can be refused is refused before any work
-    require_folder(args.out)
     device = torch.device(args.device)
     training, validation, test, twice = choose_records(args)
     copies = find_copies(training, test)
@@ -154,7 +152,7 @@ def main(args):
     for records in (training, validation, test):
         sets.append(PlaneImages(records, args.size))
         decoded = sets[-1].preload(memory, args.workers)
-        memory -= sum(image.numel() for image in tqdm(decoded, "decoding", len(records), **BAR, unit="image"))
+        memory -= sum(image.numel() for image in progress(decoded, desc="decoding", total=len(records), **BAR))
     train_set, validation_set, test_set = sets
 
     counts = count(training)
@@ -183,7 +181,7 @@ def main(args):
     for epoch in range(len(history), epochs):
         contrast = partial(draw_contrast, args.seed, epoch) if args.contrast else None
         augmentation = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch) if args.augment else None
-        bar = tqdm(loader, f"epoch {epoch + 1}/{epochs}", **BAR, unit="batch")
+        bar = progress(loader, desc=f"epoch {epoch + 1}/{epochs}", **BAR)
         loss = train_epoch(model, bar, optimizer, args.input_range, augmentation, dtype, contrast, rate)
         row = {"epoch": epoch + 1, "loss": loss}
         if validation:
@@ -214,9 +212,7 @@ def main(args):
     ]
 
     # all files are whole before the first appears in --out
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".part-") as part:
-        part = Path(part)
+    with whole_files(args.out) as part:
         settings = ("model", "recipe", "size", "input_range", "augment", "contrast", "balanced_sampling")
         settings += ("batch_size", "lr", "schedule", "seed")
         description = {key: getattr(args, key) for key in settings} | {"epochs": epochs, "training": counts}
@@ -226,8 +222,6 @@ def main(args):
         (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
         figure = confusion_figure(np.array(result["confusion"]), PLANES, f"{len(test)} test images, {args.model}")
         save_figure(figure, part / "confusion.png")
-        for path in sorted(part.iterdir()):
-            path.replace(args.out / path.name)
     files = (args.manifest, *args.synthetic, Path(args.weights))
     record_run(args.out, args, {str(path): sha256(path) for path in files if path and path.is_file()} | hashes)
     checkpoint.unlink(missing_ok=True)
@@ -240,8 +234,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ClassifyError, DatasetError, OSError) as error:
-        print(f"classify.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_args, main, ClassifyError, DatasetError)

@@ -7,9 +7,9 @@ W0 + strength * (alpha / r) * B A (the paper's eq. 2), summed in float32 and cas
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+from eval.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights
@@ -100,8 +100,4 @@ def metadata(facts: dict, loras: list[dict]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (CheckpointError, LoRAError, OSError) as error:
-        sys.stderr.write(f"merge_lora.py: {error}\n")
-        sys.exit(2)
+    run(parse_args, main, CheckpointError, LoRAError)

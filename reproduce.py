@@ -13,20 +13,21 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
 from eval.flags import device_name, seed_number
-from eval.record import record_environment, require_folder, sha256
+from eval.record import folder_hash, record_environment, sha256, sha256_of_all
+from eval.script import alone_in, run
 from ldm import CheckpointError
-from ldm.cli import add_model_arguments, describe_models, model_flags
+from ldm.cli import add_model_arguments, describe_models, model_flags, model_paths
 from lora import LoRAError
 from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
 from paper.preview import Selections, preview
 from paper.report import Context, build
-from paper.results import ResultError, read_result
+from paper.results import ResultError, is_run, read_result, row_folder
 from paper.stages import Stages
 from paper.synthetic import Findings, describe
 from planes import PAPER_COUNTS, PLANES
@@ -143,22 +144,19 @@ def make_phantoms(args) -> tuple[Path, Path]:
     return spanish, african
 
 
-def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
-    return out / "rows" / data / classifier / f"seed{seed}"
-
-
-def is_run(out: Path, row: Row, seed: int) -> bool:
-    return (row_folder(out, row.data.name, row.classifier, seed) / "args.json").exists()
-
-
 class Experiment:
     """The stages of one reproduction, each with its flags; folders are the methods' results."""
 
-    def __init__(self, args, scale: Scale, spanish: Path, african: Path):
+    def __init__(self, args, scale: Scale, spanish: Path, african: Path, selections: Selections):
         self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
+        self.digest = selections.digest
         self.stages = Stages(partial(print, flush=True), *(["--device", args.device] if args.device else []))
         self.model = model_flags(args)
         self.phantoms = () if args.spanish else (args.out / "phantoms",)
+
+    @cached_property
+    def model_hashes(self) -> dict[str, str]:
+        return {part: folder_hash(path) for part, path in model_paths(self.args).items()}
 
     def images(self, kind: str) -> list[object]:
         """Flags that choose Spanish images: by the authors' list where there is one, else by the same rule."""
@@ -172,11 +170,12 @@ class Experiment:
         out = self.args.out / f"{name}_r{rank}"
         flags += ("--repeats", self.scale.repeats)
         seed = ("--seed", self.args.seed, "--rank", rank, "--resume")
-        return self.stages.run("train_lora", out, *flags, *seed, needs=(*needs, *self.phantoms))
+        inputs = {"images": self.digest("lora"), **self.model_hashes}
+        return self.stages.run("train_lora", out, *flags, *seed, needs=(*needs, *self.phantoms), inputs=inputs)
 
     def draw(self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
-        return self.stages.run("sample", self.args.out / name, *flags, needs=needs)
+        return self.stages.run("sample", self.args.out / name, *flags, needs=needs, inputs=self.model_hashes)
 
     def lora_images(self, rank: int) -> Path:
         """Synthetic images by the LoRA of this rank: those to train on, or the fewer that figure 3 needs."""
@@ -213,13 +212,15 @@ class Experiment:
         data, args = row.data, self.args
         flags = ["--african", self.african, "--model", row.classifier, "--weights", args.weights]
         flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
-        needs = self.phantoms
+        needs, inputs = self.phantoms, {"african": self.digest("african")}
         if data.spanish:
+            inputs["spanish"] = self.digest(data.spanish)
             flags += ["--spanish", self.spanish, *self.images(data.spanish)]
             if self.scale is PAPER and args.recipe == "paper":
                 flags += ["--validation", 200]
         if data.synthetic:
             manifest = self.synthetic(data.synthetic)
+            inputs["synthetic"] = sha256_of_all([manifest, *(r.path for r in read_synthetic(manifest))])
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
         flags += ["--african-train"] * data.african + ["--augment"] * data.augment
@@ -227,7 +228,9 @@ class Experiment:
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
         out = row_folder(args.out, data.name, row.classifier, seed)
-        return self.stages.run("classify", out, *flags, "--resume", needs=needs)
+        if Path(args.weights).is_file():
+            inputs["weights"] = sha256(Path(args.weights))
+        return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs)
 
 
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
@@ -258,15 +261,22 @@ def write_report(args, experiment: Experiment, selections: Selections, results, 
 
 
 def main(args):
+    """What --plan says, or all of it."""
     scale = PAPER if args.model else QUICK if args.quick else EMBEDDED
     lists = {kind: args.manifests / name for kind, name in MANIFESTS.items()} if args.manifests else {}
-    spanish, african = args.spanish, args.african
     if args.plan:
-        selections = Selections(spanish, african, lists, scale.per_plane, args.seed) if spanish else None
+        roots = args.spanish, args.african
+        selections = Selections(*roots, lists, scale.per_plane, args.seed) if args.spanish else None
         models = describe_models(args)
         print(preview(args, scale, selections, models, full=scale is PAPER, done=partial(is_run, args.out)))
-        return
-    require_folder(args.out)
+    else:
+        with alone_in(args.out):
+            reproduce(args, scale, lists)
+
+
+def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
+    """LoRAs, images, rows, report: whatever of it is not done yet. lists: the authors', by kind."""
+    spanish, african = args.spanish, args.african
     if spanish is None:
         spanish, african = make_phantoms(args)
     selections = Selections(spanish, african, lists, scale.per_plane, args.seed)
@@ -275,7 +285,7 @@ def main(args):
     require_images(selections.african(train=True) + selections.african(train=False))
 
     # LoRAs of three ranks and their images; then every row, tested on the second site
-    experiment = Experiment(args, scale, spanish, african)
+    experiment = Experiment(args, scale, spanish, african, selections)
     panels, without = {}, None
     if not args.only and not args.synthetic:
         ranks = (scale.rank,) if args.quick else RANKS
@@ -290,8 +300,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (CheckpointError, ClassifyError, DatasetError, LoRAError, OSError, ResultError, SamplerError) as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_args, main, CheckpointError, ClassifyError, DatasetError, LoRAError, ResultError, SamplerError)

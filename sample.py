@@ -10,7 +10,6 @@ image to the bit, fills a batch of the same size.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from eval.figures import first_images_figure, save
 from eval.flags import LAST_SEED, device_name, seed_number
-from eval.record import record_run, require_folder, sha256, write_atomically
+from eval.record import record_run, sha256, write_atomically
+from eval.script import alone, progress, run
 from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
@@ -155,8 +154,8 @@ def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Te
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
+@alone
 def main(args):
-    require_folder(args.out)
     strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
         make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
@@ -205,7 +204,7 @@ def main(args):
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
     total, left = sum(map(len, groups)), sum(len(missing) for _, missing in work)
     print(f"{total} images: {total - left} are there, {left} to make")
-    with tqdm(total=left, desc="images", unit="image") as progress:
+    with progress(total=left, desc="images", unit="image") as bar:
         for rows, missing in work:
             if not missing:
                 continue
@@ -226,7 +225,7 @@ def main(args):
             )
             for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
                 webui.save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
-            progress.update(len(missing))
+            bar.update(len(missing))
 
     shots = [shot for group in groups for shot in group]
     write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, args.out))
@@ -243,8 +242,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (CheckpointError, DatasetError, LoRAError, OSError, SamplerError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_args, main, CheckpointError, DatasetError, LoRAError, SamplerError)

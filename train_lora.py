@@ -13,16 +13,15 @@ checkpoint that --resume goes on from.
 
 import argparse
 import math
-import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from eval.flags import device_name, seed_number
-from eval.record import record_run, require_folder, sha256, write_atomically
+from eval.record import record_run, sha256, write_atomically
+from eval.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
@@ -110,8 +109,8 @@ def parse_args(argv=None):
     return args
 
 
+@alone
 def main(args):
-    require_folder(args.out)
     # images and their captions; behind them, for DreamBooth, images of the base model
     args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
     images = captioned_images(args)
@@ -136,7 +135,7 @@ def main(args):
     every = [*shown, *sorted({*captions} - {*shown}), ""]
     context_of = Contexts(model, every, args, dtype, autocast, print)
     read = partial(read_bucketed, step=multiple) if args.bucket else partial(read_image, resize=args.resize)
-    pixels = (read(path, size=size) for path in tqdm(paths, desc="latents", unit="image"))
+    pixels = (read(path, size=size) for path in progress(paths, desc="latents", unit="image"))
     latents = encode_images(model.vae, pixels, args.seed)
     model.vae.to("cpu")
 
@@ -187,8 +186,8 @@ def main(args):
         write_atomically(args.out / "loss.csv", "\n".join(lines) + "\n")
 
     bad, saves = 0, SaveTimes(args.save_every)
-    progress = tqdm(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
-    for step in progress:
+    bar = progress(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
+    for step in bar:
         # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
         batches = training.batches_of_step(step, *order, args.accumulate, args.seed)
         count, mean_loss = sum(len(batch) for batch in batches), 0.0
@@ -219,7 +218,7 @@ def main(args):
             advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
             raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
         rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
-        progress.set_postfix(loss=f"{mean_loss:.4f}")
+        bar.set_postfix(loss=f"{mean_loss:.4f}")
         if args.sample_every and (step + 1) % args.sample_every == 0:
             save_sheet(sheets / f"step{step + 1:06}.png", shown)
         if saves.due(step + 1):
@@ -243,8 +242,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (CheckpointError, DatasetError, LoRAError, OSError) as error:
-        print(f"train_lora.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_args, main, CheckpointError, DatasetError, LoRAError)

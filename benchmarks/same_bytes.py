@@ -28,7 +28,7 @@ import dataclasses, runpy, sys
 import ldm.cli
 ldm.cli.MINI = sys.argv.pop(1)
 script = runpy.run_path("reproduce.py", run_name="reproduce")
-space = script["main"].__globals__
+space = script["parse_args"].__globals__
 scale = dict(
     per_plane={"all": 3, "balanced": 3, "lora": 2},
     train_lora="--target transformer --batch-size 10 --repeats 2",

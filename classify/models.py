@@ -64,6 +64,9 @@ def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) ->
     return model
 
 
+_failed: dict[str, Exception] = {}  # why the download of a network's weights failed, in this process
+
+
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """The classifying layer and its path: the last Linear in each of the five networks, and in Inception v3."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -80,17 +83,23 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
         source = f"ImageNet weights of {name}"
         cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
         try:
+            if name in _failed and not cached.exists():
+                raise _failed[name]  # what took minutes to fail is not tried again
             state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location="cpu")
         except Exception as error:  # no network, no space, a wrong hash, or whatever a cut-off file leads to
+            _failed[name] = error
             advice = f"fetch {entry.url} to {cached}, or choose other weights (a file, or none)"
             raise ClassifyError(f"{source}: {_one_line(error)}; {advice}") from None
     else:
         source = str(weights)
         try:
-            if Path(weights).suffix == ".safetensors":
-                state = safetensors.torch.load_file(weights)
-            else:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
+            with open(weights, "rb") as file:
+                is_safetensors = file.read(9)[8:] == b"{"
+                file.seek(0)
+                if is_safetensors:
+                    state = safetensors.torch.load_file(weights)
+                else:
+                    state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise ClassifyError(f"{source}: no such file; --weights takes imagenet, none or a file") from None
         except Exception as error:  # on what is no pickle, an unpickler fails in any way at all

@@ -1,14 +1,16 @@
 """What a run was: its arguments, the versions it ran on, the hashes of what it read; written beside its outputs."""
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
 import math
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +28,15 @@ def sha256(path: Path) -> str:
 def sha256_of_all(paths: Iterable[Path]) -> str:
     """One hash of many files, in order."""
     return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+
+
+def folder_hash(path: Path) -> str:
+    """One hash of a file, or of all files in a folder and of their names; hidden ones do not count."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+    lines = (f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def json_text(value: object) -> str:
@@ -56,6 +67,20 @@ def write_atomically(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)  # of a disk that was full
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which are moved into `folder` when all of them are whole, or are gone."""
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in sorted(part.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

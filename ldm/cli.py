@@ -2,6 +2,7 @@
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
 
 import torch
 
@@ -63,6 +64,12 @@ def model_flags(args: Namespace) -> list[str]:
     names = [name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)]
     flags = [flag for name in names for flag in (f"--{name.replace('_', '-')}", getattr(args, name))]
     return flags + ["--ema"] * args.ema
+
+
+def model_paths(args: Namespace) -> dict[str, Path]:
+    """The files and folders of --model, or the embedded one, and of --vae and --tokenizer, fetched if need be."""
+    given = {part: getattr(args, part) for part in ("model", "vae", "tokenizer") if getattr(args, part)}
+    return {part: Path(resolve_model(name, part)) for part, name in ({"model": str(MINI)} | given).items()}
 
 
 def describe_models(args: Namespace) -> list[str]:

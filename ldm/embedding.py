@@ -1,23 +1,23 @@
 """Textual Inversion (Gal et al. 2022, arXiv 2208.01618): one more token, whose embedding alone is trained.
 
 The file holds one tensor, {token: (1, D)}, as diffusers writes it; webui opens it too, and names the token after the
-file. Webui's own key, emb_params, is read as well.
+file. Webui's own files are read as well, and pickles of plain tensors.
 """
 
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ldm import CheckpointError
+from ldm.checkpoints.weights import open_weights
 from ldm.text import TextEncoder
 
-WEBUI_KEY = "emb_params"  # stands for the file's name
+WEBUI_KEYS = ("emb_params", "*")  # of its safetensors and its pickles; either stands for the file's name
 
 
 class LearnedToken(nn.Module):
@@ -74,8 +74,11 @@ def word_embedding(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, word: st
 def save_embedding(path: Path, token: str, vector: Tensor) -> None:
     """Write {token: (1, D)} in float32; the file appears whole or not at all."""
     part = path.with_name(path.name + ".part")
-    save_file({token: vector.detach()[None].to("cpu", torch.float32)}, part)
-    part.replace(path)
+    try:
+        part.write_bytes(save({token: vector.detach()[None].to("cpu", torch.float32)}))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a disk that was full
 
 
 def load_embedding(
@@ -87,10 +90,8 @@ def load_embedding(
 
     Raises CheckpointError, with the path, where the file is not one embedding or does not fit.
     """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); pass an embedding's") from None
+    weights = open_weights(path)
+    tensors = dict(weights.read(weights.shapes))
     if len(tensors) != 1:
         raise CheckpointError(f"{path}: holds {len(tensors)} tensors; an embedding of one token is one")
     ((key, vectors),) = tensors.items()
@@ -98,7 +99,7 @@ def load_embedding(
         raise CheckpointError(f"{path}: {key} has shape {list(vectors.shape)}; one token's is (D,) or (1, D)")
     if not vectors.isfinite().all():
         raise CheckpointError(f"{path}: {key} is not finite; train the token again, at a lower rate, or fetch it again")
-    token = token or (path.stem if key == WEBUI_KEY else key)
+    token = token or (path.stem if key in WEBUI_KEYS else key)
     try:
         return token, add_token(tokenizer, text_encoder, token, vectors.flatten())
     except CheckpointError as error:

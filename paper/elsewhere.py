@@ -8,19 +8,18 @@ the African layout, and writes the same report of what it says there.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from classify import ClassifyError
 from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
 from eval.record import sha256
+from eval.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
 from paper.report import Context, build
 from paper.results import Result, ResultError, read_result
@@ -54,6 +53,7 @@ def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Resul
     )
 
 
+@alone
 def main(args):
     found = []
     for row in (*ROWS, *BEYOND_ROWS):
@@ -67,7 +67,7 @@ def main(args):
     require_images(records)
 
     again: dict[Path, Result] = {}  # a row of two tables is one run
-    for folder, result in tqdm(found, "rows", unit="row"):
+    for folder, result in progress(found, desc="rows", unit="row"):
         if folder not in again:
             again[folder] = retest(result, folder / "model.safetensors", records)
     results = [replace(again[folder], table=result.table) for folder, result in found]
@@ -86,8 +86,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ClassifyError, DatasetError, ResultError) as error:
-        print(f"paper.elsewhere: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(parse_args, main, ClassifyError, DatasetError, ResultError)

@@ -1,5 +1,6 @@
 """What a reproduction would run, what that needs and takes, and what is missing on this machine."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from torchvision.models import get_model_weights
 
 from classify.data import RECIPES
 from classify.models import MODELS
-from eval.record import write_atomically
+from eval.record import sha256, write_atomically
 from paper.plan import RANKS, Row
 from planes import PLANES
 from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish, read_synthetic
@@ -43,6 +44,7 @@ class Selections:
     ):
         self.roots, self.manifests, self.per_plane, self.seed = (spanish, african), manifests, per_plane, seed
         self.known: dict[str, list[Record]] = {}
+        self.digests: dict[str, str] = {}
 
     def spanish(self, kind: str) -> list[Record]:
         """The images of this kind ("all", "balanced", "lora"): the authors' list, or drawn by the same rule."""
@@ -60,6 +62,14 @@ class Selections:
         if "african" not in self.known:
             self.known["african"] = read_african(self.roots[1])
         return [record for record in self.known["african"] if record.train is train]
+
+    def digest(self, kind: str) -> str:
+        """One hash of the images of a kind, or of "african", and of what the tables say of them."""
+        if kind not in self.digests:
+            records = self.spanish(kind) if kind != "african" else self.african(train=True) + self.african(train=False)
+            lines = (f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n" for r in records)
+            self.digests[kind] = hashlib.sha256("".join(lines).encode()).hexdigest()
+        return self.digests[kind]
 
     def counts(self, row: Row) -> tuple[int | None, int | None]:
         """Spanish and African training images of a row; None where the table is not there."""

@@ -12,9 +12,19 @@ from scipy.special import stdtrit
 from eval.compare import Difference, paired_bootstrap, spread
 from eval.levels import over_both, over_patients
 from eval.metrics import Definition, Scores, _draw, _weighted_scores, confusion
+from paper.plan import Row
 from planes import PLANES
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+
+
+def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
+    """Where a reproduction keeps a row's run."""
+    return out / "rows" / data / classifier / f"seed{seed}"
+
+
+def is_run(out: Path, row: Row, seed: int) -> bool:
+    return (row_folder(out, row.data.name, row.classifier, seed) / "args.json").exists()
 
 
 class ResultError(Exception):

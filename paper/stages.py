@@ -3,8 +3,10 @@
 import argparse
 import json
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from eval.record import write_atomically
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -17,11 +19,14 @@ class Stages:
         self.common = common  # flags of every stage
         self.seen: set[tuple[str, ...]] = set()  # commands of this run, which several others may need
 
-    def run(self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+    def run(
+        self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = (), inputs: Mapping[str, str]
+    ) -> Path:
         """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
 
         flags: name what a script would else fill in by itself (--repeats): it is recorded, and would look like a change
         needs: folders of stages whose outputs this one reads
+        inputs: what it reads besides -> its hash, kept in inputs.json
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
         if (script, *argv) in self.seen:
@@ -30,19 +35,22 @@ class Stages:
         self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        if self.is_done(out, args, needs):
+        if self.is_done(out, args, needs, inputs):
             self.say("done before")
         else:
+            out.mkdir(parents=True, exist_ok=True)
             (out / "args.json").unlink(missing_ok=True)
+            write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
             module["main"](args)
         return out
 
-    def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...]) -> bool:
+    def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...], inputs: Mapping[str, str]) -> bool:
         """args.json is what a script writes last: its time is the stage's."""
         try:
             before = json.loads((out / "args.json").read_text(encoding="utf-8"))["arguments"]
+            read = json.loads((out / "inputs.json").read_text(encoding="utf-8"))
             made = (out / "args.json").stat().st_mtime_ns
             stale = any((need / "args.json").stat().st_mtime_ns > made for need in needs)
         except (OSError, ValueError, KeyError):
             return False
-        return not stale and before == json.loads(json.dumps(vars(args), default=str))
+        return not stale and read == dict(inputs) and before == json.loads(json.dumps(vars(args), default=str))

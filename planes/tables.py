@@ -20,6 +20,8 @@ def read_table(path: Path, *columns: str) -> list[tuple[str, ...]]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DatasetError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
     lines = list(io.StringIO(text, newline=""))  # as csv counts them: at \n, \r and \r\n, at no other line end

@@ -35,15 +35,15 @@ class Denoiser:
         prediction_type: str = "epsilon",
     ):
         if prediction_type not in ("epsilon", "v_prediction"):
-            raise SamplerError(f"unknown prediction_type {prediction_type!r}: choose epsilon or v_prediction")
+            raise SamplerError(f"unknown prediction type {prediction_type!r}: choose epsilon or v_prediction")
         if not math.isfinite(guidance_scale):
-            raise SamplerError(f"guidance_scale {guidance_scale}: must be a finite number")
+            raise SamplerError(f"guidance scale {guidance_scale}: must be a finite number")
         self.guided = guidance_scale != 1
         if self.guided and negative_context is None:
-            raise SamplerError(f"guidance_scale {guidance_scale:g} needs a negative_context; without one use 1")
+            raise SamplerError(f"guidance scale {guidance_scale:g} needs a negative context; without one use 1")
         if self.guided and negative_context.shape[::2] != context.shape[::2]:
             shapes = f"{tuple(negative_context.shape)} and {tuple(context.shape)}"
-            raise SamplerError(f"negative_context and context are {shapes}: only their number of tokens may differ")
+            raise SamplerError(f"negative context and context are {shapes}: only their number of tokens may differ")
         self.model = model
         self.nodes = nodes
         self.contexts = [negative_context, context] if self.guided else [context]  # one call each

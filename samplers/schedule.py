@@ -204,7 +204,7 @@ def _check(
     if not 1 <= steps < schedule.num_train_timesteps:
         raise SamplerError(f"{steps} steps: choose from 1 to {schedule.num_train_timesteps - 1}")
     if steps_offset and spacing != "leading":
-        raise SamplerError(f"steps_offset {steps_offset}: only spacing leading has one, not {spacing}")
+        raise SamplerError(f"steps offset {steps_offset}: only spacing leading has one, not {spacing}")
 
 
 def _spaced(schedule: NoiseSchedule, spacing: str, count: int, steps_offset: int = 0) -> np.ndarray:
@@ -216,7 +216,7 @@ def _spaced(schedule: NoiseSchedule, spacing: str, count: int, steps_offset: int
         return np.round(np.arange(T, 0, -T / count)[:count]) - 1
     times = np.arange(count)[::-1] * float(T // count) + steps_offset
     if not 0 <= times[-1] <= times[0] <= T - 1:
-        raise SamplerError(f"steps_offset {steps_offset}: moves the times beyond [0, {T - 1}]")
+        raise SamplerError(f"steps offset {steps_offset}: moves the times beyond [0, {T - 1}]")
     return times
 
 

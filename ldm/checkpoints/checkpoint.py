@@ -1,14 +1,16 @@
 """Stable Diffusion 1 and 2 to and from weight files: a CompVis/webui single file, a diffusers folder."""
 
+import contextlib
 import hashlib
 import re
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -105,8 +107,8 @@ def load(
     probed = False
     if is_folder:
         if ema:
-            raise CheckpointError(f"{root}: a folder holds one U-Net, mostly the averaged one; load it without `ema`")
-        parts = [(name, file) for name, file in weight_files(root) if vae is None or name != "vae"]
+            raise CheckpointError(f"{root}: a folder holds one U-Net, mostly the averaged one; load it without --ema")
+        parts = list(weight_files(root, [name for name in WEIGHTS if name != "vae" or vae is None]))
         tensors = locate([(name, open_weights(file)) for name, file in parts], FOLDER)
         config = config or read_config(root)
     else:
@@ -165,15 +167,12 @@ def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; remove it first or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        root = Path(scratch) / path.name
+    with _appearing(path) as root:
         write_config(root, model.config)
         for name, stem in WEIGHTS.items():
             state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in getattr(model, name).state_dict().items()}
             save_file(state, root / name / f"{stem}.safetensors", metadata={"format": "pt"})
         save_tokenizer(model.tokenizer, root / "tokenizer", model.text_encoder.config)
-        root.rename(path)
 
 
 def save_single(
@@ -193,13 +192,25 @@ def save_single(
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        whole = Path(scratch) / path.name
+    with _appearing(path) as whole:
         predicts = "v" if model.prediction_type == "v_prediction" else "epsilon"
         own = {"format": "pt", "modelspec.prediction_type": predicts}
         save_file(tensors, whole, metadata={**(metadata or {}), **own})
-        whole.rename(path)
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Where to write what then appears at `path`, whole or not at all. CheckpointError where the disk is full."""
+    scratch = path.with_name(f".{path.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch / path.name
+        (scratch / path.name).rename(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written; is the disk full? ({error})") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _locate_vae(path: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Stored]]:
@@ -249,6 +260,8 @@ def _check_tensors(places: dict[str, Path], shapes: dict[str, torch.Size], tenso
         lost = ", ".join(f"{counts[network]} of {of[network]} {network} tensors" for network in counts)
         more = ", .." if len(missing) > 5 else ""
         place = places[next(iter(counts))]
+        if counts == {"vae": of["vae"]}:
+            raise CheckpointError(f"{place}: no VAE inside; give one by --vae")
         raise CheckpointError(f"{place}: {lost} missing: {', '.join(missing[:5])}{more}; fetch it again, whole")
     if unknown := [stored for name, stored in tensors.items() if name not in shapes]:
         keys = list(dict.fromkeys(stored.key for stored in unknown if stored.weights.path == unknown[0].weights.path))
@@ -277,6 +290,4 @@ def _check_config(root: Path, config: Config) -> None:
     splits += [(width, vae.norm_num_groups, "VAE norm groups") for width in vae.block_out_channels]
     for width, parts, what in splits:
         if width % parts:
-            raise CheckpointError(
-                f"{root}: {width} channels do not divide into {parts} {what}; pass the right `config`"
-            )
+            raise CheckpointError(f"{root}: {width} channels do not divide into {parts} {what}; {OTHER_KIND}")

@@ -4,7 +4,7 @@ model_index.json, and a subfolder each: unet, vae, text_encoder (config.json and
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -157,8 +157,8 @@ def read_vae_config(folder: Path) -> VAEConfig:
     return VAEConfig(**_pick(_read(folder / "config.json", _FIXED["vae"]), VAEConfig))
 
 
-def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """(network, file) of every file that holds weights.
+def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tuple[str, Path]]:
+    """(network, file) of every file that holds weights of these networks.
 
     CheckpointError where the folder is another family's pipeline, or a network has no weights.
     """
@@ -167,8 +167,8 @@ def weight_files(root: Path) -> Iterator[tuple[str, Path]]:
         for mark, family in _FAMILIES.items():
             if pipeline.startswith(mark):
                 raise CheckpointError(f"{root}: {family} model ({pipeline}); give one of SD 1 or SD 2")
-    for network, stem in WEIGHTS.items():
-        yield from ((network, file) for file in network_files(root / network, stem))
+    for network in networks:
+        yield from ((network, file) for file in network_files(root / network, WEIGHTS[network]))
 
 
 def network_files(folder: Path, stem: str) -> Iterator[Path]:
@@ -178,7 +178,8 @@ def network_files(folder: Path, stem: str) -> Iterator[Path]:
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
         pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
-        raise CheckpointError(f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}")
+        remedy = "; give another by --vae" if folder.name == "vae" else ""
+        raise CheckpointError(f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}{remedy}")
     if found.suffix != ".json":
         yield found
         return

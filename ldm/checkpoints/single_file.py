@@ -32,10 +32,10 @@ _FAMILIES = {  # a mark in some tensor's name -> what the file is
     r"double_blocks\.": "a Flux checkpoint; give one of SD 1 or SD 2",
     r"joint_blocks\.": "an SD 3 checkpoint; give one of SD 1 or SD 2",
     r"lora_unet_|lora_te|\.lora_(down|up|A|B)\b": "a LoRA, not a base model; give the model it was trained on",
-    r"^(emb_params|clip_[lg]|<.*>)$": "an embedding, not a base model; give the model that it was made for",
+    r"^(emb_params|\*|clip_[lg]|<.*>)$": "an embedding, not a base model; give the model that it was made for",
     r"^control_(model\.|net)": "a ControlNet, not a base model; give the model it steers",
     r"^down_blocks\.": "a U-Net alone; give the diffusers folder around it",
-    r"^(encoder\.conv_in|decoder\.conv_in|post_quant_conv)\.": "a VAE alone; give a whole checkpoint, this as `vae`",
+    r"^(encoder\.conv_in|decoder\.conv_in|post_quant_conv)\.": "a VAE alone; give a whole model, and this by --vae",
     r"^(text_model|embeddings)\.": "a text encoder alone; give the whole checkpoint",
 }
 
@@ -56,7 +56,8 @@ def refuse_other_families(weights: Weights) -> None:
 
 def locate_single_file(weights: Weights, ema: bool) -> dict[str, Stored]:
     """Parameter -> where it lies in the file; with `ema` the U-Net's are those of its running average."""
-    tensors = locate([("", weights)], SINGLE_FILE_2 if is_sd_2(weights) else SINGLE_FILE)
+    networks = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+    tensors = locate([("", weights)], SINGLE_FILE_2 if is_sd_2(weights) else SINGLE_FILE, networks)
     if not ema:
         return tensors
     copies = {  # the average lies under the trained tensor's name without its dots
@@ -66,9 +67,9 @@ def locate_single_file(weights: Weights, ema: bool) -> dict[str, Stored]:
     }
     absent = [key for key in copies.values() if key not in weights.shapes]
     if len(absent) == len(copies):
-        raise CheckpointError(f"{weights.path}: no averaged U-Net (model_ema.*) inside; load it without `ema`")
+        raise CheckpointError(f"{weights.path}: no averaged U-Net (model_ema.*) inside; load it without --ema")
     if absent:
-        raise CheckpointError(f"{weights.path}: {named(absent, 'missing')}; load it without `ema`")
+        raise CheckpointError(f"{weights.path}: {named(absent, 'missing')}; load it without --ema")
     return tensors | {name: Stored(weights, key, weights.shapes[key]) for name, key in copies.items()}
 
 
@@ -105,7 +106,8 @@ def probe_prediction(unet: UNet, path: Path) -> str:
     with torch.no_grad():
         shift = (unet(latents, torch.tensor([999], device=weight.device), context) - latents).float().mean()
     if not shift.isfinite():
-        raise CheckpointError(f"{path}: the U-Net overflows in {weight.dtype}; pass `prediction_type`, or float32")
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{path}: the U-Net overflows in {kind}; give its --prediction-type, or --dtype fp32")
     return "v_prediction" if shift < -1 else "epsilon"
 
 

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from vocab.json and merges.txt, and back."""
+"""CLIP's tokenizer from vocab.json and merges.txt, or from the tokenizer.json that holds both; and back."""
 
 import hashlib
 import json
@@ -14,9 +14,10 @@ CLIP_REPOSITORY = "openai/clip-vit-large-patch14"  # its vocabulary is SD 1's, a
 
 
 def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokenizer:
-    """The tokenizer in a folder with vocab.json and merges.txt; None: CLIP's from the local hub cache, never fetched.
+    """The tokenizer in a folder; None: CLIP's from the local hub cache, never fetched.
 
-    folder: that folder, or a diffusers folder that has it as its `tokenizer`
+    folder: with vocab.json and merges.txt or, as transformers 5 saves one, with tokenizer.json alone; or a diffusers
+        folder that has it as its `tokenizer`
     Of the json files beside them only the tokens that were added are heeded. Which token pads is the text encoder's to
     say (`ldm.text.padding_id`): SD 2's tokenizer names "!", which would make a mark of every one that is typed.
 
@@ -26,34 +27,55 @@ def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokeniz
         cached = try_to_load_from_cache(CLIP_REPOSITORY, "vocab.json")
         if not isinstance(cached, str):
             raise CheckpointError(
-                f"no tokenizer: put vocab.json and merges.txt of {CLIP_REPOSITORY} into a folder and pass `tokenizer`; "
-                f"the scripts fetch it by --tokenizer {CLIP_REPOSITORY}"
+                f"no tokenizer: --tokenizer {CLIP_REPOSITORY} fetches it from the hub; without a network put its "
+                "vocab.json and merges.txt into a folder and give that"
             )
         folder = Path(cached).parent
     folder = Path(folder)
     if (folder / "tokenizer").is_dir():
         folder = folder / "tokenizer"
-    absent = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-    if absent:
+    files = {"vocab": folder / "vocab.json", "merges": folder / "merges.txt"}
+    absent = [path.name for path in files.values() if not path.is_file()]
+    if absent and (folder / "tokenizer.json").is_file():
+        words = _read_whole(folder / "tokenizer.json")
+    elif absent:
         raise CheckpointError(
-            f"{folder}: no {' and no '.join(absent)}; put those of {CLIP_REPOSITORY} there, or pass `tokenizer`"
+            f"{folder}: no {' and no '.join(absent)}; put those of {CLIP_REPOSITORY} there, or give another --tokenizer"
         )
-    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    tokenizer = CLIPTokenizer(**files, model_max_length=config.max_position_embeddings)
+    else:
+        words = {name: str(path) for name, path in files.items()}
+    try:
+        tokenizer = CLIPTokenizer(**words, model_max_length=config.max_position_embeddings)
+    except Exception as error:  # whatever transformers and tokenizers make of files that are damaged
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{folder}: no tokenizer of CLIP's kind ({reason}); fetch it again") from None
     tokenizer.add_tokens(_added_tokens(folder, len(tokenizer)))
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
-            f"{folder}: {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}; pass the right `tokenizer`"
+            f"{folder}: {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}; give the right --tokenizer"
         )
     return tokenizer
 
 
+def _read_whole(path: Path) -> dict[str, object]:
+    """Vocabulary and merges of a tokenizer.json."""
+    try:
+        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        return {"vocab": model["vocab"], "merges": merges}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not as transformers writes it ({error}); fetch it again") from None
+
+
 def _added_tokens(folder: Path, known: int) -> list[str]:
-    """Tokens beyond the vocabulary, by their numbers, as learned ones are: of transformers' two ways to store them."""
+    """Tokens beyond the vocabulary, by their numbers, as learned ones are: of transformers' three ways to store them."""
     added: dict[int, str] = {}
     try:
         if (path := folder / "added_tokens.json").is_file():
             added |= {number: token for token, number in json.loads(path.read_text(encoding="utf-8")).items()}
+        if (path := folder / "tokenizer.json").is_file():
+            tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
+            added |= {int(token["id"]): token["content"] for token in tokens}
         if (path := folder / "tokenizer_config.json").is_file():
             tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
             added |= {int(number): token["content"] for number, token in tokens.items()}

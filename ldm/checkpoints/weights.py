@@ -6,6 +6,7 @@ bytes. A pickle is read by torch's restricted unpickler alone, which builds tens
 
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -89,20 +90,21 @@ def open_weights(path: Path) -> Weights:
     return Weights(path, shapes, metadata)
 
 
-def locate(files: Iterable[tuple[str, Weights]], table: Table) -> dict[str, Stored]:
+def locate(files: Iterable[tuple[str, Weights]], table: Table, inside: tuple[str, ...] = ("",)) -> dict[str, Stored]:
     """Parameter, behind its network's name -> where it lies; dropped tensors are left out.
 
     files: (prefix of the keys, "" for none; file)
-    Raises CheckpointError where a tensor has no row in the table, or two are the same parameter.
+    inside: how the keys of the networks begin; what has no row in the table and begins otherwise is let be, and said
+    Raises CheckpointError where another tensor has no row in the table, or two are the same parameter.
     """
     tensors: dict[str, Stored] = {}
     for prefix, weights in files:
-        unknown = []
+        unknown, beside = [], []
         for key, shape in weights.shapes.items():
             try:
                 name = rename(f"{prefix}.{key}" if prefix else key, table)
             except KeyError:
-                unknown.append(key)
+                (unknown if key.startswith(inside) else beside).append(key)
                 continue
             if name is None:
                 continue
@@ -115,6 +117,8 @@ def locate(files: Iterable[tuple[str, Weights]], table: Table) -> dict[str, Stor
                 tensors[part] = Stored(weights, key, shape, third if len(parts) > 1 else None)
         if unknown:
             raise CheckpointError(f"{weights.path}: {named(unknown, 'unknown')}; {OTHER_KIND}")
+        if beside:
+            warnings.warn(f"{weights.path}: {named(beside, 'more')} beside the model, not read", stacklevel=4)
     return tensors
 
 
@@ -127,14 +131,16 @@ def named(keys: list[str], what: str) -> str:
 def _unpickle(path: Path, zipped: bool) -> Weights:
     """The tensors of a pickle, mapped from the file where they can be; CheckpointError where it holds anything else."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with path.open("rb") as file:
+            mapped = zipped and path.suffix != ".safetensors"  # torch takes what is called so for what it is called
+            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # a hostile or broken file may make the unpickler raise anything
         raise CheckpointError(
             f"{path}: a pickle that torch.load(weights_only=True) refuses, broken or able to run code; "
             "convert it to safetensors in a sandbox"
         ) from None
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
+    for level in ("state_dict", "string_to_param"):  # a model's, and the webui's of an embedding
+        state = state.get(level, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: a pickle of a {type(state).__name__}, no dict of tensors; {OTHER_KIND}")
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}

@@ -133,11 +133,11 @@ def read_shot(path: Path) -> tuple[Shot, tuple[int, int]]:
         except (KeyError, TypeError, ValueError):
             raise ImageError(f"{path}: was made by another version of sample.py; give its settings as flags") from None
     if "parameters" not in text:
-        raise ImageError(f"{path}: no settings in it, neither ours nor the webui's `parameters`; give them as flags")
+        raise ImageError(f"{path}: no settings in it, neither ours nor the webui's; give them as flags")
     try:
         shot = _webui_shot(parse_parameters(text["parameters"]))
     except KeyError as error:
-        raise ImageError(f"{path}: its `parameters` do not say {error.args[0]}; give the settings as flags") from None
+        raise ImageError(f"{path}: the webui's text does not say {error.args[0]}; give the settings as flags") from None
     except ValueError as error:
         raise ImageError(f"{path}: cannot be repeated: {error}") from None
     return shot, (1, 0)

@@ -51,7 +51,7 @@ def write(
             raise LoRAError(f"{path}: {key} is not finite in {dtype}: training diverged, or save as float32")
     if not path.parent.is_dir():
         raise LoRAError(f"{path}: its folder does not exist: make it first")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_bytes(_serialize(tensors, header))
         os.replace(partial, path)

@@ -3,6 +3,7 @@
 | layout | key of a layer's A; r is the rank | alpha |
 |---|---|---|
 | kohya, AUTOMATIC1111, ComfyUI | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
+| the same with dots | `lora_unet.mid_block.attentions.0.proj_in.lora_down.weight` | `.alpha`, or r |
 | PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | header, as JSON, or r |
 | PEFT alone, a folder | `base_model.model.mid_block.attentions.0.proj_in.lora_A.weight` | `adapter_config.json` |
 | diffusers' scripts | `unet.mid_block.attentions.0.proj_in.lora.down.weight` | r |
@@ -30,7 +31,7 @@ from torch import Tensor
 from lora.layer import LoRAError
 
 KEYS: dict[str, re.Pattern] = {
-    "kohya": re.compile(r"([^.]+)\.(lora_down\.weight|lora_up\.weight|alpha)"),
+    "kohya": re.compile(r"(.+)\.(lora_down\.weight|lora_up\.weight|alpha)"),
     "PEFT": re.compile(r"(.+)\.(lora_[AB])(?:\.default)?\.weight"),
     "diffusers": re.compile(r"(.+)\.lora(?:_linear_layer)?\.(down|up)\.weight"),
     "attention processor": re.compile(r"(.+)_lora\.(down|up)\.weight"),
@@ -49,6 +50,9 @@ REFUSED: dict[str, str] = {
     r".*\.lora_mid\.": "a LoCon with a core tensor (LyCORIS): use a plain LoRA",
     r"lora_te2_|text_encoder_2\.": "for SDXL, with two text encoders: use one for SD 1 or SD 2",
     r"(unet|text_encoder):\d+:": "in the format of cloneofsimo's lora: convert it to kohya's",
+    r"diffusion_model\.": "in ComfyUI's names, as LoRAs of Flux, Wan and others are: use one for SD 1 or SD 2 in "
+    "kohya's names (lora_unet_) or diffusers' (unet.)",
+    r"transformer\.|lora_transformer_": "for a diffusion transformer (Flux, SD 3 and others): use one for SD 1 or SD 2",
     r"emb_params$": "a textual inversion, no LoRA: load it as an embedding",
 }
 """A pattern that the beginning of some key matches -> what the file is and what to do, where it cannot be read."""
@@ -132,7 +136,7 @@ def read(path: str | Path) -> LoRAFile:
     if not keys:
         example = f", such as {min(tensors)}" if tensors else ""
         raise LoRAError(
-            f"{path}: no LoRA among its {len(tensors)} keys{example}: pass a LoRA file, not a model's checkpoint"
+            f"{path}: no LoRA among its {len(tensors)} keys{example}: give a LoRA file, not a model's checkpoint"
         )
     if leftover:
         raise no_place(path, leftover, len(tensors), "a LoRA's layers", "use a plain LoRA, not a variant")
@@ -169,6 +173,8 @@ def _layer_of(key: str) -> tuple[str, str] | None:
         return None
     path, part = match[1], PARTS.get(match[2], match[2])
     if layout == "kohya":
+        head, dot, rest = path.partition(".")
+        path = f"{NETWORKS.get(head, head)}_{rest.replace('.', '_')}" if dot else path
         path = re.sub(r"^lora_te1?_(text_model_)?", "lora_te_text_model_", path)
         return re.sub(r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_", _from_compvis, path), part
 
@@ -196,7 +202,7 @@ def _from_compvis(match: re.Match) -> str:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise LoRAError(f"{path}: no such file: pass the path of a .safetensors file")
+        raise LoRAError(f"{path}: no such file: give the path of a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
@@ -260,6 +266,7 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
             raise LoRAError(f"{where}: lora_{part} is missing: the file is damaged, get it again")
     down, up = parts["down"], parts["up"]
     shapes = f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
+    parts = {name: tensor.float() if name == "alpha" else tensor for name, tensor in parts.items()}
     for tensor in (down, up):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise LoRAError(f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or float32")

@@ -177,9 +177,13 @@ def test_imagenet_weights_come_through_torchvision(tmp_path, monkeypatch):
 
 
 def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_path, monkeypatch):
+    tried = []
+
     def offline(*_, **__):
+        tried.append(1)
         raise urllib.error.URLError("Name or service not known")
 
+    monkeypatch.setattr("classify.models._failed", {})
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     with pytest.raises(ClassifyError) as error:
@@ -187,6 +191,18 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_
     url = tv.ResNet18_Weights.IMAGENET1K_V1.url
     assert url in str(error.value) and str(tmp_path / "checkpoints" / Path(url).name) in str(error.value)
     assert "\n" not in str(error.value)
+    with pytest.raises(ClassifyError, match=re.escape(str(error.value))):  # which does not wait for the network again
+        build("resnet18", "imagenet", 64)
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_weights_are_opened_by_what_is_in_the_file_whatever_its_name(tmp_path, name):
+    state = tv.mobilenet_v2().state_dict()
+    torch.save(state, tmp_path / name)
+    assert read_weights("mobilenet_v2", tmp_path / name)[0].keys() == state.keys()
+    safetensors.torch.save_file(state, tmp_path / name)
+    assert read_weights("mobilenet_v2", tmp_path / name)[0].keys() == state.keys()
 
 
 @pytest.mark.skipif(not FILE.is_file(), reason="needs ../shared/data/weights, which is not part of the project")
@@ -553,7 +569,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bit
         return done[-1]
 
     module = script()
-    module["main"].__globals__["train_epoch"] = asked_in_the_second_epoch
+    module["parse_args"].__globals__["train_epoch"] = asked_in_the_second_epoch
     out = [str(flag) for flag in flags(sites, tmp_path / "cut", *more)]
     with pytest.raises(SystemExit) as stop:
         module["main"](module["parse_args"](out))

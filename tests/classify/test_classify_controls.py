@@ -123,7 +123,7 @@ def sites(tmp_path_factory):
 def classify(sites, out, *flags, epoch=None):
     script = runpy.run_path(str(ROOT / "classify.py"), run_name="classify_script")
     if epoch:
-        script["main"].__globals__["train_epoch"] = epoch
+        script["parse_args"].__globals__["train_epoch"] = epoch
     flags = ["--spanish", sites / "spanish", "--african", sites / "african", "--weights", "none", "--size", 64, *flags]
     flags += ["--batch-size", 5, "--device", "cpu", "--out", out]
     script["main"](script["parse_args"]([str(flag) for flag in flags]))

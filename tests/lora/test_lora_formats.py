@@ -215,6 +215,24 @@ def laid_out(tensors, layout):
     return renamed
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.float64])
+def test_an_alpha_of_any_type_is_a_number(tmp_path, dtype):
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(4, 8), "lora_unet_x.lora_up.weight": torch.ones(8, 4)}
+    save_file(tensors | {"lora_unet_x.alpha": torch.tensor(2.0).to(dtype)}, tmp_path / "a")
+    assert read(tmp_path / "a").pairs["lora_unet_x"].alpha == 2.0
+    tensors["lora_unet_x.lora_up.weight"] = tensors["lora_unet_x.lora_up.weight"].to(dtype)
+    save_file(tensors, tmp_path / "a")
+    with pytest.raises(LoRAError, match=r"weights of torch\..*: convert the file to float16, bfloat16 or float32"):
+        read(tmp_path / "a")
+
+
+def test_an_alpha_beside_pefts_matrices_counts(tmp_path):
+    key = "unet.mid_block.attentions.0.proj_in"
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors | {f"{key}.alpha": torch.tensor(2.0)}, tmp_path / "a")
+    assert read(tmp_path / "a").pairs["lora_unet_mid_block_attentions_0_proj_in"].alpha == 2.0
+
+
 def attention_processors(network, path, part):
     if network == "unet":
         head, _, layer = path.replace(".to_out.0", ".to_out").rpartition(".")
@@ -231,6 +249,10 @@ LAYOUTS = {
         f"{network}.{path.removeprefix('text_model.')}.lora_{'A' if part == 'down' else 'B'}.weight"
     ),
     "attention processors": attention_processors,
+    "kohya's with dots": lambda network, path, part: (
+        f"lora_{'unet' if network == 'unet' else 'te'}.{path}.lora_{part}.weight"
+    ),
+    "kohya's parts on diffusers' paths": lambda network, path, part: f"{network}.{path}.lora_{part}.weight",
 }
 
 
@@ -351,6 +373,12 @@ PATH = "unet.mid_block.attentions.0.proj_in"
         (PATH, '{"unet.alpha_pattern": {"(": 1}}', "no readable alpha"),
         ("base_model.model.mid_block.attentions.0.proj_in", "{}", "adapter_config.json: missing, it holds alpha"),
         ("text_encoder_2.text_model.x", "{}", "SDXL"),
+        (
+            "diffusion_model.input_blocks.1.1.proj_in",
+            "{}",
+            r"in ComfyUI's names, .*use one for SD 1 or SD 2 in kohya's",
+        ),
+        ("transformer.single_transformer_blocks.0.attn.to_q", "{}", "for a diffusion transformer"),
         ("unet.nowhere", "{}", "2 of 2 keys have no place in lora_unet, lora_te, such as unet.nowhere.lora_A.weight"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path):
     from planes.datasets import read_african
     from planes.phantoms.phantom import write_african_layout
 
-    space = script["main"].__globals__
+    space = script["parse_args"].__globals__
     before = space["PHANTOMS"]
     space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 2), "patients": 3}
     try:

@@ -23,7 +23,7 @@ TINY = """
 import runpy, sys
 from dataclasses import replace
 script = runpy.run_path("reproduce.py", run_name="reproduce")
-space = script["main"].__globals__
+space = script["parse_args"].__globals__
 space["EMBEDDED"] = script["Scale"](
     per_plane={"all": 3, "balanced": 3, "lora": 2},
     train_lora="--target transformer --batch-size 10 --save-every 1",
@@ -118,14 +118,18 @@ def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path):
     stages, args = Stages(print), argparse.Namespace(steps=3, out=tmp_path / "b")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "inputs.json").write_text('{"images": "1f"}')
         (tmp_path / name / "args.json").write_text(json.dumps({"arguments": {"steps": 3, "out": str(tmp_path / "b")}}))
         os.utime(tmp_path / name / "args.json", ns=(0, 10 + (name == "b")))
-    assert stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
-    assert not stages.is_done(tmp_path / "b", argparse.Namespace(steps=4, out=tmp_path / "b"), ())
+    same = {"images": "1f"}
+    assert stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
+    assert not stages.is_done(tmp_path / "b", argparse.Namespace(steps=4, out=tmp_path / "b"), (), same)
+    for other in ({}, {"images": "2f"}, {"images": "1f", "model": "1f"}):  # an image was replaced, a model named
+        assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), other)
     os.utime(tmp_path / "a" / "args.json", ns=(0, 12))  # made again
-    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
+    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
     (tmp_path / "a" / "args.json").unlink()  # or being made at the moment
-    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",))
+    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_a_missing_table_is_named_with_where_it_was_looked_for_and_where_to_get_
         read_spanish(tmp_path)
     with pytest.raises(DatasetError, match=r"Zenodo_dataset/African_planes_database\.csv .*7540448"):
         read_african(tmp_path)
-    with pytest.raises(DatasetError, match="No such file"):
+    with pytest.raises(DatasetError, match="no such file"):
         read_manifest(tmp_path / "list.csv", [])
 
 

@@ -104,7 +104,7 @@ def test_a_negative_prompt_of_another_length_is_a_call_of_its_own(tokens, predic
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 3)], ids=["rows", "width"])
 def test_contexts_that_differ_in_more_than_their_tokens_are_refused_in_one_line(shape):
-    message = rf"negative_context and context are \({shape[0]}, 2, {shape[2]}\) and \(2, 2, 4\): only their number"
+    message = rf"negative context and context are \({shape[0]}, 2, {shape[2]}\) and \(2, 2, 4\): only their number"
     with pytest.raises(SamplerError, match=message) as error:
         Denoiser(network, euler_nodes(SCHEDULE, 3), noise(2, 2, 4), noise(*shape), 7.0)
     assert "\n" not in str(error.value)

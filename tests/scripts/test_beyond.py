@@ -186,10 +186,15 @@ def test_an_embedding_is_read_as_written_in_both_layouts_and_under_another_name(
     assert {key: value.shape for key, value in load_file(tmp_path / "ours.safetensors").items()} == {TOKEN: (1, WIDTH)}
     save_file({"emb_params": vector[None]}, tmp_path / "webuis.safetensors")
     save_file({"<flat>": vector}, tmp_path / "flat.safetensors")
+    torch.save({"<flat>": vector}, tmp_path / "learned_embeds.safetensors")  # diffusers' .bin, under another name
+    webuis = {"string_to_token": {"*": 265}, "string_to_param": {"*": vector[None]}, "name": "x", "step": 9}
+    torch.save(webuis, tmp_path / "fetal-us.safetensors")
     for name, given, token in [
         ("ours", None, TOKEN),
         ("webuis", None, "webuis"),
         ("flat", None, "<flat>"),
+        ("learned_embeds", None, "<flat>"),
+        ("fetal-us", None, "fetal-us"),
         ("ours", "<other>", "<other>"),
     ]:
         tokenizer, encoder = copy.deepcopy((base.tokenizer, base.text_encoder))

@@ -37,7 +37,7 @@ def test_every_flag_reaches_the_model(tmp_path):
     model = load_model(parse(*flags), dtype=DTYPES["bf16"], device="cpu")
     assert model.files["vae/diffusion_pytorch_model.safetensors"].parent == vae
     assert model.prediction_type == "v_prediction" and model.unet.conv_in.weight.dtype == torch.bfloat16
-    with pytest.raises(CheckpointError, match="load it without `ema`"):
+    with pytest.raises(CheckpointError, match="load it without --ema"):
         load_model(parse("--ema"))
     with pytest.raises(CheckpointError, match=r"no vocab\.json and no merges\.txt"):
         load_model(parse("--tokenizer", vae))

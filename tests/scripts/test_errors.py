@@ -63,7 +63,7 @@ BASES = {
     "ControlNet": (single(**{"control_model.out.0.weight": 2}), "a ControlNet, not a base model; give the model"),
     "LoRA": (single(**{"lora_unet_mid.lora_down.weight": 2}), "a LoRA, not a base model; give the model it was"),
     "U-Net": (single(**{"down_blocks.0.resnets.0.norm1.weight": 2}), "a U-Net alone; give the diffusers folder"),
-    "VAE": (single(**{"encoder.conv_in.weight": 2}), "a VAE alone; give a whole checkpoint"),
+    "VAE": (single(**{"encoder.conv_in.weight": 2}), "a VAE alone; give a whole model, and this by --vae"),
     "embedding": (single(emb_params=(1, 768)), "an embedding, not a base model; give the model that it was made for"),
     "embedding of ours": (single(**{"<fetal-us>": (1, 768)}), "an embedding, not a base model; give the model"),
     "something else": (single(x=2), "no tensor model.diffusion_model.*, the first is 'x'; give one of SD 1 or SD 2"),
@@ -169,7 +169,7 @@ def test_an_embedding_that_is_not_finite_is_refused(value, tmp_path, monkeypatch
 @pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
 def test_a_guidance_scale_that_is_no_number_is_refused(scale, tmp_path, monkeypatch, capsys):
     line = refused("sample", [f"--guidance-scale={scale}", "--count", 1], tmp_path / "out", monkeypatch, capsys)
-    assert line == f"guidance_scale {scale}: must be a finite number"
+    assert line == f"guidance scale {scale}: must be a finite number"
 
 
 @pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (7, "an upscaling")])
@@ -217,7 +217,7 @@ def test_a_vae_and_an_average_that_are_not_there_are_named(tmp_path, monkeypatch
     (tmp_path / "vae.safetensors").write_bytes(single(**{"lora_unet_mid.lora_down.weight": 2}))
     flags = ["--vae", tmp_path / "vae.safetensors"]
     assert "give a VAE's own file or folder" in refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
-    assert "load it without `ema`" in refused("sample", ["--ema"], tmp_path / "out", monkeypatch, capsys)
+    assert "load it without --ema" in refused("sample", ["--ema"], tmp_path / "out", monkeypatch, capsys)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_named(tmp_path, monkeypatch, capsys):
@@ -228,7 +228,7 @@ def test_a_tokenizer_that_is_not_the_models_is_named(tmp_path, monkeypatch, caps
     more = {f"word{n}": n for n in range(len(vocabulary), size + 1)}
     (tmp_path / "words" / "vocab.json").write_text(json.dumps(vocabulary | more))
     line = refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
-    assert line.endswith(f"{size + 1} tokens, the text encoder knows {size}; pass the right `tokenizer`")
+    assert line.endswith(f"{size + 1} tokens, the text encoder knows {size}; give the right --tokenizer")
     (tmp_path / "words" / "merges.txt").unlink()
     line = refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
     assert line.startswith(f"{tmp_path / 'words'}: no merges.txt; put those of openai/clip-vit-large-patch14 there")
@@ -254,7 +254,7 @@ LORAS = {
     "empty": (b"", "empty, 0 bytes: download it again"),
     "truncated": (ONE[:-6], "not a whole safetensors file: download or convert it again"),
     "pickle": (pickle.dumps(Payload()), "a pickle, which may run code: convert it to safetensors in a sandbox"),
-    "checkpoint": (single(**{f"{UNET}out": 4}), f"no LoRA among its 1 keys, such as {UNET}out: pass a LoRA file"),
+    "checkpoint": (single(**{f"{UNET}out": 4}), f"no LoRA among its 1 keys, such as {UNET}out: give a LoRA file"),
     "embedding": (single(emb_params=(1, 96)), "a textual inversion, no LoRA: load it as an embedding"),
     "no down": (lambda t, key: t.pop(f"{key}.lora_down.weight"), "lora_down is missing: the file is damaged"),
     "no up": (lambda t, key: t.pop(f"{key}.lora_up.weight"), "lora_up is missing: the file is damaged"),

@@ -72,10 +72,12 @@ def parse(*flags):
 def train(tiny, folder, out, *more):
     """Runs the script; the model as it left it."""
     flags = ["--model", tiny, "--images", folder, "--out", out, "--device", "cpu", "--rank", 2, "--lr", 1e-3]
-    loaded, load_model = [], SCRIPT["main"].__globals__["load_model"]
+    loaded, load_model = [], SCRIPT["parse_args"].__globals__["load_model"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
-            SCRIPT["main"].__globals__, "load_model", lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[0]
+            SCRIPT["parse_args"].__globals__,
+            "load_model",
+            lambda *a, **k: loaded.append(load_model(*a, **k)) or loaded[0],
         )
         SCRIPT["main"](parse(*flags, "--sample-every", 99, *more))
     return loaded[0]
@@ -441,7 +443,7 @@ def test_in_a_step_over_two_buckets_all_images_weigh_alike_but_for_their_times(t
     ((_, images, loss, _, _),) = (r.split(",") for r in (tmp_path / "loss.csv").read_text().splitlines()[1:])
     # the only step, B = 0: the base model's error
     base, schedule = load(tiny), NoiseSchedule()
-    read = SCRIPT["main"].__globals__["read_bucketed"]
+    read = SCRIPT["parse_args"].__globals__["read_bucketed"]
     paths = [path for name in ("1_fetal femur", "2_fetal brain") for path in sorted((folder / name).iterdir())]
     latents = encode_images(base.vae, (read(path, 64, 16) for path in paths), 0)
     captions = ["fetal femur"] * 3 + ["fetal brain"] * 2

@@ -19,7 +19,7 @@ import ldm.checkpoints.checkpoint
 import ldm.checkpoints.weights
 from ldm import CheckpointError
 from ldm.checkpoints import NETWORKS, Config, Model, load, save_folder
-from ldm.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from ldm.checkpoints.tokenizer import load_tokenizer, save_tokenizer, tokenizer_hash
 from ldm.text import TextConfig, encode_prompts, tokenize
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
@@ -570,13 +570,36 @@ def test_missing_tensors_are_counted_and_the_first_five_named(folder, single_fil
         "model.diffusion_model.input_blocks.1.0.in_layers.9.weight",
         "first_stage_model.loss.logvar",
         "cond_stage_model.transformer.text_model.encoder.layers.0.adapter",
-        "betas_of_mine",
     ],
 )
 def test_an_unknown_tensor_is_an_error(single_file, key):
     rewrite(single_file, lambda tensors: tensors | {key: torch.zeros(3)})
     with pytest.raises(CheckpointError, match=f"1 unknown tensor: {re.escape(key)}; a model"):
         load(single_file, config=UNTOLD)
+
+
+@pytest.mark.slow
+def test_what_lies_beside_the_networks_in_a_single_file_is_said_once_and_let_be(tiny, single_file, tokenizer_folder):
+    more = {f"{key}": torch.zeros(3) for key in ("global_step_of_mine", "control.0.weight", "safety.concepts")}
+    rewrite(single_file, lambda tensors: tensors | more)
+    with pytest.warns(UserWarning, match=r"3 more tensors: .*control\.0\.weight.* beside the model, not read$") as said:
+        model = load(single_file, config=UNTOLD, tokenizer=tokenizer_folder)
+    assert len(said) == 1
+    assert_same(model, parameters(tiny))
+
+
+@pytest.mark.slow
+def test_a_model_without_a_vae_takes_anothers_and_else_asks_for_one(tiny, folder, single_file, tokenizer_folder):
+    whole = shutil.copytree(folder / "vae", folder.parent / "vae")
+    rewrite(single_file, lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")})
+    with pytest.raises(CheckpointError, match=r"tiny\.safetensors: no VAE inside; give one by --vae$"):
+        load(single_file, config=UNTOLD, tokenizer=tokenizer_folder)
+    assert_same(load(single_file, config=UNTOLD, tokenizer=tokenizer_folder, vae=whole), parameters(tiny))
+    for file in (folder / "vae").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"vae: no diffusion_pytorch_model.*; give another by --vae$"):
+        load(folder)
+    assert_same(load(folder, vae=whole), parameters(tiny))
 
 
 @pytest.mark.slow
@@ -669,7 +692,9 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 def test_without_a_tokenizer_the_files_to_fetch_are_named(single_file, hub_cache):
-    message = "no tokenizer: put vocab.json and merges.txt of openai/clip-vit-large-patch14 into a folder"
+    message = (
+        "no tokenizer: --tokenizer openai/clip-vit-large-patch14 fetches it from the hub; without a network put its "
+    )
     with pytest.raises(CheckpointError, match=message):
         load(single_file, config=UNTOLD)
 
@@ -743,6 +768,38 @@ def test_tokens_that_were_added_keep_their_numbers(tokenizer_folder, tmp_path, n
         assert tokenize(known, ["fetal <probe> <us>"], config)[0, :5].tolist() == [192, 191, 195, 194, 193]
 
 
+@pytest.mark.parametrize("pairs", [str, list])  # as written before transformers 4.45, and since
+def test_a_tokenizer_in_one_file_as_transformers_5_saves_it_is_the_same(tokenizer_folder, tmp_path, pairs):
+    config = TextConfig(vocab_size=196)
+    known = load_tokenizer(tokenizer_folder, config)
+    known.add_tokens(["<probe>"])
+    known.save_pretrained(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink(missing_ok=True)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
+    whole["model"]["merges"] = [" ".join(pair) if pairs is str else pair for pair in merges]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    again, texts = load_tokenizer(tmp_path, config), ["a fetal <probe>!", "", "total"]
+    assert tokenizer_hash(again) == tokenizer_hash(known) and len(again) == len(known)
+    assert torch.equal(tokenize(again, texts, config), tokenize(known, texts, config))
+    whole["model"].pop("merges")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not as transformers writes it"):
+        load_tokenizer(tmp_path, config)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("vocab.json", "[1"), ("vocab.json", '{"a": "b"}'), ("merges.txt", "a\n"), ("merges.txt", "#version\n" + "q z\n")],
+)
+def test_a_damaged_vocabulary_is_named(tokenizer_folder, tmp_path, name, content):
+    tokenizer_folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
+    (tokenizer_folder / name).write_text(content)
+    with pytest.raises(CheckpointError, match=r"no tokenizer of CLIP's kind .*; fetch it again$"):
+        load_tokenizer(tokenizer_folder, TextConfig())
+
+
 @pytest.mark.parametrize("content", ["[]", "{", '{"added_tokens_decoder": {"a": 1}}'])
 def test_a_broken_list_of_added_tokens_is_named(tokenizer_folder, content):
     (tokenizer_folder / "tokenizer_config.json").write_text(content)
@@ -789,6 +846,11 @@ def test_a_save_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_folder(tiny, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".new.part").mkdir()
+    (tmp_path / ".new.part" / "of a killed save").touch()
+    monkeypatch.undo()
+    save_folder(tiny, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 @pytest.mark.slow

@@ -298,8 +298,9 @@ def test_unknown_tensors_are_counted_and_the_first_five_named(sd_1, folder):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_a_pickle_of_plain_tensors_loads(models, sd_1, tokenizer_folder, zipped, wrapped):
-    path = sd_1.with_suffix(".ckpt")
+@pytest.mark.parametrize("end", [".ckpt", ".safetensors"])
+def test_a_pickle_of_plain_tensors_loads_whatever_its_name(models, sd_1, tokenizer_folder, zipped, wrapped, end):
+    path = sd_1.with_name(f"pickle{end}")
     state = load_file(sd_1)
     content = {"state_dict": state, "global_step": 840000} if wrapped else state
     torch.save(content, path, _use_new_zipfile_serialization=zipped)

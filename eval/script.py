@@ -1,0 +1,122 @@
+"""What every script is wrapped in: alone in its --out, a mistake told in one line, progress that a log can hold."""
+
+import contextlib
+import errno
+import functools
+import os
+import platform
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from eval.record import require_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock: nothing is refused there
+    fcntl = None
+
+LOCK = ".lock"
+"""The file in --out that a run holds, in which its process stands."""
+
+MINUTE = 60.0
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object], *mistakes: type[Exception]) -> None:
+    """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2; SIGINT is 130."""
+    name, show = Path(sys.argv[0]).name, warnings.showwarning
+
+    def show_own_in_a_line(message, category, filename, *where):
+        own = Path(filename).is_relative_to(ROOT) and "site-packages" not in filename
+        sys.stderr.write(f"{name}: {message}\n") if own else show(message, category, filename, *where)
+
+    warnings.showwarning = show_own_in_a_line
+    try:
+        main(parse_args())
+    except (*mistakes, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; make room where --out is, and give the same command again" if full else ""
+        sys.stderr.write(f"{name}: {error}{advice}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{name}: stopped\n")
+        sys.exit(130)
+
+
+def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
+    """A script's main that has args.out to itself while it runs; see `alone_in`."""
+
+    @functools.wraps(main)
+    def held(args: Namespace) -> object:
+        with alone_in(args.out):
+            return main(args)
+
+    return held
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Holds a folder, made if need be; it goes again where nothing was written into it.
+
+    Raises OSError, one line, where it is no folder that can be written to, or where another process holds it, which is
+    named. The lock is the system's (POSIX record locks): it ends with the process, however that ends, on NFS too.
+    """
+    require_folder(out)
+    made = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(out):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that is not empty ends it
+            for folder in made:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    path = out / LOCK
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                if fcntl:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    other = file.read().strip() or "another process"
+                    raise OSError(f"--out {out}: {other} is at work there; wait for it, or give another") from None
+            if not (path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino):
+                continue  # whoever held it has just removed it: what was locked is no longer there
+            try:
+                with contextlib.suppress(OSError):  # of a disk that is full
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})")
+                    file.flush()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+class LogLines:
+    """A stream for tqdm that is no terminal's: each state of a bar a line of its own, none overwritten."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
+    """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes less."""
+    if not sys.stderr.isatty():
+        settings |= {"file": LogLines(), "mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE}
+    return tqdm(iterable, **settings)

@@ -1,0 +1,148 @@
+"""What every script is wrapped in: the lock on --out, one line for a mistake, progress in a log."""
+
+import errno
+import os
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from eval.record import whole_files
+from eval.script import LOCK, alone, alone_in, progress, run
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys, time
+from pathlib import Path
+from eval.script import alone_in
+with alone_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+class Mistake(Exception):
+    pass
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path / "out"."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_in_one_folder_is_refused_and_the_first_named(holder, tmp_path):
+    line = rf"out: process {holder.pid} on .* is at work there; wait for it, or give another$"
+    with pytest.raises(OSError, match=line), alone_in(tmp_path / "out"):
+        raise AssertionError("two at once")
+    with alone_in(tmp_path / "other"):
+        pass
+
+
+def test_a_lock_ends_with_its_process_however_that_ends(holder, tmp_path):
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "out" / LOCK).exists()  # what is left of it holds nobody up
+    with alone_in(tmp_path / "out"):
+        assert str(os.getpid()) in (tmp_path / "out" / LOCK).read_text()
+    assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):
+    @alone
+    def refuses(args):
+        assert args.out.is_dir()
+        raise Mistake("no such model")
+
+    with pytest.raises(Mistake):
+        refuses(Namespace(out=tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()  # a person's own
+    with alone_in(tmp_path / "empty"):
+        pass
+    with alone_in(tmp_path / "full" / "deep"):
+        (tmp_path / "full" / "x").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
+
+
+def test_files_appear_when_all_of_them_are_whole(tmp_path):
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "of a killed run").touch()
+    with whole_files(tmp_path) as part:
+        (part / "a").write_text("a")
+        assert [path.name for path in tmp_path.iterdir()] == [".part"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(ZeroDivisionError), whole_files(tmp_path) as part:
+        (part / "b").write_text("b")
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (Mistake("x: no such plane"), 2, "train_lora.py: x: no such plane\n"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "train_lora.py: [Errno 2] No such file: 'x'\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "device; make room where --out is, and give the same"),
+        (KeyboardInterrupt(), 130, "\ntrain_lora.py: stopped\n"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train_lora.py"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as stop:
+        run(Namespace, main, Mistake)
+    assert stop.value.code == code and line in (said := capsys.readouterr().err) and said.strip().count("\n") == 0
+
+
+def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(ZeroDivisionError):
+        run(Namespace, lambda args: 1 / 0, Mistake)
+
+
+def test_a_warning_of_our_own_is_one_line_and_others_say_where_they_come_from(monkeypatch, capsys):
+    def main(args):
+        warnings.warn("alpha 0 of 16 layers", stacklevel=1)
+        warnings.warn_explicit("deprecated", UserWarning, "/elsewhere/torch.py", 3)
+
+    def show(message, category, filename, line, *_):
+        sys.stderr.write(f"{filename}:{line}: {message}\n")
+
+    monkeypatch.setattr(sys, "argv", ["sample.py"])
+    monkeypatch.setattr(warnings, "showwarning", show)
+    run(Namespace, main)
+    assert capsys.readouterr().err == "sample.py: alpha 0 of 16 layers\n/elsewhere/torch.py:3: deprecated\n"
+
+
+def test_a_log_gets_a_line_a_minute_and_none_of_what_takes_less(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    for step in progress(range(290), desc="LoRA", unit="step"):
+        clock[0] += 1.0
+        assert step >= 0
+    said = capsys.readouterr().err
+    lines = said.splitlines()
+    assert "\r" not in said and all(line.startswith("LoRA: ") for line in lines)
+    assert [line.split("|")[-1].split()[0] for line in lines] == ["60/290", "120/290", "180/290", "240/290", "290/290"]
+    for _ in progress(range(50)):
+        clock[0] += 1.0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_tqdms_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for _ in progress(range(3), desc="LoRA"):
+        pass
+    assert "\rLoRA: 100%" in capsys.readouterr().err
