@@ -49,7 +49,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
         if not 1 <= clip_skip <= self.config.num_hidden_layers:
             raise CheckpointError(
-                f"clip_skip {clip_skip}: this text encoder has layers 1 to {self.config.num_hidden_layers}"
+                f"clip skip {clip_skip}: this text encoder has layers 1 to {self.config.num_hidden_layers}"
             )
         states = self.text_model(input_ids=ids, output_hidden_states=True).hidden_states
         return self.text_model.final_layer_norm(states[-clip_skip])

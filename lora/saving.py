@@ -79,6 +79,7 @@ def read_state(
     except Exception:  # a broken or foreign file may make the unpickler raise anything
         raise error(f"{path}: no checkpoint of {script}, or a damaged one: remove it to begin anew") from None
     keys = [key for key in before | identity if before.get(key) != identity.get(key)]
-    if changed := [f"{key} was {before.get(key)}, is {identity.get(key)}" for key in keys]:
+    names = [f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys]  # a flag, or a file's name
+    if changed := [f"{name} was {before.get(key)}, is {identity.get(key)}" for name, key in zip(names, keys)]:
         raise error(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
     return state

@@ -68,7 +68,7 @@ def _read_whole(path: Path) -> dict[str, object]:
 
 
 def _added_tokens(folder: Path, known: int) -> list[str]:
-    """Tokens beyond the vocabulary, by their numbers, as learned ones are: of transformers' three ways to store them."""
+    """Tokens beyond the vocabulary, by their numbers, as learned ones are, however transformers stored them."""
     added: dict[int, str] = {}
     try:
         if (path := folder / "added_tokens.json").is_file():

@@ -150,7 +150,7 @@ def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
     for name, flag in flags.items():
         before, now = getattr(wanted, name), getattr(shot, name)
         if before != now and (before or name in ("loras", "init_image")):
-            raise ImageError(f"{like}: was made with {name} {before or 'none'}, not {now or 'none'}; give its {flag}")
+            raise ImageError(f"{like}: was made with {flag} {before or 'none'}, not {now or 'none'}; give its {flag}")
 
 
 def model_hash(digests: dict[str, str]) -> str:

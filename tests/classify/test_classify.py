@@ -574,7 +574,7 @@ def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bit
     with pytest.raises(SystemExit) as stop:
         module["main"](module["parse_args"](out))
     assert stop.value.code == 128 + number and [p.name for p in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
-    with pytest.raises(ClassifyError, match=r"other settings \(lr was 0\.001, is 0\.5\): use its own"):
+    with pytest.raises(ClassifyError, match=r"other settings \(--lr was 0\.001, is 0\.5\): use its own"):
         run(*out, "--lr", 0.5, "--resume")
     run(*out, "--resume")
     for name in ("model.safetensors", "predictions.csv", "train.csv", "metrics.json"):

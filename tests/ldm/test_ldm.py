@@ -231,7 +231,7 @@ def test_the_last_layer_is_what_transformers_calls_last_hidden_state():
 
 @pytest.mark.parametrize("clip_skip", [0, 4, -1])
 def test_a_layer_that_the_tower_lacks_is_refused(clip_skip):
-    with pytest.raises(ValueError, match=f"clip_skip {clip_skip}: this text encoder has layers 1 to 3"):
+    with pytest.raises(ValueError, match=f"clip skip {clip_skip}: this text encoder has layers 1 to 3"):
         TextEncoder(TEXT)(torch.zeros(1, 12, dtype=torch.long), clip_skip)
 
 

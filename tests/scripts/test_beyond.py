@@ -248,9 +248,9 @@ def test_a_resumed_run_goes_on_with_the_token_and_other_settings_are_refused(inv
     with pytest.raises(KeyboardInterrupt):
         module["main"](module["parse_args"]([str(flag) for flag in flags]))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"token_lr was 0\.005, is 0\.1"):
+    with pytest.raises(ValueError, match=r"token-lr was 0\.005, is 0\.1"):
         run("train_lora", *flags, "--token-lr", 0.1)
-    with pytest.raises(ValueError, match=f"learn_token was {TOKEN}, is None"):
+    with pytest.raises(ValueError, match=f"learn-token was {TOKEN}, is None"):
         run("train_lora", *flags[:-5], "--rank", 4, "--resume", "--device", "cpu")
     run("train_lora", *flags)
     for name in ("embedding.safetensors", "loss.csv"):

@@ -487,5 +487,5 @@ def test_an_image_again_by_like_takes_its_precision_and_refuses_another(tiny, tm
     shutil.copy(run / "prompt" / "euler_1.png", moved)
     sample(tmp_path / "again", "--model", tiny, "--like", moved)
     assert "the very pixels" in capsys.readouterr().out
-    with pytest.raises(ImageError, match=r"was made with dtype bf16, not fp32; give its --dtype"):
+    with pytest.raises(ImageError, match=r"was made with --dtype bf16, not fp32; give its --dtype"):
         sample(tmp_path / "fp32", "--model", tiny, "--like", moved, "--dtype", "fp32")

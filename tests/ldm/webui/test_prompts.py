@@ -314,7 +314,7 @@ def test_a_half_precision_encoder_is_weighted_in_float32(tokenizer, encoder):
 
 
 def test_a_layer_the_encoder_does_not_have_is_one_clear_line(tokenizer, encoder):
-    with pytest.raises(CheckpointError, match="clip_skip 4: this text encoder has layers 1 to 3"):
+    with pytest.raises(CheckpointError, match="clip skip 4: this text encoder has layers 1 to 3"):
         encode_weighted(tokenizer, encoder, "(fetal)", clip_skip=4)
 
 
