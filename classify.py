@@ -171,7 +171,7 @@ def main(args):
     identity = {name: str(value) for name, value in vars(args).items() if name not in ELSEWHERE} | hashes
     checkpoint, state, history = args.out / "checkpoint.pt", (model, optimizer, loader), []
     if args.resume and checkpoint.exists():
-        history = restore(read_state(checkpoint, identity, "classify.py", ClassifyError), *state)
+        history = read_state(checkpoint, identity, "classify.py", ClassifyError, lambda kept: restore(kept, *state))
     steps, saves = itertools.count(len(history) * len(loader)), SaveTimes(None)
 
     def cosine() -> float:

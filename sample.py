@@ -193,7 +193,9 @@ def main(args):
     groups = list(plan(args, prompts_of, webui.common_fields(args, model, hashes, loras, (width, height))))
     if wanted:
         webui.require_same(groups[0][0], wanted, args.like)
-    texts = sorted({shot.prompt for group in groups for shot in group} | {args.negative_prompt})
+    shots = [shot for group in groups for shot in group]
+    others = webui.other_rows(shots, args.out)
+    texts = sorted({shot.prompt for shot in shots} | {args.negative_prompt})
     with torch.no_grad():
         contexts = {t: webui.encode_weighted(model.tokenizer, model.text_encoder, t, args.clip_skip) for t in texts}
 
@@ -227,8 +229,7 @@ def main(args):
                 webui.save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
             bar.update(len(missing))
 
-    shots = [shot for group in groups for shot in group]
-    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, args.out))
+    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))
     images = {sampler: {} for sampler in args.samplers}
     for (first, *_), group in zip(groups, groups):
         images[first.sampler][str(first.plane)] = [Image.open(args.out / shot.image) for shot in group[:4]]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,10 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
                 file.seek(0)
                 if is_safetensors:
                     state = safetensors.torch.load_file(weights)
+                elif zipfile.is_zipfile(file) and (name := zipfile.ZipFile(file).testzip()):
+                    raise ValueError(f"{name} in it is damaged")  # by its sum, which torch does not look at
                 else:
+                    file.seek(0)
                     state = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise ClassifyError(f"{source}: no such file; --weights takes imagenet, none or a file") from None

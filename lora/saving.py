@@ -7,13 +7,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 PERIOD = 300.0  # seconds
+T = TypeVar("T")
 
 
 class SaveTimes:
@@ -67,19 +69,32 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(
-    path: Path, identity: Mapping[str, str], script: str, error: type[Exception], device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """What `write_state` wrote, if its "identity", what a run that goes on must share, is this one.
+    path: Path,
+    identity: Mapping[str, str],
+    script: str,
+    error: type[Exception],
+    restore: Callable[[dict[str, Any]], T],
+    device: torch.device | str = "cpu",
+) -> T:
+    """Gives `restore` what `write_state` wrote, if its "identity" (what a run that goes on must share) is this one.
 
-    Raises `error`, one line, for a file that is none of `script`'s, and where something was otherwise, which it names.
+    Raises `error`, one line, for a file that is none of `script`'s or is damaged, and where something was otherwise,
+    which it names.
     """
+    damaged = error(f"{path}: no checkpoint of {script}, or a damaged one: remove it to begin anew")
     try:
+        with zipfile.ZipFile(path) as file:  # its sums, and its marks of folders, which torch would read as it likes
+            if file.testzip() or any(entry.external_attr for entry in file.infolist()):
+                raise damaged
         state = torch.load(path, weights_only=True, map_location=device)
-        before = state["identity"]
+        before = dict(state["identity"])
     except Exception:  # a broken or foreign file may make the unpickler raise anything
-        raise error(f"{path}: no checkpoint of {script}, or a damaged one: remove it to begin anew") from None
+        raise damaged from None
     keys = [key for key in before | identity if before.get(key) != identity.get(key)]
     names = [f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys]  # a flag, or a file's name
     if changed := [f"{name} was {before.get(key)}, is {identity.get(key)}" for name, key in zip(names, keys)]:
         raise error(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
-    return state
+    try:
+        return restore(state)
+    except Exception:  # what is missing in it, or has another shape or type
+        raise damaged from None

@@ -190,11 +190,14 @@ def load_checkpoint(
 ) -> tuple[int, list[tuple]]:
     """Put what save_checkpoint wrote into its places; returns step and rows.
 
-    Raises LoRAError, which names them, where settings of `identity` were others.
+    Raises LoRAError, which names them, where settings of `identity` were others, or the file is damaged.
     """
-    state = read_state(path, identity, "train_lora.py", LoRAError, lora[0].device)
-    for tensor, saved in zip(lora, state["lora"], strict=True):
-        tensor.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"], state["rows"]
+
+    def restore(state: dict[str, Any]) -> tuple[int, list[tuple]]:
+        for tensor, saved in zip(lora, state["lora"], strict=True):
+            tensor.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return int(state["step"]), [tuple(row) for row in state["rows"]]
+
+    return read_state(path, identity, "train_lora.py", LoRAError, restore, lora[0].device)

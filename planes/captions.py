@@ -27,8 +27,8 @@ def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
     if source == "detailed":
         return PROMPT_LISTS
     try:
-        lists = json.loads(Path(source).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        lists = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{source}: cannot be read as JSON in UTF-8 ({error})") from None
     if not isinstance(lists, dict) or set(lists) != {*PLANES}:
         had = ", ".join(lists) or "none" if isinstance(lists, dict) else "no object"
@@ -39,6 +39,14 @@ def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
         if bad := next((prompt for prompt in prompts if not is_text(prompt)), None):
             raise DatasetError(f"{source}: {plane} has {bad!r}, in which half a character stands alone; write it whole")
     return {plane: tuple(lists[plane]) for plane in PLANES}
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError for a key that is there twice, of which json would take the last."""
+    keys = [key for key, _ in pairs]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"{twice!r} is there twice")
+    return dict(pairs)
 
 
 def is_text(text: str | None) -> bool:

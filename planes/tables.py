@@ -9,14 +9,16 @@ class DatasetError(ValueError):
     """A dataset, list or selection that cannot be had as asked for, told in one line."""
 
 
-def read_table(path: Path, *columns: str) -> list[tuple[str, ...]]:
+def read_table(path: Path, *columns: str, strip: bool = True) -> list[tuple[str, ...]]:
     """(where it stands, a cell for each of `columns`) for each row that is not blank.
 
     columns: their headers ("this|or that")
 
     Takes `;` or `,`, any line ends, a byte order mark, and spaces around headers and cells: the real files have all. A
-    cell in quotation marks may hold line ends. Raises DatasetError where the file is no such table, a row has more or
-    fewer cells than there are headers, or quotation marks hold what looks like rows.
+    cell in quotation marks may hold line ends. strip: where False, spaces around cells are theirs.
+
+    Raises DatasetError where the file is no such table, a row has more or fewer cells than there are headers, or
+    quotation marks hold what looks like rows.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -30,7 +32,7 @@ def read_table(path: Path, *columns: str) -> list[tuple[str, ...]]:
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         for cells in reader:
-            table.append((begin, [cell.strip() for cell in cells]))
+            table.append((begin, [cell.strip() for cell in cells] if strip or not table else cells))
             if any(line.count(delimiter) >= max(len(table[0][1]) - 1, 1) for line in lines[begin : reader.line_num]):
                 raise csv.Error(f"a cell in quotation marks holds the rows up to line {reader.line_num}")
             begin = reader.line_num + 1

@@ -7,6 +7,7 @@ bytes. A pickle is read by torch's restricted unpickler alone, which builds tens
 import json
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ldm import CheckpointError
@@ -87,7 +88,11 @@ def open_weights(path: Path) -> Weights:
     if size != wanted:
         what = "cut short" if size < wanted else "too long"
         raise CheckpointError(f"{path}: {what}, {size} bytes where its header says {wanted}; fetch it again")
-    return Weights(path, shapes, metadata)
+    try:
+        with safe_open(path, "pt"):  # which looks closer
+            return Weights(path, shapes, metadata)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: a damaged safetensors header ({error}); fetch the file again") from None
 
 
 def locate(files: Iterable[tuple[str, Weights]], table: Table, inside: tuple[str, ...] = ("",)) -> dict[str, Stored]:
@@ -132,6 +137,9 @@ def _unpickle(path: Path, zipped: bool) -> Weights:
     """The tensors of a pickle, mapped from the file where they can be; CheckpointError where it holds anything else."""
     try:
         with path.open("rb") as file:
+            if zipped and zipfile.ZipFile(file).testzip():  # the sums, which torch does not look at
+                raise zipfile.BadZipFile(path)
+            file.seek(0)
             mapped = zipped and path.suffix != ".safetensors"  # torch takes what is called so for what it is called
             state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # a hostile or broken file may make the unpickler raise anything

@@ -10,7 +10,7 @@
 """
 
 from ldm.webui.like import common_fields, settings_of
-from ldm.webui.manifest import manifest_text
+from ldm.webui.manifest import manifest_text, other_rows
 from ldm.webui.prompts import encode_weighted
 from ldm.webui.shots import (
     Shot,
@@ -35,6 +35,7 @@ __all__ = [
     "lora_labels",
     "manifest_text",
     "model_hash",
+    "other_rows",
     "read_shot",
     "require_same",
     "save_shot",

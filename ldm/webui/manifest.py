@@ -2,30 +2,37 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from ldm.webui.shots import Shot
+from planes.tables import DatasetError, read_table
 
 COLUMNS = [field.name for field in fields(Shot)]
 
 
-def manifest_text(shots: Sequence[Shot], folder: Path) -> str:
-    """The table of these images, and of those that an earlier run made into the folder for other prompts.
+def other_rows(shots: Sequence[Shot], folder: Path) -> list[dict[str, str]]:
+    """The rows of the manifest.csv that is there which stay: those of other planes and samplers than `shots` have.
 
-    Of the planes and samplers of `shots` the rows of the manifest.csv that is there are gone: a run of fewer images
-    means fewer. Of others they stay as long as their images do.
+    Of theirs none does: a run of fewer images means fewer. Raises DatasetError where it cannot be read: what stands in
+    it would be lost.
     """
-    before = folder / "manifest.csv"
-    rows, made = [], {(shot.plane, shot.sampler) for shot in shots}
-    if before.is_file():
-        with before.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    rows = [row for row in rows if [*row] == COLUMNS and (row["plane"], row["sampler"]) not in made]
+    before, made = folder / "manifest.csv", {(str(shot.plane), shot.sampler) for shot in shots}
+    if not before.exists():
+        return []
+    try:
+        rows = [dict(zip(COLUMNS, cells)) for _, *cells in read_table(before, *COLUMNS, strip=False)]
+    except DatasetError as error:
+        raise DatasetError(f"{error}; mend or remove it, or give another --out") from None
+    return [row for row in rows if (row["plane"], row["sampler"]) not in made]
+
+
+def manifest_text(shots: Sequence[Shot], others: Sequence[Mapping[str, str]], folder: Path) -> str:
+    """The table of these images behind those of an earlier run into the folder, as long as their files are there."""
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row for row in rows if (folder / row["image"]).is_file())
+    writer.writerows(row for row in others if (folder / row["image"]).is_file())
     writer.writerows(asdict(shot) for shot in shots)
     return table.getvalue()
