@@ -24,6 +24,7 @@ def open_image(path: Path) -> Image.Image:
     for more than 8 bits per channel: which of the levels an eye should see is for its owner to say.
     """
     try:
+        require_sums(path)
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
     except Exception as error:  # the decoders of damaged files raise anything
@@ -38,6 +39,12 @@ def open_image(path: Path) -> Image.Image:
             _tell_once("transparent", f"{path}: is transparent in parts, which become black, here and in others")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("L" if grey else "RGB")
+
+
+def require_sums(path: Path) -> None:
+    """Raises whatever Pillow does for a PNG of which a part does not have its sum: its decoder would let that pass."""
+    with Image.open(path) as file:
+        file.verify()
 
 
 def _tell_once(what: str, text: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from ldm.webui.infotext import Infotext, format_parameters, lora_tags, parse_parameters
-from planes.pictures import ImageError
+from planes.pictures import ImageError, require_sums
 
 OWN_CHUNK = "fu-lora"  # beside the webui's `parameters`: the same settings exactly, as JSON
 WEBUI_SAMPLERS = {"euler": "Euler", "unipc": "UniPC"}
@@ -171,6 +171,7 @@ def lora_hash(path: Path) -> str:
 
 def _read_text(path: Path) -> dict[str, str]:
     try:
+        require_sums(path)
         with Image.open(path) as image:
             image.load()  # a file that is cut off has its text, but not all its pixels
             return dict(getattr(image, "text", {}))

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.checkpoints import load
+from ldm.generate import generate
 from ldm.mini.bpe import write_tokenizer
 from ldm.mini.pretrain import PLAIN_WORDS, POSITIONS, UNET, grow, main, make_text_encoder, parse_args, widen_unseen
 from ldm.mini.scenes import scene
@@ -77,7 +79,8 @@ def test_words_that_were_never_read_are_told_apart_by_an_encoder_that_adds_much_
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_path):
+def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.mini.pretrain.generate", partial(generate, steps=1))  # of the sheets, to look at alone
     tiny = ["--scenes", "64", "--vae-steps", "2", "--decoder-steps", "2", "--unet-decay", "2", "--save-every", "1"]
     tiny += ["--device", "cpu"]
 
