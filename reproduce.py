@@ -167,11 +167,9 @@ class Experiment:
 
     def lora(self, rank: int, name: str = "lora", *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         flags = (*self.model, "--spanish", self.spanish, *self.images("lora"), *self.scale.train_lora.split(), *flags)
-        out = self.args.out / f"{name}_r{rank}"
-        flags += ("--repeats", self.scale.repeats)
-        seed = ("--seed", self.args.seed, "--rank", rank, "--resume")
-        inputs = {"images": self.digest("lora"), **self.model_hashes}
-        return self.stages.run("train_lora", out, *flags, *seed, needs=(*needs, *self.phantoms), inputs=inputs)
+        flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
+        out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
+        return self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs)
 
     def draw(self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
@@ -228,8 +226,7 @@ class Experiment:
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
         out = row_folder(args.out, data.name, row.classifier, seed)
-        if Path(args.weights).is_file():
-            inputs["weights"] = sha256(Path(args.weights))
+        inputs |= {"weights": sha256(Path(args.weights))} if Path(args.weights).is_file() else {}
         return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs)
 
 
@@ -267,8 +264,8 @@ def main(args):
     if args.plan:
         roots = args.spanish, args.african
         selections = Selections(*roots, lists, scale.per_plane, args.seed) if args.spanish else None
-        models = describe_models(args)
-        print(preview(args, scale, selections, models, full=scale is PAPER, done=partial(is_run, args.out)))
+        done = partial(is_run, args.out)
+        print(preview(args, scale, selections, describe_models(args), full=scale is PAPER, done=done))
     else:
         with alone_in(args.out):
             reproduce(args, scale, lists)

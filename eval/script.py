@@ -5,6 +5,7 @@ import errno
 import functools
 import os
 import platform
+import signal
 import sys
 import warnings
 from argparse import Namespace
@@ -49,12 +50,18 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
 
 
 def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
-    """A script's main that has args.out to itself while it runs; see `alone_in`."""
+    """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as they were."""
 
     @functools.wraps(main)
     def held(args: Namespace) -> object:
-        with alone_in(args.out):
-            return main(args)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with alone_in(args.out):
+                return main(args)
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
 
     return held
 

@@ -56,16 +56,28 @@ class SaveTimes:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """torch.save, replaced in one go: a run killed meanwhile keeps the state before. Raises OSError; leaves no part."""
+    """torch.save, replaced in one go: a run killed meanwhile keeps the state before. Raises OSError; leaves no part.
+
+    Equal states are equal bytes, whether what is in them was made or read.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
-        torch.save(dict(state), part)
+        torch.save(_plain(state), part)
         part.replace(path)
     except RuntimeError as error:  # torch's word for a disk that is full
         raise OSError(f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """The same in containers of its own, equal texts one object: pickle writes down which objects are the same one."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(inner) for key, inner in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def read_state(

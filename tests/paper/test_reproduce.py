@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 import runpy, sys
 from dataclasses import replace
+from functools import partial
+import paper.adapt
+paper.adapt.generate = partial(paper.adapt.generate, steps=2)  # of the sheets, which are to be looked at alone
 script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["parse_args"].__globals__
 space["EMBEDDED"] = script["Scale"](
@@ -41,6 +44,7 @@ script["main"](script["parse_args"](sys.argv[1:]))
 """
 
 
+MINUTES = 20 * 60  # in which a run of seconds has ended, or hangs
 QUICK = ("--quick", "--seeds", 0)
 
 
@@ -57,23 +61,26 @@ def numbers(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_a_run_that_is_killed_three_times_ends_with_the_numbers_of_one_that_is_not(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES)
 
     deaths = 0
     for sign in ("lora_r32/checkpoint.pt", "synthetic_r32/*/*.png", "rows/*/*/*/metrics.json"):  # each kind of stage
         with subprocess.Popen(
             command(*QUICK, "--out", killed), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
         ) as process:
-            while process.poll() is None and not any(killed.glob(sign)):
+            end = time.monotonic() + MINUTES
+            while process.poll() is None and not any(killed.glob(sign)) and time.monotonic() < end:
                 time.sleep(0.01)
             os.killpg(process.pid, signal.SIGKILL)
         deaths += process.wait() == -signal.SIGKILL
     assert deaths == 3
-    subprocess.run(command(*QUICK, "--out", killed), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(*QUICK, "--out", killed), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES)
     assert numbers(killed) == numbers(whole)
     assert len(numbers(whole)) > 8
 
-    again = subprocess.run(command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True, text=True)
+    again = subprocess.run(
+        command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True, text=True, timeout=MINUTES
+    )
     assert again.stdout.count("done before") == 11  # two LoRAs, three sets of images, six rows
     assert numbers(killed) == numbers(whole)
 
@@ -101,7 +108,7 @@ def test_some_rows_are_run_with_several_seeds_and_with_what_goes_beyond_the_pape
     refused = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "no row is called 'beyond/ResNet18'" in refused.stderr
     flags = ("--only", "ES/MobileNet v2", "table beyond", "--beyond", "--seeds", 0, 1, "--out", tmp_path)
-    subprocess.run(command(*flags), cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(command(*flags), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES)
     rows = {str(path.parent.relative_to(tmp_path / "rows")) for path in tmp_path.glob("rows/*/*/*/metrics.json")}
     names = ("HB-prompts+DA/resnet18", "HB-token+DA/resnet18", "HB-dreambooth+DA/resnet18", "ES/mobilenet_v2")
     assert rows == {f"{name}/seed{seed}" for name in names for seed in (0, 1)}

@@ -336,10 +336,12 @@ def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
 
 
 def test_where_no_checkpoint_is_yet_a_run_gone_wrong_names_none(tiny, folder, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(LoRAError, match=r"^step \d+: the loss or its gradient is not finite; try a lower --lr"):
         train(tiny, folder, tmp_path / "a", "--lr", 1e30, "--epochs", 9)
     with pytest.raises(LoRAError, match=r"not finite; .*checkpoint\.pt holds the last good state: try a lower --lr"):
         train(tiny, folder, tmp_path / "b", "--lr", 1e30, "--epochs", 9, "--save-every", 1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("change", ["image", "caption", "--dtype", "--prediction-type", "--tokenizer"])
