@@ -18,13 +18,14 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
+from eval import ranks
 from eval.flags import device_name, seed_number
 from eval.record import folder_hash, record_environment, sha256, sha256_of_all
 from eval.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags, model_paths
 from lora import LoRAError
-from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from paper.plan import BEYOND_ROWS, CLASSIFIERS, MANIFESTS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
 from paper.preview import Selections, preview
 from paper.report import Context, build
 from paper.results import ResultError, is_run, read_result, row_folder
@@ -82,11 +83,6 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
 QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
 QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of a quarter of the steps wants more
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
-MANIFESTS = {  # the authors' lists
-    "all": "all_train_no_cer.csv",
-    "balanced": "spain_train_1150_balanced.csv",
-    "lora": "lora_train_data.csv",
-}
 TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
 PHANTOMS = {  # images of each plane at site A; patients per country at site B
     "train": {plane: round(count / 10) for plane, count in PAPER_COUNTS.items()},
@@ -136,7 +132,7 @@ def make_phantoms(args) -> tuple[Path, Path]:
     """Two sites in place of the two datasets; the second's table is written last of all."""
     spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
     stamp, settings = args.out / "phantoms" / "args.json", json.dumps(PHANTOMS | {"seed": args.seed})
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
+    if ranks.is_first() and (not stamp.exists() or stamp.read_text(encoding="utf-8") != settings):
         print("phantoms of two sites", flush=True)
         write_spanish_layout(spanish, PHANTOMS["train"], test=0, seed=args.seed)
         write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
@@ -205,8 +201,8 @@ class Experiment:
         flags += ["--lora", lora / "lora.safetensors"]
         return self.draw(f"synthetic_{kind}", self.scale.count, *flags, needs=(lora,)) / "manifest.csv"
 
-    def classify(self, row: Row, seed: int) -> Path:
-        """Train and test one row with one seed."""
+    def classify(self, row: Row, seed: int, mine: bool = True) -> Path:
+        """Train and test one row with one seed; what it needs, and no more, where it is not this process's."""
         data, args = row.data, self.args
         flags = ["--african", self.african, "--model", row.classifier, "--weights", args.weights]
         flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
@@ -216,8 +212,11 @@ class Experiment:
             flags += ["--spanish", self.spanish, *self.images(data.spanish)]
             if self.scale is PAPER and args.recipe == "paper":
                 flags += ["--validation", 200]
-        if data.synthetic:
-            manifest = self.synthetic(data.synthetic)
+        manifest = self.synthetic(data.synthetic) if data.synthetic else None
+        out = row_folder(args.out, data.name, row.classifier, seed)
+        if not mine:
+            return out
+        if manifest:
             inputs["synthetic"] = sha256_of_all([manifest, *(r.path for r in read_synthetic(manifest))])
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
@@ -225,9 +224,8 @@ class Experiment:
         flags += ["--contrast"] * data.contrast + ["--balanced-sampling"] * data.balanced_sampling
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
-        out = row_folder(args.out, data.name, row.classifier, seed)
         inputs |= {"weights": sha256(Path(args.weights))} if Path(args.weights).is_file() else {}
-        return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs)
+        return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs, together=False)
 
 
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
@@ -267,7 +265,7 @@ def main(args):
         done = partial(is_run, args.out)
         print(preview(args, scale, selections, describe_models(args), full=scale is PAPER, done=done))
     else:
-        with alone_in(args.out):
+        with alone_in(args.out, together=True):
             reproduce(args, scale, lists)
 
 
@@ -276,6 +274,7 @@ def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
     spanish, african = args.spanish, args.african
     if spanish is None:
         spanish, african = make_phantoms(args)
+        ranks.wait()
     selections = Selections(spanish, african, lists, scale.per_plane, args.seed)
     kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
     require_images(record for kind in kinds for record in selections.spanish(kind))  # hours before one would be missed
@@ -285,13 +284,14 @@ def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
     experiment = Experiment(args, scale, spanish, african, selections)
     panels, without = {}, None
     if not args.only and not args.synthetic:
-        ranks = (scale.rank,) if args.quick else RANKS
-        panels, without = {rank: experiment.lora_images(rank) for rank in ranks}, experiment.images_without_lora()
-    results = []
-    for row in args.rows:
-        for seed in args.seeds:
-            out = experiment.classify(row, seed)
-            results.append(read_result(out, row.table, row.data.name, row.classifier, seed))
+        widths = (scale.rank,) if args.quick else RANKS
+        panels, without = {rank: experiment.lora_images(rank) for rank in widths}, experiment.images_without_lora()
+    runs = [(row, seed) for row in args.rows for seed in args.seeds]
+    folders = [experiment.classify(*run, mine=n % ranks.size() == ranks.rank()) for n, run in enumerate(runs)]
+    ranks.wait()
+    if not ranks.is_first():
+        return
+    results = [read_result(f, row.table, row.data.name, row.classifier, s) for f, (row, s) in zip(folders, runs)]
     write_report(args, experiment, selections, results, panels, without)
     print(f"\n{args.out / 'report.html'}")
 

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from eval import ranks
 from eval.figures import first_images_figure, save
 from eval.flags import LAST_SEED, device_name, seed_number
 from eval.record import record_run, sha256, write_atomically
-from eval.script import alone, progress, run
+from eval.script import alone_together, progress, run
 from ldm import CheckpointError, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
@@ -154,7 +155,7 @@ def batches(shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Te
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-@alone
+@alone_together
 def main(args):
     strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
@@ -206,10 +207,10 @@ def main(args):
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
     total, left = sum(map(len, groups)), sum(len(missing) for _, missing in work)
     print(f"{total} images: {total - left} are there, {left} to make")
-    with progress(total=left, desc="images", unit="image") as bar:
+    ranks.wait()  # of several processes each has seen what is there before the first adds to it
+    work = ranks.share([(rows, missing) for rows, missing in work if missing])
+    with progress(total=sum(len(missing) for _, missing in work), desc="images", unit="image") as bar:
         for rows, missing in work:
-            if not missing:
-                continue
             latents = generate(
                 model.unet,
                 torch.cat([contexts[shot.prompt] for shot in rows]),
@@ -228,6 +229,9 @@ def main(args):
             for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
                 webui.save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
             bar.update(len(missing))
+    ranks.wait()
+    if not ranks.is_first():
+        return
 
     write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))
     images = {sampler: {} for sampler in args.samplers}

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from eval import ranks
 from eval.flags import device_name, seed_number
 from eval.record import record_run, sha256, write_atomically
-from eval.script import alone, progress, run
+from eval.script import alone_together, progress, run
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
@@ -99,9 +100,7 @@ def parse_args(argv=None):
     if args.bucket and args.resize:
         parser.error(f"--resize {args.resize}: makes squares, --bucket does not: give --no-bucket, or no --resize")
     args.resize = None if args.bucket else args.resize or "squash"
-    if not 0 <= args.prior_weight < math.inf:
-        parser.error(f"--prior-weight {args.prior_weight}: at least 0")
-    at_least = dict.fromkeys(("lr", "text_encoder_lr", "token_lr"), 1e-12)
+    at_least = dict.fromkeys(("lr", "text_encoder_lr", "token_lr"), 1e-12) | {"prior_weight": 0}
     at_least |= dict.fromkeys(("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every"), 1)
     for name, least in at_least.items():
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
@@ -109,7 +108,7 @@ def parse_args(argv=None):
     return args
 
 
-@alone
+@alone_together
 def main(args):
     # images and their captions; behind them, for DreamBooth, images of the base model
     args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
@@ -166,6 +165,7 @@ def main(args):
         held=torch.arange(len(images), len(latents)),
         batch_size=args.batch_size,
         num_train_timesteps=len(schedule),
+        mine=slice(ranks.rank(), None, ranks.size()),
     )
     weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
 
@@ -203,6 +203,8 @@ def main(args):
             scaler.scale(loss).backward()
             mean_loss += loss.item()
 
+        mean_loss, asked = ranks.add_up(parameters, mean_loss, bool(saves.asked))
+        saves.heed(asked)
         for rate, group in zip(rates, optimizer.param_groups):
             group["lr"] = rate * training.rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
@@ -219,12 +221,15 @@ def main(args):
             raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
         rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
         bar.set_postfix(loss=f"{mean_loss:.4f}")
-        if args.sample_every and (step + 1) % args.sample_every == 0:
+        if args.sample_every and (step + 1) % args.sample_every == 0 and ranks.is_first():
             save_sheet(sheets / f"step{step + 1:06}.png", shown)
         if saves.due(step + 1):
-            save_state(step + 1)
+            if ranks.is_first():
+                save_state(step + 1)
             saves.leave_if_asked(f"{checkpoint} has the {step + 1:,} steps that are done; --resume goes on from there")
     saves.restore()
+    if not ranks.is_first():
+        return
 
     # the file that kohya's tools, the webui and load_lora read
     if not args.sample_every:

@@ -7,7 +7,7 @@
 | FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |
 | image features: Inception v3 or a classifier of our own; t-SNE of them | `features.py`; `tsne.py` |
 | contact sheets, confusion matrices, t-SNE panels, loss curves; values with intervals | `figures.py`; `forest.py` |
-| flags that every script has; what each is wrapped in | `flags.py`; `script.py` |
+| flags that every script has; what each is wrapped in; torchrun's processes | `flags.py`; `script.py`; `ranks.py` |
 | arguments, versions, machine and input hashes beside a run's outputs | `record.py` |
 
 Python has a builtin `eval`: always `from eval.metrics import score`, never `import eval`.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from eval import ranks
 from eval.record import require_folder
 
 try:
@@ -38,7 +39,11 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
 
     warnings.showwarning = show_own_in_a_line
     try:
+        ranks.join()
+        if not ranks.is_first():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, who of many says it does not matter
         main(parse_args())
+        ranks.leave()
     except (*mistakes, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room where --out is, and give the same command again" if full else ""
@@ -49,14 +54,14 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
         sys.exit(130)
 
 
-def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
+def alone(main: Callable[[Namespace], object], together: bool = False) -> Callable[[Namespace], object]:
     """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as they were."""
 
     @functools.wraps(main)
     def held(args: Namespace) -> object:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with alone_in(args.out):
+            with alone_in(args.out, together):
                 return main(args)
         finally:
             for number, handler in before.items():
@@ -66,18 +71,30 @@ def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
     return held
 
 
+def alone_together(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
+    """The same of a main that all processes of torchrun are at together."""
+    return alone(main, together=True)
+
+
 @contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     """Holds a folder, made if need be; it goes again where nothing was written into it.
 
+    together: the first of torchrun's processes holds it for all of them, who begin when it does
     Raises OSError, one line, where it is no folder that can be written to, or where another process holds it, which is
     named. The lock is the system's (POSIX record locks): it ends with the process, however that ends, on NFS too.
     """
+    if together and not ranks.is_first():
+        ranks.wait()
+        yield
+        return
     require_folder(out)
     made = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):
+            if together:
+                ranks.wait()
             yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -124,6 +141,7 @@ class LogLines:
 
 def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
     """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes less."""
+    settings |= {} if ranks.is_first() else {"disable": True}
     if not sys.stderr.isatty():
         settings |= {"file": LogLines(), "mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE}
     return tqdm(iterable, **settings)

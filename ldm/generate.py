@@ -1,6 +1,6 @@
 """Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image that exists."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ def make_nodes(
     return Nodes(nodes.timesteps[first:], nodes.sigmas[first:], nodes.init_scale)
 
 
+def _reading_once(unet: UNet) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The U-Net, for contexts that are the same objects at every step: each is read the first time."""
+    read: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        if id(context) not in read:
+            read[id(context)] = unet.read(context)
+        return unet(x, t, read[id(context)])
+
+    return predict
+
+
 @torch.no_grad()
 def generate(
     unet: UNet,
@@ -75,7 +87,7 @@ def generate(
     nodes = make_nodes(sampler, steps, spacing, order, strength if init_latents is not None else 1.0)
     if negative_context is not None:
         negative_context = negative_context.expand(len(context), -1, -1)
-    denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
+    denoise = Denoiser(_reading_once(unet), nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
     if init_latents is None:
         x = nodes.init_scale * noise

@@ -35,6 +35,10 @@ class SaveTimes:
         self.asked = number
         self.restore()
 
+    def heed(self, others: float) -> None:
+        """How many of the processes that work at one run were asked; each then stops at the same step."""
+        self.asked = self.asked or int(signal.SIGTERM) * (others > 0)
+
     def due(self, step: int) -> bool:
         """Save now? step: how many are done."""
         now = time.monotonic()

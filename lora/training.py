@@ -85,6 +85,7 @@ def draws_of_step(
     held: Tensor,
     batch_size: int,
     num_train_timesteps: int,
+    mine: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(indices (B,), noise (B, 4, H, W), t (B,), is it `held`) for each batch of a step: a function of (seed, step).
 
@@ -93,6 +94,7 @@ def draws_of_step(
     held: indices of the base model's own images; as many of them are drawn as `batches` hold, so that both losses weigh
         alike (DreamBooth, Ruiz et al. 2023, eq. 2). None are where it is empty
     num_train_timesteps: T, of which t is drawn
+    mine: which images of each batch are this process's, where several share a step
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + step)
     count = sum(len(batch) for batch in batches)
@@ -102,7 +104,8 @@ def draws_of_step(
         noises = [torch.stack([torch.randn(latents[n].shape, generator=generator) for n in b]) for b in batches]
         times = torch.randint(num_train_timesteps, (count,), generator=generator).split([len(b) for b in batches])
         for batch, noise, t in zip(batches, noises, times):
-            yield batch, noise, t, is_held
+            if len(batch[mine]):
+                yield batch[mine], noise[mine], t[mine], is_held
 
 
 def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -> Tensor:

@@ -14,6 +14,11 @@ CLASSIFIERS = {  # as classify.py calls them, and as the paper does
     "vit_b_16": "ViT b16",
 }
 RANKS = (8, 32, 128)  # of the LoRAs in figure 3; alpha = rank
+MANIFESTS = {  # the authors' lists of the Spanish images
+    "all": "all_train_no_cer.csv",
+    "balanced": "spain_train_1150_balanced.csv",
+    "lora": "lora_train_data.csv",
+}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from eval import ranks
 from eval.record import write_atomically
 
 SCRIPTS = Path(__file__).resolve().parents[1]
@@ -20,13 +21,20 @@ class Stages:
         self.seen: set[tuple[str, ...]] = set()  # commands of this run, which several others may need
 
     def run(
-        self, script: str, out: Path, *flags: object, needs: tuple[Path, ...] = (), inputs: Mapping[str, str]
+        self,
+        script: str,
+        out: Path,
+        *flags: object,
+        needs: tuple[Path, ...] = (),
+        inputs: Mapping[str, str],
+        together: bool = True,
     ) -> Path:
         """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
 
         flags: name what a script would else fill in by itself (--repeats): it is recorded, and would look like a change
         needs: folders of stages whose outputs this one reads
         inputs: what it reads besides -> its hash, kept in inputs.json
+        together: all processes of torchrun are at it, and the first says whether it is done
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
         if (script, *argv) in self.seen:
@@ -35,13 +43,17 @@ class Stages:
         self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        if self.is_done(out, args, needs, inputs):
+        done, first = self.is_done(out, args, needs, inputs), ranks.is_first() or not together
+        if ranks.from_first(done) if together else done:
             self.say("done before")
         else:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "args.json").unlink(missing_ok=True)
-            write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
+            if first:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "args.json").unlink(missing_ok=True)
+                write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
             module["main"](args)
+            if together:
+                ranks.wait()  # for the first, which writes
         return out
 
     def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...], inputs: Mapping[str, str]) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -44,6 +45,15 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_named(holder, tmp_p
         raise AssertionError("two at once")
     with alone_in(tmp_path / "other"):
         pass
+
+
+@pytest.mark.parametrize("script", ["train_lora", "sample", "classify", "reproduce"])
+def test_every_script_keeps_out_of_a_folder_that_is_held(holder, tmp_path, script):
+    main = runpy.run_path(str(ROOT / f"{script}.py"), run_name="refused")["main"]
+    before = Namespace(model=None, quick=True, manifests=None, plan=False)  # what reproduce.py asks first
+    with pytest.raises(OSError, match=rf"process {holder.pid} on .* is at work there"):
+        main(Namespace(out=tmp_path / "out", **vars(before)))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(holder, tmp_path):

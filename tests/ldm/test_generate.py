@@ -26,6 +26,9 @@ class Network:
     def __init__(self, eps):
         self.eps, self.times = eps, []
 
+    def read(self, context):
+        return context
+
     def __call__(self, x_vp, t, context):
         self.times.append(float(t[0]))
         sigma = float(SCHEDULE.sigma(float(t[0])))
@@ -55,6 +58,23 @@ def texts(mini):
 
 def run(network, **settings):
     return generate(network, CONTEXT, None, SEEDS, SIZE, guidance_scale=1.0, **settings)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("tokens", [77, 154])  # of the prompt; where the negative one has fewer, each is a call
+def test_a_text_is_read_once_for_all_steps_and_the_bits_are_those_of_reading_it_at_each(mini, guidance, tokens):
+    draw, width = torch.Generator().manual_seed(2), mini.unet.config.cross_attention_dim
+    context, negative = torch.randn(2, tokens, width, generator=draw), torch.randn(2, 77, width, generator=draw)
+    asked, to_k = [], mini.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
+    hook = to_k.register_forward_hook(lambda *_: asked.append(1))
+    once = generate(mini.unet, context, negative, SEEDS, (4, 8), steps=3, guidance_scale=guidance)
+    assert len(asked) == (2 if guidance > 1 and tokens > 77 else 1)
+    denoise = Denoiser(mini.unet, euler_nodes(SCHEDULE, 3), context, negative, guidance)
+    nodes = denoise.nodes
+    with torch.no_grad():
+        each = sample_euler(denoise, nodes.init_scale * seeded_noise(SEEDS, (4, 4, 8)), nodes.sigmas)
+    hook.remove()
+    assert torch.equal(once, each) and len(asked) > 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""Several processes at one run, as torchrun starts them: who does what, and what they add up.
+
+Without torchrun a run is one process, number 0 of 1, and nothing here does anything.
+"""
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
+
+
+def join() -> None:
+    """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's own, if they last.
+
+    NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    alone = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dist.init_process_group("nccl" if alone else "gloo", timeout=PATIENCE)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Is this the one that writes what there is one of?"""
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Those of the items that are this process's: number rank, rank + size, .."""
+    return items[rank() :: size()]
+
+
+def wait() -> None:
+    """Until all are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value: bool) -> bool:
+    """What the first process says, on all."""
+    if not dist.is_initialized():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def add_up(parameters: Sequence[nn.Parameter], *numbers: float) -> list[float]:
+    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of numbers, returned.
+
+    parameters: float32 and on one device; the same, in the same order, in every process
+    """
+    if not dist.is_initialized():
+        return [*numbers]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    values = torch.tensor(numbers, device=gradients[0].device)
+    flat = torch.cat([tensor.flatten() for tensor in (*gradients, values)])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in (*gradients, values)])
+    for parameter, part in zip(parameters, parts):
+        parameter.grad = part.view_as(parameter)
+    return parts[-1].tolist()
