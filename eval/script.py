@@ -42,6 +42,8 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
         ranks.join()
         if not ranks.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, who of many says it does not matter
+        if ranks.size() > 1:
+            sys.stdout.write(f"{ranks.size()} processes share the work; --batch-size is that of all of them\n")
         main(parse_args())
         ranks.leave()
     except (*mistakes, OSError) as error:
