@@ -91,7 +91,7 @@ def parse_args(argv=None):
     for name, least in (at_least | dict.fromkeys(("validation", "workers"), 0)).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    if not args.lr > 0:
+    if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: must be positive")
     if args.spanish is None and (args.manifest or args.per_plane or args.validation):
         parser.error("--manifest, --per-plane and --validation choose from --spanish: give it too")

@@ -20,7 +20,7 @@ from PIL import Image
 
 from eval import ranks
 from eval.figures import first_images_figure, save
-from eval.flags import LAST_SEED, device_name, seed_number
+from eval.flags import LAST_SEED, device_name, plain_text, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError, webui
@@ -33,7 +33,7 @@ from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
 from lora.model import merge
 from planes import PLANES
-from planes.captions import choose_prompt, is_text, prompt_in_turn, read_prompts, with_token
+from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_token
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
@@ -48,12 +48,12 @@ def parse_args(argv=None):
     add("--lora", type=Path, nargs="+", default=[], help="LoRAs of kohya, PEFT or diffusers, merged into the model")
     add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
-    add("--token", help="another name for the token of --embedding (default: the file's)")
-    add("--rare-token", help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
+    add("--token", type=plain_text, help="another name for the token of --embedding (default: the file's)")
+    add("--rare-token", type=plain_text, help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
     add("--prompts", help="of each plane: paper, styles, detailed, or a JSON file of a list per plane (paper)")
     add("--planes", nargs="+", choices=[*PLANES], help="planes whose prompts are sampled (all five)")
-    add("--prompt", help="instead of the planes' prompts, this one; (word:1.2), [word] and BREAK as in the webui")
-    add("--negative-prompt", default="", help="what guidance leads away from (nothing)")
+    add("--prompt", type=plain_text, help="instead of the planes'; (word:1.2), [word] and BREAK as in the webui")
+    add("--negative-prompt", type=plain_text, default="", help="what guidance leads away from (nothing)")
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
     add("--count", type=int, help="images per prompt and sampler (500)")
     add("--seed", type=seed_number, default=0, help="the first seed (0)")
@@ -103,8 +103,6 @@ def parse_args(argv=None):
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
     if args.seed > LAST_SEED - len(PLANES) * len(SAMPLERS) * SEEDS_APART:
         parser.error(f"--seed {args.seed}: those of the last plane would lie beyond {LAST_SEED}")
-    if bad := next((text for text in (args.prompt, args.negative_prompt, args.rare_token) if not is_text(text)), None):
-        parser.error(f"{bad!r}: holds bytes that are no text in this terminal's encoding; type it in UTF-8")
     if len(args.lora_weight) not in (1, len(args.lora)):
         parser.error(
             f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or each one's"

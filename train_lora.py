@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from eval import ranks
-from eval.flags import device_name, seed_number
+from eval.flags import device_name, plain_text, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError
@@ -57,11 +57,11 @@ def parse_args(argv=None):
     add("--init", choices=("gaussian", "kaiming"), default="gaussian", help="of A: the paper's, or kohya's (gaussian)")
     add("--train-text-encoder", **switch, help="LoRA on CLIP too, on kohya's six layers of each block (no)")
     add("--text-encoder-lr", type=float, default=5e-5, help="learning rate of --train-text-encoder (5e-5)")
-    add("--learn-token", help="a new token, such as <fetal-us>, that captions name and whose embedding is trained")
-    add("--init-word", default="ultrasound", help="whose embedding --learn-token begins at (ultrasound)")
+    add("--learn-token", type=plain_text, help="a new token, such as <fetal-us>, in captions, which is trained")
+    add("--init-word", type=plain_text, default="ultrasound", help="where --learn-token begins (ultrasound)")
     add("--token-lr", type=float, default=5e-3, help="learning rate of --learn-token (5e-3)")
     add("--style-words", action="store_true", help="captions also say how bright each image is, and its contrast")
-    add("--rare-token", help="a word that captions then name: a photo of sks fetal femur")
+    add("--rare-token", type=plain_text, help="a word that captions then name: a photo of sks fetal femur")
     add("--prior", type=Path, help="a manifest.csv of sample.py: images of the base model, to be held on to")
     add("--prior-weight", type=float, default=1.0, help="of the loss on a batch of --prior in each step (1)")
     add("--size", type=int, help="square side in px (default: the model's own, 512 for SD 1.5)")

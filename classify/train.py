@@ -55,7 +55,7 @@ def train_epoch(
 
 @torch.no_grad()
 def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Class probabilities (N, K), float32 on the CPU, in the loader's order."""
+    """Class probabilities (N, K), float32 on the CPU, in the loader's order. ClassifyError where one is not finite."""
     model.eval()
     device = next(model.parameters()).device
     probabilities = []
@@ -64,4 +64,6 @@ def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dt
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(inputs)
         probabilities.append(logits.float().softmax(dim=1).cpu())
+        if not probabilities[-1].isfinite().all():
+            raise ClassifyError("what the network says is not finite; lower the learning rate, or take other weights")
     return torch.cat(probabilities)

@@ -9,11 +9,21 @@ LAST_SEED = 2**32 - 1
 
 
 def device_name(text: str) -> str:
-    """The name of a device on which a tensor can be made."""
+    """The name of a device on which a number can be had."""
     try:
-        torch.empty(0, device=text)
+        torch.zeros(1, device=text).item()  # of "meta" none can
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for one that is unknown or absent
-        raise ArgumentTypeError(f"{text}: not here ({str(error).splitlines()[0]}); cpu always is") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ArgumentTypeError(f"{text}: not here ({reason}); cpu always is") from None
+    return text
+
+
+def plain_text(text: str) -> str:
+    """What can be written in UTF-8: bytes of another encoding reach a script as halves of characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ArgumentTypeError(f"{text!r}: no text in this terminal's encoding; type it in UTF-8") from None
     return text
 
 

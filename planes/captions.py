@@ -49,10 +49,10 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def is_text(text: str | None) -> bool:
-    """Can it be written in UTF-8? A lone surrogate, half of a character, cannot; None is no text to mind."""
+def is_text(text: str) -> bool:
+    """Can it be written in UTF-8? A lone surrogate, half of a character, cannot."""
     try:
-        (text or "").encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

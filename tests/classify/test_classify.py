@@ -555,6 +555,15 @@ def trained(sites, tmp_path_factory):
     return out, mix, run(*flags(sites, out, *mix))
 
 
+@pytest.mark.parametrize("batch", [4, 999])  # of several steps a later one finds it, after a single one the test does
+def test_a_training_gone_wrong_is_said_and_leaves_no_scores(sites, tmp_path, batch, capsys):
+    with pytest.raises(ClassifyError, match=r"not? (longer )?finite; lower the learning rate"):
+        run(*flags(sites, tmp_path / "out", "--lr", 1e30, "--batch-size", batch))
+    with pytest.raises(SystemExit):
+        run(*flags(sites, tmp_path / "out", "--lr", "inf"))
+    assert "--lr inf: must be positive" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("more", [["--schedule", "cosine", "--augment"], ["--balanced-sampling", "--contrast"]])
 def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bits(sites, tmp_path, number, more):

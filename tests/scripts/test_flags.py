@@ -36,7 +36,7 @@ def refusal(script, flags, out, monkeypatch, capsys):
 
 
 @every_script
-@pytest.mark.parametrize("device", ["foo", "cuda:99", "mps:7", ""])
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "mps:7", "meta", ""])
 def test_a_device_that_is_not_here_is_one_line(script, device, tmp_path, monkeypatch, capsys):
     line = refusal(script, ["--device", device], tmp_path / "out", monkeypatch, capsys)
     assert line.startswith(f"argument --device: {device}: not here (") and line.endswith("; cpu always is")
@@ -63,10 +63,14 @@ def test_an_out_that_is_a_file_is_one_line(script, tmp_path, monkeypatch, capsys
     assert line.startswith(f"{script}.py: --out {tmp_path / 'file'}: ") and "is not a folder" in line
 
 
-@pytest.mark.parametrize("flag", ["--prompt", "--negative-prompt"])
-def test_bytes_that_are_no_text_are_refused_on_the_command_line(flag, tmp_path, monkeypatch, capsys):
-    line = refusal("sample", [flag, "f\udce9tal"], tmp_path / "out", monkeypatch, capsys)
-    assert line == r"'f\udce9tal': holds bytes that are no text in this terminal's encoding; type it in UTF-8"
+@pytest.mark.parametrize(
+    "script, flag",
+    [("sample", flag) for flag in ("--prompt", "--negative-prompt", "--rare-token", "--token")]
+    + [("train_lora", flag) for flag in ("--learn-token", "--rare-token", "--init-word")],
+)
+def test_bytes_that_are_no_text_are_refused_on_the_command_line(script, flag, tmp_path, monkeypatch, capsys):
+    line = refusal(script, [flag, "f\udce9tal"], tmp_path / "out", monkeypatch, capsys)
+    assert line == rf"argument {flag}: 'f\udce9tal': no text in this terminal's encoding; type it in UTF-8"
 
 
 def test_half_a_character_is_refused_in_files_of_prompts_and_captions(tmp_path):
