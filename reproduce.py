@@ -60,13 +60,7 @@ class Scale:
 
 
 PAPER = Scale(
-    per_plane={"all": None, "balanced": 230, "lora": 20},
-    train_lora="",
-    repeats=100,
-    rank=128,
-    sample="",
-    count=500,
-    classify="",
+    {"all": None, "balanced": 230, "lora": 20}, train_lora="", repeats=100, rank=128, sample="", count=500, classify=""
 )
 EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
     per_plane={"all": None, "balanced": 23, "lora": 20},
@@ -145,7 +139,7 @@ class Experiment:
 
     def __init__(self, args, scale: Scale, spanish: Path, african: Path, selections: Selections):
         self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
-        self.digest = selections.digest
+        self.digest, self.owners = selections.digest, {}  # of LoRAs: which process of torchrun trains them
         self.stages = Stages(partial(print, flush=True), *(["--device", args.device] if args.device else []))
         self.model = model_flags(args)
         self.phantoms = () if args.spanish else (args.out / "phantoms",)
@@ -165,10 +159,15 @@ class Experiment:
         flags = (*self.model, "--spanish", self.spanish, *self.images("lora"), *self.scale.train_lora.split(), *flags)
         flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
         out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
-        return self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs)
+        by = self.owners.setdefault(out, len(self.owners) % ranks.size())
+        return self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs, by=by)
+
+    def styles_lora(self) -> Path:
+        return self.lora(self.scale.rank, "lora_styles", "--style-words")
 
     def draw(self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
+        ranks.wait()  # for LoRAs that others train
         return self.stages.run("sample", self.args.out / name, *flags, needs=needs, inputs=self.model_hashes)
 
     def lora_images(self, rank: int) -> Path:
@@ -186,7 +185,7 @@ class Experiment:
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
         if kind == "styles":
-            lora, flags = self.lora(rank, "lora_styles", "--style-words"), ["--prompts", "styles"]
+            lora, flags = self.styles_lora(), ["--prompts", "styles"]
         elif kind == "prompts":
             lora, flags = self.lora(rank), ["--prompts", "detailed"]
         elif kind == "token":
@@ -201,8 +200,8 @@ class Experiment:
         flags += ["--lora", lora / "lora.safetensors"]
         return self.draw(f"synthetic_{kind}", self.scale.count, *flags, needs=(lora,)) / "manifest.csv"
 
-    def classify(self, row: Row, seed: int, mine: bool = True) -> Path:
-        """Train and test one row with one seed; what it needs, and no more, where it is not this process's."""
+    def classify(self, row: Row, seed: int, by: int = 0) -> Path:
+        """Train and test one row with one seed. by: the process of torchrun that does it."""
         data, args = row.data, self.args
         flags = ["--african", self.african, "--model", row.classifier, "--weights", args.weights]
         flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
@@ -212,11 +211,8 @@ class Experiment:
             flags += ["--spanish", self.spanish, *self.images(data.spanish)]
             if self.scale is PAPER and args.recipe == "paper":
                 flags += ["--validation", 200]
-        manifest = self.synthetic(data.synthetic) if data.synthetic else None
-        out = row_folder(args.out, data.name, row.classifier, seed)
-        if not mine:
-            return out
-        if manifest:
+        if data.synthetic:
+            manifest = self.synthetic(data.synthetic)
             inputs["synthetic"] = sha256_of_all([manifest, *(r.path for r in read_synthetic(manifest))])
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
@@ -224,8 +220,9 @@ class Experiment:
         flags += ["--contrast"] * data.contrast + ["--balanced-sampling"] * data.balanced_sampling
         if row.classifier in self.scale.passes:
             flags += ["--passes", self.scale.passes[row.classifier]]
+        out = row_folder(args.out, data.name, row.classifier, seed)
         inputs |= {"weights": sha256(Path(args.weights))} if Path(args.weights).is_file() else {}
-        return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs, together=False)
+        return self.stages.run("classify", out, *flags, "--resume", needs=needs, inputs=inputs, by=by)
 
 
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
@@ -285,9 +282,12 @@ def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
     panels, without = {}, None
     if not args.only and not args.synthetic:
         widths = (scale.rank,) if args.quick else RANKS
+        for width in widths:
+            experiment.lora(width)
+        experiment.styles_lora()
         panels, without = {rank: experiment.lora_images(rank) for rank in widths}, experiment.images_without_lora()
     runs = [(row, seed) for row in args.rows for seed in args.seeds]
-    folders = [experiment.classify(*run, mine=n % ranks.size() == ranks.rank()) for n, run in enumerate(runs)]
+    folders = [experiment.classify(*run, by=n % ranks.size()) for n, run in enumerate(runs)]
     ranks.wait()
     if not ranks.is_first():
         return

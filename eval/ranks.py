@@ -3,9 +3,10 @@
 Without torchrun a run is one process, number 0 of 1, and nothing here does anything.
 """
 
+import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
+_apart = False
 
 
 def join() -> None:
@@ -35,14 +37,29 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """While this process does something alone, it is number 0 of 1."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def _together() -> bool:
+    return dist.is_initialized() and not _apart
+
+
 def rank() -> int:
     """The number of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if _together() else 0
 
 
 def size() -> int:
     """How many there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if _together() else 1
 
 
 def is_first() -> bool:
@@ -57,13 +74,13 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 def wait() -> None:
     """Until all are here."""
-    if dist.is_initialized():
+    if _together():
         dist.barrier()
 
 
 def from_first(value: bool) -> bool:
     """What the first process says, on all."""
-    if not dist.is_initialized():
+    if not _together():
         return value
     told = [value]
     dist.broadcast_object_list(told)
@@ -75,7 +92,7 @@ def add_up(parameters: Sequence[nn.Parameter], *numbers: float) -> list[float]:
 
     parameters: float32 and on one device; the same, in the same order, in every process
     """
-    if not dist.is_initialized():
+    if not _together():
         return [*numbers]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     values = torch.tensor(numbers, device=gradients[0].device)

@@ -4,6 +4,7 @@ import argparse
 import json
 import runpy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from eval import ranks
@@ -27,33 +28,34 @@ class Stages:
         *flags: object,
         needs: tuple[Path, ...] = (),
         inputs: Mapping[str, str],
-        together: bool = True,
+        by: int | None = None,
     ) -> Path:
         """Run script.py with these flags into `out`, unless that is done and younger than `needs`; returns `out`.
 
         flags: name what a script would else fill in by itself (--repeats): it is recorded, and would look like a change
         needs: folders of stages whose outputs this one reads
         inputs: what it reads besides -> its hash, kept in inputs.json
-        together: all processes of torchrun are at it, and the first says whether it is done
+        by: which process of torchrun does it alone; None: all are at it, and the first says whether it is done
         """
         argv = [str(flag) for flag in (*flags, *self.common, "--out", out)]
         if (script, *argv) in self.seen:
             return out
         self.seen.add((script, *argv))
+        if by not in (None, ranks.rank()):
+            return out
         self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        done, first = self.is_done(out, args, needs, inputs), ranks.is_first() or not together
-        if ranks.from_first(done) if together else done:
-            self.say("done before")
-        else:
-            if first:
+        with nullcontext() if by is None else ranks.apart():
+            if ranks.from_first(self.is_done(out, args, needs, inputs)):
+                self.say("done before")
+                return out
+            if ranks.is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").unlink(missing_ok=True)
                 write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
             module["main"](args)
-            if together:
-                ranks.wait()  # for the first, which writes
+            ranks.wait()  # for the first, which writes
         return out
 
     def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...], inputs: Mapping[str, str]) -> bool:
