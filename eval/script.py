@@ -60,7 +60,7 @@ def alone(main: Callable[[Namespace], object], together: bool = False) -> Callab
     """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as they were."""
 
     @functools.wraps(main)
-    def held(args: Namespace) -> object:
+    def _held(args: Namespace) -> object:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             with alone_in(args.out, together):
@@ -70,7 +70,7 @@ def alone(main: Callable[[Namespace], object], together: bool = False) -> Callab
                 if signal.getsignal(number) is not handler:
                     signal.signal(number, handler)
 
-    return held
+    return _held
 
 
 def alone_together(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
