@@ -257,7 +257,7 @@ def test_a_model_that_no_single_file_tells_writes_nothing(files, tmp_path, monke
     ("flags", "message"),
     [
         (["no.safetensors", "a", "--out", "out"], "merge_lora.py: no.safetensors: no such file or folder"),
-        (["base", "no.safetensors", "--out", "out"], "merge_lora.py: no.safetensors: no such file: pass the path of a"),
+        (["base", "no.safetensors", "--out", "out"], "merge_lora.py: no.safetensors: no such file: give the path of a"),
         (["base", "both.safetensors", "--strength", "nan", "--out", "out"], "strength nan: must be a finite number"),
         (["base", "both.safetensors", "--strength", "1", "2", "--out", "out"], "2 numbers for 1 LoRAs; give one, or"),
         (["base", "both.safetensors", "base/../both.safetensors", "--out", "out"], "one file twice; give it once"),
