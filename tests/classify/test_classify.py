@@ -564,8 +564,13 @@ def test_a_training_gone_wrong_is_said_and_leaves_no_scores(sites, tmp_path, bat
     assert "--lr inf: must be positive" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("more", [["--schedule", "cosine", "--augment"], ["--balanced-sampling", "--contrast"]])
+@pytest.mark.parametrize(
+    "number, more",
+    [
+        (signal.SIGINT, ["--schedule", "cosine", "--augment"]),
+        (signal.SIGTERM, ["--balanced-sampling", "--contrast"]),
+    ],
+)
 def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bits(sites, tmp_path, number, more):
     more = [*more, "--epochs", 3, "--validation", 4]  # dropout makes it random besides
     run(*flags(sites, tmp_path / "whole", *more))

@@ -29,40 +29,43 @@ class Mistake(Exception):
     pass
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """A process that holds tmp_path / "out"."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+@pytest.fixture(scope="module")
+def held(tmp_path_factory):
+    """A folder, and a process that holds it."""
+    out = tmp_path_factory.mktemp("held") / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, out], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        yield process
+        yield out, process
         process.kill()
 
 
-def test_a_second_run_in_one_folder_is_refused_and_the_first_named(holder, tmp_path):
-    line = rf"out: process {holder.pid} on .* is at work there; wait for it, or give another$"
-    with pytest.raises(OSError, match=line), alone_in(tmp_path / "out"):
+def test_a_second_run_in_one_folder_is_refused_and_the_first_named(held, tmp_path):
+    out, process = held
+    line = rf"out: process {process.pid} on .* is at work there; wait for it, or give another$"
+    with pytest.raises(OSError, match=line), alone_in(out):
         raise AssertionError("two at once")
     with alone_in(tmp_path / "other"):
         pass
 
 
 @pytest.mark.parametrize("script", ["train_lora", "sample", "classify", "reproduce"])
-def test_every_script_keeps_out_of_a_folder_that_is_held(holder, tmp_path, script):
+def test_every_script_keeps_out_of_a_folder_that_is_held(held, script):
+    out, process = held
     main = runpy.run_path(str(ROOT / f"{script}.py"), run_name="refused")["main"]
     before = Namespace(model=None, quick=True, manifests=None, plan=False)  # what reproduce.py asks first
-    with pytest.raises(OSError, match=rf"process {holder.pid} on .* is at work there"):
-        main(Namespace(out=tmp_path / "out", **vars(before)))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
+    with pytest.raises(OSError, match=rf"process {process.pid} on .* is at work there"):
+        main(Namespace(out=out, **vars(before)))
+    assert [path.name for path in out.iterdir()] == [LOCK]
 
 
-def test_a_lock_ends_with_its_process_however_that_ends(holder, tmp_path):
-    holder.kill()
-    holder.wait()
-    assert (tmp_path / "out" / LOCK).exists()  # what is left of it holds nobody up
-    with alone_in(tmp_path / "out"):
-        assert str(os.getpid()) in (tmp_path / "out" / LOCK).read_text()
-    assert not (tmp_path / "out" / LOCK).exists()
+def test_a_lock_ends_with_its_process_however_that_ends(held):
+    out, process = held
+    process.kill()
+    process.wait()
+    assert (out / LOCK).exists()  # what is left of it holds nobody up
+    with alone_in(out):
+        assert str(os.getpid()) in (out / LOCK).read_text()
+    assert not out.exists() or not (out / LOCK).exists()
 
 
 def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):

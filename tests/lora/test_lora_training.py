@@ -52,6 +52,7 @@ def networks(base):
     return copy.deepcopy(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @torch.no_grad()
 def test_a_kohya_file_gives_sd_scripts_outputs(networks, name):

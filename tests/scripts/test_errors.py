@@ -195,6 +195,7 @@ def test_the_training_script_says_the_same(tmp_path, monkeypatch, capsys):
     assert "run `git lfs pull`" in refused("train_lora", flags, tmp_path / "out", monkeypatch, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", LFS, PAGE, pickle.dumps(Payload()), ONE[:20]])
 def test_a_checkpoint_that_training_cannot_go_on_from_is_left_and_named(content, tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / "docs" / "mini_after_lora.png", tmp_path / "a.png")
