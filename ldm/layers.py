@@ -75,8 +75,9 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
+        q = self._split(self.to_q(x))
         k, v = context if isinstance(context, tuple) else self.read(x if context is None else context)
-        h = F.scaled_dot_product_attention(self._split(self.to_q(x)), k, v)
+        h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(-2))
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
