@@ -20,7 +20,7 @@ from classify import ClassifyError
 from classify.data import RECIPES
 from eval import ranks
 from eval.flags import device_name, seed_number
-from eval.record import folder_hash, record_environment, sha256, sha256_of_all
+from eval.record import folder_hash, record_environment, sha256
 from eval.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags, model_paths
@@ -29,7 +29,7 @@ from paper.plan import BEYOND_ROWS, CLASSIFIERS, MANIFESTS, QUICK_ROWS, RANKS, R
 from paper.preview import Selections, preview
 from paper.report import Context, build
 from paper.results import ResultError, is_run, read_result, row_folder
-from paper.stages import Stages
+from paper.stages import Stages, images_hash
 from paper.synthetic import Findings, describe
 from planes import PAPER_COUNTS, PLANES
 from planes.datasets import DatasetError, read_synthetic, require_images
@@ -213,7 +213,7 @@ class Experiment:
                 flags += ["--validation", 200]
         if data.synthetic:
             manifest = self.synthetic(data.synthetic)
-            inputs["synthetic"] = sha256_of_all([manifest, *(r.path for r in read_synthetic(manifest))])
+            inputs["synthetic"] = images_hash(manifest)
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
         flags += ["--african-train"] * data.african + ["--augment"] * data.augment

@@ -154,9 +154,9 @@ def main(args):
     optimizer, reason = training.make_optimizer(trained.groups, args.weight_decay, args.optimizer == "adamw8bit")
     if reason:
         print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
-    rates = [group["lr"] for group in trained.groups]
+    rates, schedule = [group["lr"] for group in trained.groups], NoiseSchedule()
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
-    schedule = NoiseSchedule()
+    scaler.scale(torch.zeros((), device=args.device))  # it begins with its first loss, which a process may not have
     draws_of_step = partial(
         training.draws_of_step,
         seed=args.seed,

@@ -28,6 +28,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 SMALLEST = 64
 PATCH = 16
 
+_failed: dict[str, Exception] = {}  # why the download of a network's weights failed, in this process
+
 
 def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) -> nn.Module:
     """One of MODELS for square images of `image_size`, with a head of len(PLANES) logits.
@@ -65,9 +67,6 @@ def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) ->
     return model
 
 
-_failed: dict[str, Exception] = {}  # why the download of a network's weights failed, in this process
-
-
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """The classifying layer and its path: the last Linear in each of the five networks, and in Inception v3."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
@@ -99,8 +98,8 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
                 file.seek(0)
                 if is_safetensors:
                     state = safetensors.torch.load_file(weights)
-                elif zipfile.is_zipfile(file) and (name := zipfile.ZipFile(file).testzip()):
-                    raise ValueError(f"{name} in it is damaged")  # by its sum, which torch does not look at
+                elif zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+                    raise ValueError(f"{part} in it is damaged")  # by its sum, which torch does not look at
                 else:
                     file.seek(0)
                     state = torch.load(file, map_location="cpu", weights_only=True)

@@ -5,12 +5,20 @@ import json
 import runpy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 from eval import ranks
-from eval.record import write_atomically
+from eval.record import sha256_of_all, write_atomically
+from planes.datasets import read_synthetic
 
 SCRIPTS = Path(__file__).resolve().parents[1]
+
+
+@cache
+def images_hash(manifest: Path) -> str:
+    """One hash of a list of synthetic images and of the images, which rows share: they are read once in a run."""
+    return sha256_of_all([manifest, *(record.path for record in read_synthetic(manifest))])
 
 
 class Stages:
