@@ -11,7 +11,6 @@ import argparse
 import itertools
 import math
 import os
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,17 @@ import torch
 
 from classify import ClassifyError
 from classify.checkpoint import restore, training_state
-from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, draw_contrast
+from classify.data import (
+    INPUT_RANGES,
+    MEMORY,
+    RECIPES,
+    PlaneImages,
+    batches,
+    draw_augmentation,
+    draw_contrast,
+    gpu_room,
+)
+from classify.images import choose_records, find_copies
 from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
@@ -29,24 +38,13 @@ from eval.flags import device_name, seed_number
 from eval.metrics import evaluate
 from eval.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
 from eval.script import alone, progress, run
+from ldm.fast import cannot_compile
 from lora.saving import SaveTimes, read_state, write_state
 from planes import PLANES
-from planes.datasets import (
-    DatasetError,
-    Record,
-    balanced,
-    count,
-    read_african,
-    read_manifest,
-    read_spanish,
-    read_synthetic,
-    require_images,
-    validation_split,
-)
-from planes.leaks import describe_leaks, leaks, repeated
+from planes.datasets import DatasetError, count
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ELSEWHERE = ("out", "device", "workers", "resume")  # flags that a run which goes on may have otherwise
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+ELSEWHERE = ("out", "device", "workers", "compile", "resume")  # flags that a run which goes on may have otherwise
 BAR = {"leave": False}  # gone when done: a line for each epoch stays
 
 
@@ -80,13 +78,15 @@ def parse_args(argv=None):
     add("--workers", type=int, default=min(4, os.cpu_count() or 1), help="that decode images (4 at most)")
     add("--seed", type=seed_number, default=0)
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, default="fp32", help="of autocast (fp32)")
+    add("--dtype", choices=DTYPES, help="of autocast, or of float32's products on CUDA (bf16 on CUDA, else fp32)")
+    add("--compile", action="store_true", help="the network: faster, but for a start of a minute on CUDA")
     add("--resume", action="store_true", help="go on from the last whole epoch of a run in --out that was stopped")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
     args.size = recipe.size if args.size is None else args.size
     args.input_range = args.input_range or recipe.input_range
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     at_least = dict.fromkeys(("epochs", "passes", "batch_size", "per_plane"), 1)
     for name, least in (at_least | dict.fromkeys(("validation", "workers"), 0)).items():
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -98,61 +98,24 @@ def parse_args(argv=None):
     return args
 
 
-def choose_records(args) -> tuple[list[Record], list[Record], list[Record], set[Record]]:
-    """Training, validation and test records, every image there, and the test images that the African set has twice."""
-    training, validation = [], []
-    if args.spanish:
-        records = read_spanish(args.spanish)
-        if args.manifest:
-            training = read_manifest(args.manifest, records)
-        else:
-            training = [record for record in records if record.train]
-            training = balanced(training, args.per_plane, args.seed) if args.per_plane else training
-        if args.validation:
-            training, validation = validation_split(training, args.validation, seed=args.seed)
-    for manifest in args.synthetic:
-        training = training + read_synthetic(manifest)
-    african = read_african(args.african)
-    training += [record for record in african if record.train and args.african_train]
-    test = [record for record in african if not record.train]
-
-    if not training:
-        raise ClassifyError("there is nothing to train on; give --spanish, --synthetic or --african-train")
-    if not test:
-        raise ClassifyError(f"{args.african}: has no test images")
-    path, times = Counter(record.path for record in training).most_common(1)[0]
-    if times > 1:
-        raise ClassifyError(f"{path}: is among the training images {times} times; give each list once")
-    require_images(training + validation + african)
-    return training, validation, test, repeated(african)
-
-
-def find_copies(training: list[Record], test: list[Record]) -> set[Record]:
-    """Test images with the same bytes as a training image; a shared patient is an error."""
-    found = leaks(training, test)
-    if shared := [leak.test for leak in found if leak.kind == "patient"]:
-        raise ClassifyError(f"{shared[0].patient} is in training and in test, as {len(shared)} test images are")
-    copies = {leak.test for leak in found}
-    print(f"leak check: {describe_leaks(found)}")
-    if copies:
-        print(f"warning: {len(copies)} test images are byte for byte in training; metrics.json also has scores without")
-    return copies
-
-
 @alone
 def main(args):
     # everything that can be refused is refused before any work
     device = torch.device(args.device)
     training, validation, test, twice = choose_records(args)
-    copies = find_copies(training, test)
+    copies = find_copies(training, test, print)
+    if args.compile and (reason := cannot_compile(args.device)):
+        raise ClassifyError(f"--compile: {reason}; leave it out")
     torch.manual_seed(args.seed)
     model = build(args.model, args.weights, args.size).to(device)
     model.to(memory_format=torch.channels_last)  # up to twice as fast, on the CPU too
-    memory, sets = MEMORY, []
+    memory, room, sets = MEMORY, gpu_room(device), []
     for records in (training, validation, test):
         sets.append(PlaneImages(records, args.size))
         decoded = sets[-1].preload(memory, args.workers)
         memory -= sum(image.numel() for image in progress(decoded, desc="decoding", total=len(records), **BAR))
+        sets[-1].move(device, room)
+        room -= sets[-1].moved[0].numel() if sets[-1].moved else 0
     train_set, validation_set, test_set = sets
 
     counts = count(training)
@@ -160,7 +123,10 @@ def main(args):
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.size} px, on {device}")
 
     # SGD at a constant rate, or one that falls by half a cosine to 0
-    dtype = DTYPES[args.dtype]
+    dtype, products = DTYPES[args.dtype], args.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = products
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
     loader = batches(train_set, args.batch_size, args.workers, args.seed, args.balanced_sampling)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=MOMENTUM)
     epochs = max(1, round(args.passes / len(training))) if args.passes else args.epochs

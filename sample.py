@@ -10,11 +10,11 @@ image to the bit, fills a batch of the same size.
 """
 
 import argparse
+import time
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -23,7 +23,7 @@ from eval.figures import first_images_figure, save
 from eval.flags import LAST_SEED, device_name, plain_text, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
-from ldm import CheckpointError, webui
+from ldm import CheckpointError, fast, webui
 from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
@@ -57,12 +57,7 @@ def parse_args(argv=None):
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
     add("--count", type=int, help="images per prompt and sampler (500)")
     add("--seed", type=seed_number, default=0, help="the first seed (0)")
-    add(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        help="instead of --seed and --count, the seeds for every prompt and sampler",
-    )
+    add("--seeds", type=seed_number, nargs="+", help="instead of --seed and --count, for every prompt and sampler")
     add("--steps", type=int, default=20, help="model calls per image (20)")
     add("--spacing", help="of the noise levels: linspace, leading, trailing or karras (default: the sampler's own)")
     add("--order", type=int, help="UniPC's, 1 to 3 (3)")
@@ -73,6 +68,7 @@ def parse_args(argv=None):
     add("--strength", type=float, help="of the variation, up to 1; int(steps * strength) steps are done (0.75)")
     add("--like", type=Path, help="a PNG of this script or of the webui: its settings are the flags' defaults")
     add("--batch-size", type=int, default=8)
+    add("--compile", action=argparse.BooleanOptionalAction, help="faster, once begun (many images on CUDA: yes)")
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="of the U-Net and the text encoder (default: fp16 on CUDA, else fp32)")
     add("--out", type=Path, required=True)
@@ -105,7 +101,7 @@ def parse_args(argv=None):
         parser.error(f"--seed {args.seed}: those of the last plane would lie beyond {LAST_SEED}")
     if len(args.lora_weight) not in (1, len(args.lora)):
         parser.error(
-            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or each one's"
+            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or one each"
         )
     if args.lora_weight != [1.0] and not args.lora:
         parser.error(f"--lora-weight {args.lora_weight[0]:g}: of a --lora FILE, which is not given")
@@ -161,7 +157,6 @@ def main(args):
     prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
     wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
-    model.vae.float()  # SD's VAE can overflow in fp16
     factor = model.vae.config.downsampling
     width, height = args.size or [model.sample_size * factor] * 2
     if width % (factor * model.unet.config.multiple) or height % (factor * model.unet.config.multiple):
@@ -170,7 +165,7 @@ def main(args):
     if args.init_image:
         image = read_image(args.init_image, (width, height))[None].to(args.device)
         with torch.no_grad():
-            init_latents = model.vae.to_latents(image)  # the mean: what varies the image is the sampler's noise alone
+            init_latents = model.vae.float().to_latents(image)  # the mean: all that varies it is the sampler's noise
 
     # LoRAs, each at its weight, and the learned token
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
@@ -199,15 +194,22 @@ def main(args):
         contexts = {t: webui.encode_weighted(model.tokenizer, model.text_encoder, t, args.clip_skip) for t in texts}
 
     work = []  # the rows of each batch, and which of them are missing; --like: as often and where its image was
+    compiled = fast.wants_compiling(args.compile, args.device, len(shots))
     for group in groups:
         for rows in batches(group, args.batch_size, contexts):
             missing = [n for n, shot in enumerate(rows) if not webui.is_saved(args.out / shot.image, shot)]
+            rows += rows[-1:] * (args.batch_size - len(rows)) * compiled  # of one shape, which is compiled once
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
-    total, left = sum(map(len, groups)), sum(len(missing) for _, missing in work)
-    print(f"{total} images: {total - left} are there, {left} to make")
+    left = sum(len(missing) for _, missing in work)
+    print(f"{len(shots)} images: {len(shots) - left} are there, {left} to make")
     ranks.wait()  # of several processes each has seen what is there before the first adds to it
     work = ranks.share([(rows, missing) for rows, missing in work if missing])
-    with progress(total=sum(len(missing) for _, missing in work), desc="images", unit="image") as bar:
+    fast.arrange(model.unet, model.vae)
+    if compiled:
+        fast.compile_whole(model.unet, model.vae.decoder)
+    decoded_at_once = fast.decoded_at_once(model.vae, width, height, args.batch_size)
+    mine, start = sum(len(missing) for _, missing in work), time.perf_counter()
+    with webui.Saving() as saving, progress(total=mine, desc="images", unit="image") as bar:
         for rows, missing in work:
             latents = generate(
                 model.unet,
@@ -224,8 +226,10 @@ def main(args):
                 init_latents=init_latents,
                 strength=strength,
             )
-            for n, pixels in zip(missing, decode_images(model.vae, latents[missing])):
-                webui.save_shot(args.out / rows[n].image, pixels.numpy(), rows[n], (len(rows), n))
+            pixels = decode_images(model.vae, latents, decoded_at_once).numpy()
+            if compiled and bar.n == 0:
+                print(f"the first batch, compiled, took {time.perf_counter() - start:.0f} s")
+            saving.save([(args.out / rows[n].image, pixels[n], rows[n], (len(rows), n)) for n in missing])
             bar.update(len(missing))
     ranks.wait()
     if not ranks.is_first():
@@ -239,9 +243,8 @@ def main(args):
     files = {path.name: sha256(path) for path in [*args.lora, args.init_image, args.like] if path and path.is_file()}
     record_run(args.out, args, hashes | files)
     if wanted:
-        before, now = (np.asarray(Image.open(path).convert("RGB")) for path in (args.like, args.out / shots[0].image))
-        same = "the very pixels" if np.array_equal(before, now) else "not the pixels"
-        print(f"{args.out / shots[0].image}: {same} of {args.like}")
+        again = args.out / shots[0].image
+        print(f"{again}: {'the very' if webui.same_pixels(again, args.like) else 'not the'} pixels of {args.like}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from eval import ranks
 from eval.flags import device_name, plain_text, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
-from ldm import CheckpointError
+from ldm import CheckpointError, fast
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import save_embedding
@@ -32,6 +32,7 @@ from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
 from lora.layer import LoRAError
+from lora.losses import Losses, upload
 from lora.model import TARGETS
 from lora.saving import SaveTimes
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
@@ -77,6 +78,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=0.01)
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")
     add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw8bit", help="adamw8bit needs CUDA (adamw8bit)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="faster, once begun (many steps on CUDA: yes)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, more time")
     add("--save-every", type=int, help="optimizer steps between checkpoints (every five minutes)")
     add("--sample-every", type=int, default=0, help="optimizer steps between sample sheets; 0: only the last (0)")
@@ -99,6 +101,10 @@ def parse_args(argv=None):
         parser.error("--rank 0: no LoRA is trained, so give --learn-token, --no-train-text-encoder, and no --prior")
     if args.bucket and args.resize:
         parser.error(f"--resize {args.resize}: makes squares, --bucket does not: give --no-bucket, or no --resize")
+    if args.bucket and args.compile:
+        parser.error(
+            "--compile: compiles for each shape of images, and --bucket has many: give --no-bucket, or leave it out"
+        )
     args.resize = None if args.bucket else args.resize or "squash"
     at_least = dict.fromkeys(("lr", "text_encoder_lr", "token_lr"), 1e-12) | {"prior_weight": 0}
     at_least |= dict.fromkeys(("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every"), 1)
@@ -135,7 +141,7 @@ def main(args):
     context_of = Contexts(model, every, args, dtype, autocast, print)
     read = partial(read_bucketed, step=multiple) if args.bucket else partial(read_image, resize=args.resize)
     pixels = (read(path, size=size) for path in progress(paths, desc="latents", unit="image"))
-    latents = encode_images(model.vae, pixels, args.seed)
+    latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
     model.vae.to("cpu")
 
     # image passes -> batches of one shape each -> optimizer steps
@@ -147,6 +153,8 @@ def main(args):
     steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
     for (_, height, width), count in zip(shapes, torch.bincount(bucket_of) if args.bucket else ()):
         print(f"{count} images in the bucket of {width * downsampling} x {height * downsampling} px")
+    if fast.wants_compiling(False if args.bucket else args.compile, args.device, steps):
+        fast.compile_blocks(unet)
     print(training.describe_passes(repeats, args.epochs, args.batch_size, args.accumulate, steps))
 
     (sheets := args.out / "samples").mkdir(parents=True, exist_ok=True)
@@ -157,76 +165,67 @@ def main(args):
     rates, schedule = [group["lr"] for group in trained.groups], NoiseSchedule()
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     scaler.scale(torch.zeros((), device=args.device))  # it begins with its first loss, which a process may not have
-    draws_of_step = partial(
-        training.draws_of_step,
-        seed=args.seed,
-        latents=latents,
-        buckets=bucket_of,
-        held=torch.arange(len(images), len(latents)),
-        batch_size=args.batch_size,
-        num_train_timesteps=len(schedule),
-        mine=slice(ranks.rank(), None, ranks.size()),
-    )
+    held, mine = torch.arange(len(images), len(latents)), slice(ranks.rank(), None, ranks.size())
+    draws_of_step = partial(training.draws_of_step, latents=latents, buckets=bucket_of, held=held, mine=mine)
     weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
+    weights = weights.to(args.device)
 
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
     model_hashes, made_of = model.sha256(), material(paths, captions, repeats.tolist(), model, args)
     identity = training.run_identity(vars(args) | {"size": size}) | model_hashes | made_of
+    identity |= {"the optimizer": type(optimizer).__name__}
     state = {"lora": parameters, "optimizer": optimizer, "scaler": scaler}
     if args.resume and checkpoint.exists():
         done, rows = training.load_checkpoint(checkpoint, identity, **state)
         if done > steps:
             raise LoRAError(f"{checkpoint}: {done:,} steps are done, these would be {steps:,}: give another --out")
 
+    losses, saves = Losses(rows, 10 if scaler.is_enabled() else 0, checkpoint), SaveTimes(args.save_every)
+
     def save_state(step: int) -> None:
         """All that --resume needs, and the losses as a table."""
-        training.save_checkpoint(checkpoint, identity, step, rows, **state)
-        lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in rows)]
-        write_atomically(args.out / "loss.csv", "\n".join(lines) + "\n")
+        training.save_checkpoint(checkpoint, identity, step, losses.rows, **state)
+        write_atomically(args.out / "loss.csv", losses.text())
 
-    bad, saves = 0, SaveTimes(args.save_every)
     bar = progress(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in bar:
         # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
         batches = training.batches_of_step(step, *order, args.accumulate, args.seed)
-        count, mean_loss = sum(len(batch) for batch in batches), 0.0
-        for index, noise, t, is_held in draws_of_step(step, batches):
+        count, mean_loss = sum(map(len, batches)), torch.zeros((), dtype=torch.float64, device=args.device)
+        for index, noise, t, is_held in draws_of_step(step, batches, args.seed, args.batch_size, len(schedule)):
+            noise, t = upload(noise, args.device), upload(t, args.device)
             x0 = torch.stack([latents[n] for n in index])
-            noisy = schedule.add_noise(x0, noise, t).to(args.device, dtype)
+            noisy = schedule.add_noise(x0, noise, t).to(dtype)
             target = noise if model.prediction_type == "epsilon" else schedule.velocity(x0, noise, t)
             context = context_of([captions[n] for n in index])
             with autocast():
-                prediction = unet(noisy, t.to(args.device), context)
-            error = F.mse_loss(prediction.float(), target.to(args.device), reduction="none").mean(dim=(1, 2, 3))
-            loss = (weights[t].to(args.device) * error).sum() / count * (args.prior_weight if is_held else 1.0)
+                prediction = unet(noisy, t, context)
+            error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+            loss = (weights[t] * error).sum() / count * (args.prior_weight if is_held else 1.0)
             scaler.scale(loss).backward()
-            mean_loss += loss.item()
+            mean_loss += loss.detach()
 
-        mean_loss, asked = ranks.add_up(parameters, mean_loss, bool(saves.asked))
-        saves.heed(asked)
+        mean_loss, asked = ranks.add_up(parameters, mean_loss, torch.tensor(bool(saves.asked)))
         for rate, group in zip(rates, optimizer.param_groups):
             group["lr"] = rate * training.rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        # a GradScaler skips single steps by design; many in a row, or one without it, is a run gone wrong
-        bad = 0 if math.isfinite(mean_loss) and math.isfinite(norm) else bad + 1
-        if bad > (10 if scaler.is_enabled() else 0):
-            kept = f"{checkpoint} holds the last good state: " * checkpoint.exists()
-            advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
-            raise LoRAError(f"step {step + 1}: the loss or its gradient is not finite; {advice}")
-        rows.append((step + 1, count, f"{mean_loss:.6f}", f"{norm:.6f}", optimizer.param_groups[0]["lr"]))
-        bar.set_postfix(loss=f"{mean_loss:.4f}")
+        losses.add(step + 1, count, optimizer.param_groups[0]["lr"], mean_loss, norm, asked)
+        saves.heed(losses.asked)  # of other processes, which stop at the same step
+        bar.set_postfix(loss=f"{losses.latest:.4f}", refresh=False)
         if args.sample_every and (step + 1) % args.sample_every == 0 and ranks.is_first():
             save_sheet(sheets / f"step{step + 1:06}.png", shown)
         if saves.due(step + 1):
+            losses.read()  # nothing is saved of which it is not known that it is finite
             if ranks.is_first():
                 save_state(step + 1)
             saves.leave_if_asked(f"{checkpoint} has the {step + 1:,} steps that are done; --resume goes on from there")
+    losses.read()
     saves.restore()
     if not ranks.is_first():
         return

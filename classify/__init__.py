@@ -3,7 +3,9 @@
 | concept | where |
 |---|---|
 | the five networks, their weights, the trained file | `models.py` |
+| which images: the flags that choose them, copies and patients in both sets | `images.py` |
 | decoding, input ranges, augmentation | `data.py` |
+| every class equally often | `balanced.py` |
 | one epoch of SGD, prediction | `train.py` |
 | what a run that was stopped goes on from | `checkpoint.py` |
 """

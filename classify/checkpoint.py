@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from classify.data import BalancedSampler
+from classify.balanced import BalancedSampler
 
 
 def training_state(

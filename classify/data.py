@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from classify.balanced import BalancedSampler
+from lora.losses import upload
 from planes import PLANES
 from planes.datasets import Record
 from planes.pictures import open_image
@@ -49,11 +52,11 @@ MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images
 
 
 class PlaneImages(Dataset):
-    """Records as (image, target, index): uint8 (3, size, size), class index, the index that was asked for.
+    """Records as (image, target, index): uint8 (1 or 3, size, size), class index, the index that was asked for.
 
-    `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access. Items carry no
-    randomness: the index is what augmentation derives its own from. It counts on beyond the last record, so that one
-    record has many: record n of N is at n, N + n, 2 N + n, ..
+    `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access. `move` puts them on
+    a GPU. Items carry no randomness: the index is what augmentation derives its own from. It counts on beyond the last
+    record, so that one record has many: record n of N is at n, N + n, 2 N + n, ..
     """
 
     def __init__(self, records: Sequence[Record], size: int):
@@ -61,14 +64,33 @@ class PlaneImages(Dataset):
         self.targets = [PLANES.index(record.plane) for record in records]
         self.size = size
         self.kept: list[Tensor] = []
+        self.moved: tuple[Tensor, Tensor] | None = None  # images and targets on a GPU
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         n = index % len(self)
-        image = self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size)
-        return image.expand(3, -1, -1), self.targets[n], index
+        return self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size), self.targets[n], index
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on the CPU."""
+        asked = torch.tensor(indices)
+        if self.moved is not None:
+            rows = upload(asked % len(self), self.moved[0].device)
+            return self.moved[0][rows], self.moved[1][rows], asked
+        images, targets, _ = zip(*map(self.__getitem__, indices))
+        channels = max(map(len, images))
+        return torch.stack([image.expand(channels, -1, -1) for image in images]), torch.tensor(targets), asked
+
+    def move(self, device: torch.device, room: int) -> None:
+        """All images to a device, for good, if all are kept and take at most `room` bytes; else they stay."""
+        channels = max(map(len, self.kept), default=1)
+        if self.kept and len(self.kept) == len(self) and len(self) * channels * self.size**2 <= room:
+            images = torch.empty(len(self), channels, self.size, self.size, dtype=torch.uint8, device=device)
+            for n, image in enumerate(self.kept):
+                images[n] = image.to(device)
+            self.moved = images, torch.tensor(self.targets, device=device)
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
         """Decode images in order until they fill `memory` bytes, yielding each; the rest stays on disk.
@@ -86,6 +108,11 @@ class PlaneImages(Dataset):
                     yield image
 
 
+def gpu_room(device: torch.device) -> int:
+    """Bytes of images that a GPU keeps: half of its memory; none elsewhere."""
+    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 0
+
+
 def decode(path: Path, size: int) -> Tensor:
     """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio is not kept.
 
@@ -100,7 +127,7 @@ def decode(path: Path, size: int) -> Tensor:
 def batches(
     images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed: int | None = None, balanced: bool = False
 ) -> DataLoader:
-    """Loader of (images (B, 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass.
+    """Loader of (images (B, 1 or 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass.
 
     balanced: as BalancedSampler draws them, from `shuffle_seed`
     """
@@ -111,31 +138,9 @@ def batches(
         shuffle=shuffle_seed is not None and not balanced,
         sampler=BalancedSampler(images.targets, shuffle_seed or 0) if balanced else None,
         generator=generator,
+        collate_fn=lambda batch: batch,  # which __getitems__ has made
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
-
-
-class BalancedSampler(Sampler[int]):
-    """Indices of PlaneImages, as many a pass as it has images, every class equally often (a remainder aside).
-
-    Images of a class are drawn with replacement, a function of (seed, pass). One that is drawn again has another of its
-    indices, and so is augmented anew: else a rare class would be seen in fewer forms than a common one.
-    """
-
-    def __init__(self, targets: Sequence[int], seed: int):
-        self.targets, self.seed, self.passes = np.array(targets), seed, 0
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __iter__(self) -> Iterator[int]:
-        rng, count = np.random.default_rng((self.seed, self.passes, 2)), len(self)  # 2: of its own
-        self.passes += 1
-        classes = rng.permutation(np.unique(self.targets))
-        drawn = np.empty(count, dtype=np.int64)
-        for n, target in enumerate(classes):
-            drawn[n :: len(classes)] = rng.choice(np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)]))
-        return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
 
 
 def draw_augmentation(recipe: Recipe, seed: int, epoch: int, indices: Tensor) -> Tensor:
@@ -189,19 +194,24 @@ def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
 def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None) -> Tensor:
     """Images as a network takes them: float, altered by the augmentations, scaled to the input range.
 
-    images: (B, 3, H, W) uint8
+    images: (B, 1 or 3, H, W) uint8; of a grey one come three equal channels
     affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is black
     contrast: (B, 3) from `draw_contrast`, or None: gain x^gamma + offset of pixels x in [0, 1], clipped to [0, 1]
     """
     x = images.float() / 255
     if contrast is not None:
-        gamma, gain, offset = contrast.to(x.device)[:, :, None, None, None].unbind(dim=1)
+        gamma, gain, offset = upload(contrast, x.device)[:, :, None, None, None].unbind(dim=1)
         x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
-        grid = F.affine_grid(affine.to(x.device), list(x.shape), align_corners=False)
+        grid = F.affine_grid(upload(affine, x.device), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    mean, std = (torch.tensor(value, device=x.device)[:, None, None] for value in INPUT_RANGES[input_range])
+    mean, std = _mean_std(input_range, x.device)
     return (x - mean) / std
+
+
+@cache
+def _mean_std(input_range: str, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(value, device=device)[:, None, None] for value in INPUT_RANGES[input_range])
 
 
 Augmentation = Callable[[Tensor], Tensor]

@@ -1,6 +1,5 @@
 """One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum 0.9, batch 24)."""
 
-import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,11 +8,12 @@ from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.data import Augmentation, prepare
+from lora.losses import upload
 
 MOMENTUM = 0.9
 
 Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
-"""(images (B, 3, H, W) uint8, targets (B,), indices (B,)) as `data.batches` gives them."""
+"""(images (B, 1 or 3, H, W) uint8, targets (B,), indices (B,)) as `data.batches` gives them."""
 
 
 def train_epoch(
@@ -35,22 +35,25 @@ def train_epoch(
     """
     model.train()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total, count = (
+        torch.zeros((), dtype=torch.float64, device=device),
+        0,
+    )  # read at the end: a GPU need not be waited for
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
-        inputs = prepare(images.to(device), input_range, affine, contrast(indices) if contrast else None)
+        inputs = prepare(upload(images, device), input_range, affine, contrast(indices) if contrast else None)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(inputs), targets.to(device))
+            loss = F.cross_entropy(model(inputs), upload(targets, device))
         if rate:
             optimizer.param_groups[0]["lr"] = rate()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        total, count = total + loss.item() * len(targets), count + len(targets)
-        if not math.isfinite(total):
-            raise ClassifyError("the training loss is no longer finite; lower the learning rate")
-    return total / count
+        total, count = total + loss.detach().double() * len(targets), count + len(targets)
+    if not total.isfinite():
+        raise ClassifyError("the training loss is no longer finite; lower the learning rate")
+    return total.item() / count
 
 
 @torch.no_grad()
@@ -60,10 +63,11 @@ def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dt
     device = next(model.parameters()).device
     probabilities = []
     for images, _, _ in loader:
-        inputs = prepare(images.to(device), input_range)
+        inputs = prepare(upload(images, device), input_range)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(inputs)
-        probabilities.append(logits.float().softmax(dim=1).cpu())
-        if not probabilities[-1].isfinite().all():
-            raise ClassifyError("what the network says is not finite; lower the learning rate, or take other weights")
-    return torch.cat(probabilities)
+        probabilities.append(logits.float().softmax(dim=1))
+    found = torch.cat(probabilities).cpu()
+    if not found.isfinite().all():
+        raise ClassifyError("what the network says is not finite; lower the learning rate, or take other weights")
+    return found

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
@@ -87,18 +87,20 @@ def from_first(value: bool) -> bool:
     return told[0]
 
 
-def add_up(parameters: Sequence[nn.Parameter], *numbers: float) -> list[float]:
-    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of numbers, returned.
+def add_up(parameters: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
+    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of single numbers, returned
+    on the parameters' device.
 
     parameters: float32 and on one device; the same, in the same order, in every process
     """
+    device = parameters[0].device
     if not _together():
-        return [*numbers]
+        return [number.to(device, non_blocking=True) for number in numbers]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    values = torch.tensor(numbers, device=gradients[0].device)
+    values = torch.stack([number.to(device, torch.float32, non_blocking=True) for number in numbers])
     flat = torch.cat([tensor.flatten() for tensor in (*gradients, values)])
     dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in (*gradients, values)])
     for parameter, part in zip(parameters, parts):
         parameter.grad = part.view_as(parameter)
-    return parts[-1].tolist()
+    return [*parts[-1]]

@@ -12,7 +12,8 @@ from samplers.schedule import Nodes, NoiseSchedule, SamplerError, euler_nodes, u
 from samplers.unipc import sample_unipc
 
 SAMPLERS = {"euler": (euler_nodes, sample_euler), "unipc": (unipc_nodes, sample_unipc)}
-"""Name -> (schedule of nodes, sampler), both with the settings of the authors' webui."""
+"""Name -> (schedule of nodes, sampler), both with the settings of the authors' webui. Their number and order
+decide which seeds sample.py gives to a plane: a third one would move them."""
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -45,12 +46,12 @@ def make_nodes(
 
 def _reading_once(unet: UNet) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The U-Net, for contexts that are the same objects at every step: each is read the first time."""
-    read: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if id(context) not in read:
-            read[id(context)] = unet.read(context)
-        return unet(x, t, read[id(context)])
+        if id(context) not in kept:
+            kept[id(context)] = unet.read(context)
+        return unet(x, t, kept[id(context)]).clone()  # a CUDA graph overwrites what it returned when it is run again
 
     return predict
 
@@ -82,7 +83,8 @@ def generate(
         counts like that too
     strength: in (0, 1], of the variation
 
-    Raises SamplerError for a setting that the sampler does not have, or where no step is left.
+    Raises SamplerError for a setting that the sampler does not have, where no step is left, or where the network's
+    prediction is not finite.
     """
     nodes = make_nodes(sampler, steps, spacing, order, strength if init_latents is not None else 1.0)
     if negative_context is not None:
@@ -94,4 +96,6 @@ def generate(
     else:
         x = init_latents.to(noise) + nodes.sigmas[0] * noise
     settings = {} if order is None else {"order": order}
-    return SAMPLERS[sampler][1](denoise, x, nodes.sigmas, **settings)
+    latents = SAMPLERS[sampler][1](denoise, x, nodes.sigmas, **settings)
+    denoise.require_finite()
+    return latents

@@ -50,17 +50,22 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+def decode_images(vae: AutoencoderKL, latents: Tensor, at_once: int = 1) -> Tensor:
     """Images (B, H, W, 3) uint8 on the CPU of scaled latents (B, 4, H/8, W/8).
 
-    They are decoded one at a time: the decoder needs far more memory for an image than the U-Net. Raises ImageError
-    where what it returns is not finite.
+    at_once: how many are decoded together; the decoder needs far more memory for an image than the U-Net
+
+    What a decoder in half precision makes of them and is not finite, as SD's can be in float16, is decoded again in
+    float32. Raises ImageError where that is not finite either.
     """
-    dtype, device = vae.post_quant_conv.weight.dtype, vae.post_quant_conv.weight.device
-    images = torch.cat([vae.decode(row[None].to(device, dtype)).float().cpu() for row in latents])
-    if not images.isfinite().all():
-        kind = str(dtype).removeprefix("torch.")
-        raise ImageError(
-            f"what the VAE makes of the latents is not finite in {kind}; give another --vae, or a wider type"
-        )
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    weight, images = vae.post_quant_conv.weight, []
+    dtype, device = weight.dtype, weight.device
+    for rows in latents.split(at_once):
+        decoded = vae.decode(rows.to(device, dtype)).float()
+        if dtype != torch.float32 and not decoded.isfinite().all():
+            decoded = vae.float().decode(rows.to(device, torch.float32))
+            vae.to(dtype)
+        if not decoded.isfinite().all():
+            raise ImageError("what the VAE makes of the latents is not finite; give another --vae")
+        images.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(images)

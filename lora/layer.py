@@ -18,6 +18,8 @@ class LoRAError(ValueError):
 class LoRALayer(nn.Module):
     """h = W0 x + strength * (alpha / r) * B A x, Eq. 2 of Wang et al. 2024, around a frozen layer.
 
+    strength is 1 in training, and in sampling what sample.py calls --lora-weight.
+
     base: nn.Linear, or an nn.Conv2d that acts on single pixels (1x1, stride 1, no groups); or another LoRALayer, to
         whose correction this one's is added
     rank: r, at least 1; alpha: positive
@@ -77,10 +79,10 @@ class LoRALayer(nn.Module):
         h = total = self.root(x)
         if self.original is None:
             for lora in self.loras:
-                if lora.strength != 0:
-                    delta = lora._linear(lora._linear(x.to(lora.A.dtype), lora.A), lora.B)
-                    total = total + lora.strength * lora.alpha / lora.rank * delta
-        # a base in half precision: the sum is float32, of products as precise as autocast leaves them; rounded once
+                if lora.strength != 0:  # the scale where the data is narrowest: between A and B
+                    down = lora.strength * lora.alpha / lora.rank * lora._linear(lora._own_type(x), lora.A)
+                    total = total + lora._linear(down, lora.B)
+        # a base in half precision: products and sum are float32 and rounded once, or under autocast all half
         return total.to(h.dtype)
 
     @torch.no_grad()
@@ -98,6 +100,9 @@ class LoRALayer(nn.Module):
         """The saved W0 comes back: a subtraction would leave rounding errors."""
         if self.original is not None:
             self.root.weight.data, self.original = self.original, None
+
+    def _own_type(self, x: Tensor) -> Tensor:
+        return x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)  # autocast casts both to its own
 
     def _linear(self, x: Tensor, matrix: Tensor) -> Tensor:
         if isinstance(self.root, nn.Conv2d):

@@ -78,22 +78,22 @@ def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
 def draws_of_step(
     step: int,
     batches: list[Tensor],
-    *,
     seed: int,
+    batch_size: int,
+    num_train_timesteps: int,
+    *,
     latents: Sequence[Tensor],
     buckets: Tensor,
     held: Tensor,
-    batch_size: int,
-    num_train_timesteps: int,
     mine: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
     """(indices (B,), noise (B, 4, H, W), t (B,), is it `held`) for each batch of a step: a function of (seed, step).
 
     batches: those of `batches_of_step`
+    num_train_timesteps: T, of which t is drawn
     latents: (4, H, W) of every image, by index; buckets: the number of each one's shape
     held: indices of the base model's own images; as many of them are drawn as `batches` hold, so that both losses weigh
         alike (DreamBooth, Ruiz et al. 2023, eq. 2). None are where it is empty
-    num_train_timesteps: T, of which t is drawn
     mine: which images of each batch are this process's, where several share a step
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + step)
@@ -144,7 +144,8 @@ def make_optimizer(groups: list[dict], weight_decay: float, eight_bit: bool) -> 
                 return AdamW8bit(groups, **settings), ""
             except (ImportError, OSError, RuntimeError) as error:
                 reason = f"bitsandbytes does not load: {str(error).splitlines()[0]}"
-    return torch.optim.AdamW(groups, **settings), reason
+    fused = groups[0]["params"][0].is_cuda  # one kernel, which heeds GradScaler's verdict without asking for it
+    return torch.optim.AdamW(groups, **settings, fused=fused), reason
 
 
 def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:

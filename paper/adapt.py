@@ -143,9 +143,15 @@ def sample_sheet(args, model, context_of, autocast, side: int, path: Path, capti
     """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
     seeds, rows = [args.seed + n for n in range(4)], []
     settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
+    model.vae.to(args.device)
     for caption in captions[:: math.ceil(len(captions) / 8)]:
         context = context_of([caption]).expand(len(seeds), -1, -1)
         with autocast():
             x0 = generate(model.unet, context, context_of([""]), seeds, [side] * 2, **settings)
-        rows.append(torch.cat(list(decode_images(model.vae, x0)), dim=1))
+        try:
+            images = decode_images(model.vae, x0)
+        except torch.OutOfMemoryError:  # beside a training that fills the card
+            images = decode_images(model.vae.to("cpu"), x0)
+        rows.append(torch.cat(list(images), dim=1))
+    model.vae.to("cpu")
     Image.fromarray(torch.cat(rows).numpy()).save(path)

@@ -21,8 +21,7 @@ class Denoiser:
     prediction_type: what the model predicts, "epsilon" or "v_prediction" (Salimans & Ho 2022, arXiv 2202.00512)
 
     Raises SamplerError for an unknown prediction_type, a guidance_scale that is not finite, or guidance without a
-    negative_context of context's B and D; when called, where what it returns would not be finite: no later step can
-    mend that, and a decoder makes a picture even of it.
+    negative_context of context's B and D.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class Denoiser:
             self.contexts = [torch.cat(self.contexts)]
         self.guidance_scale = guidance_scale
         self.prediction_type = prediction_type
+        self.finite: list[tuple[float, Tensor]] = []  # (t, was all finite that was returned there?) of each call
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x0 (B, C, H, W), in x's dtype, of noisy latents x = x0 + sigma * eps of the same shape."""
@@ -60,7 +60,8 @@ class Denoiser:
         if self.joint:
             x_vp = torch.cat([x_vp, x_vp])
         t_dtype = torch.promote_types(x.dtype, torch.float32)  # half precision has no t = 946.42
-        t = torch.full((len(x_vp),), self.nodes.t(sigma), dtype=t_dtype, device=x.device)
+        time = self.nodes.t(sigma)
+        t = torch.full((len(x_vp),), time, dtype=t_dtype, device=x.device)
 
         prediction = torch.cat([self.model(x_vp, t, context) for context in self.contexts]).to(x.dtype)
         if self.guided:
@@ -70,9 +71,16 @@ class Denoiser:
             x0 = x - sigma * prediction
         else:
             x0 = x / scale**2 - sigma / scale * prediction
-        if not x0.isfinite().all():
+        self.finite.append((time, x0.isfinite().all()))
+        return x0
+
+    def require_finite(self) -> None:
+        """Raises SamplerError with the first t at which what was returned is not finite: no later step mends that, and
+        a decoder makes a picture even of it. To be asked behind the last step: at each it would wait for the GPU."""
+        times, flags = zip(*self.finite)
+        if False in (finite := torch.stack(flags).tolist()):
             kind = str(self.contexts[0].dtype).removeprefix("torch.")
             wider = "bf16 or fp32 (--dtype), or " if kind == "float16" else ""
             remedy = f"take {wider}another model, LoRA or embedding, or a lower guidance scale"
-            raise SamplerError(f"what the model predicts at t = {t[0]:g} is not finite in {kind}: {remedy}")
-        return x0
+            t = times[finite.index(False)]
+            raise SamplerError(f"what the model predicts at t = {t:g} is not finite in {kind}: {remedy}")

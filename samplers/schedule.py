@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ class NoiseSchedule:
     the subtraction 1 - alphas_cumprod costs three digits at small t.
 
     Training mixes signal and noise such that the variance stays 1 (`add_noise`). Samplers divide that by the signal's
-    share and count the noise per unit of signal, x = x_0 + sigma eps (`sigma`).
+    share, x = x_t / sqrt(alphas_cumprod_t), and count the noise per unit of signal, x = x_0 + sigma eps (`sigma`).
     """
 
     beta_start: float = 0.00085
@@ -69,26 +69,33 @@ class NoiseSchedule:
 
         Returns the shape and dtype of latents. Raises SamplerError where t is fractional or not one per row.
         """
-        alpha, sigma = self._alpha_sigma(latents, t)
-        return alpha * latents + sigma * noise
+        signal_share, noise_share = self._shares_at(latents, t)
+        return signal_share * latents + noise_share * noise
 
     def velocity(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = sqrt(alphas_cumprod_t) eps - sqrt(1 - alphas_cumprod_t) x_0 (Salimans & Ho 2022, arXiv 2202.00512,
         section 4), the target of a network with v-prediction; arguments, result and errors as in `add_noise`.
         """
-        alpha, sigma = self._alpha_sigma(latents, t)
-        return alpha * noise - sigma * latents
+        signal_share, noise_share = self._shares_at(latents, t)
+        return signal_share * noise - noise_share * latents
 
-    def _alpha_sigma(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares_at(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The square roots of alphas_cumprod and its complement at t, (B, 1, ..), rounded to latents' dtype last."""
         if t.is_floating_point() or t.shape != latents.shape[:1]:
             raise SamplerError(
                 f"t is {t.dtype} of shape {tuple(t.shape)}: it must be one integer for each of {len(latents)} rows"
             )
         rows = (-1, *[1] * (latents.ndim - 1))
-        squares = self.alphas_cumprod, 1 - self.alphas_cumprod
-        alpha, sigma = (square.sqrt().to(latents)[t].view(rows) for square in squares)
-        return alpha, sigma
+        signal, noise = (table[t].view(rows) for table in _shares(self, latents.dtype, latents.device))
+        return signal, noise
+
+
+@cache
+def _shares(schedule: NoiseSchedule, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(T,) the signal's and the noise's share of x_t, once for all steps of a training."""
+    squares = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
+    signal, noise = (square.sqrt().to(device, dtype) for square in squares)
+    return signal, noise
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ldm.webui.like import common_fields, settings_of
 from ldm.webui.manifest import manifest_text, other_rows
 from ldm.webui.prompts import encode_weighted
 from ldm.webui.shots import (
+    Saving,
     Shot,
     is_saved,
     lora_hash,
@@ -21,11 +22,13 @@ from ldm.webui.shots import (
     model_hash,
     read_shot,
     require_same,
+    same_pixels,
     save_shot,
     tags,
 )
 
 __all__ = [
+    "Saving",
     "Shot",
     "common_fields",
     "encode_weighted",
@@ -38,6 +41,7 @@ __all__ = [
     "other_rows",
     "read_shot",
     "require_same",
+    "same_pixels",
     "save_shot",
     "settings_of",
     "tags",

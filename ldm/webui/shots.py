@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,6 +113,28 @@ def save_shot(path: Path, pixels: np.ndarray, shot: Shot, batch: Sequence[int] =
         part.unlink(missing_ok=True)  # of a disk that was full
 
 
+class Saving:
+    """Saves images by threads, as `save_shot`, while the next ones are made; a context that ends when all are saved."""
+
+    def __enter__(self) -> "Saving":
+        self.pool, self.begun = ThreadPoolExecutor(), []
+        return self
+
+    def save(self, images: Sequence[tuple[Path, np.ndarray, Shot, Sequence[int]]]) -> None:
+        """Begin to save images, each by the arguments of `save_shot`. Raises what saving those before them raised."""
+        self._wait()
+        self.begun = [self.pool.submit(save_shot, *image) for image in images]
+
+    def _wait(self) -> None:
+        for image in self.begun:
+            image.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            self._wait()
+
+
 def is_saved(path: Path, shot: Shot) -> bool:
     """Is the image there, whole, and made with the same settings?"""
     try:
@@ -141,6 +164,12 @@ def read_shot(path: Path) -> tuple[Shot, tuple[int, int]]:
     except ValueError as error:
         raise ImageError(f"{path}: cannot be repeated: {error}") from None
     return shot, (1, 0)
+
+
+def same_pixels(*paths: Path) -> bool:
+    """Have two images the same size and colours?"""
+    one, other = (np.asarray(Image.open(path).convert("RGB")) for path in paths)
+    return np.array_equal(one, other)
 
 
 def require_same(shot: Shot, wanted: Shot, like: Path) -> None:

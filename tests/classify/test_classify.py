@@ -245,9 +245,33 @@ def test_grey_and_colour_images_become_three_channels_of_the_size_asked_for(tmp_
     colour[..., 0] = 200
     images = PlaneImages(records_of(tmp_path / "a", [grey, colour], PLANES), 32)
     first, target, index = images[0]
-    assert first.shape == (3, 32, 32) and first.dtype == torch.uint8 and (target, index) == (0, 0)
-    assert torch.equal(first[0], first[2])
+    assert first.shape == (1, 32, 32) and first.dtype == torch.uint8 and (target, index) == (0, 0)
     assert images[1][0].float().mean(dim=(1, 2)).tolist() == [200, 0, 0]  # RGB, not BGR
+    ((alone, *_), _), ((both, targets, indices),) = batches(images, 1), batches(images, 2)
+    assert alone.shape == (1, 1, 32, 32) and both.shape == (2, 3, 32, 32)
+    assert torch.equal(both[0], first.expand(3, -1, -1)) and torch.equal(both[1], images[1][0])
+    assert torch.equal(prepare(alone, "imagenet"), prepare(both[:1], "imagenet"))
+    assert (targets.tolist(), indices.tolist()) == ([0, 1], [0, 1])
+
+
+def test_images_that_were_moved_to_a_device_give_the_same_batches(tmp_path):
+    rng = np.random.default_rng(0)
+    records = records_of(tmp_path / "a", [rng.integers(0, 255, (20, 20), dtype=np.uint8) for _ in range(7)], PLANES * 2)
+    here, there = PlaneImages(records, 16), PlaneImages(records, 16)
+    there.move(torch.device("cpu"), 1 << 20)
+    assert there.moved is None  # nothing is kept yet
+    list(there.preload())
+    there.move(torch.device("cpu"), 7 * 16 * 16 - 1)
+    assert there.moved is None  # a byte too little
+    there.move(torch.device("cpu"), 7 * 16 * 16)
+    there.kept = []  # what is not moved would be decoded again, from files that are gone
+    expected = [*batches(here, 3, shuffle_seed=2)]
+    for record in records:
+        record.path.unlink()
+    found = [*batches(there, 3, shuffle_seed=2)]
+    assert len(found) == 3
+    for one, other in zip(found, expected):
+        assert all(map(torch.equal, one, other))
 
 
 def test_preloading_changes_no_image_and_stops_at_its_budget(tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from classify.balanced import BalancedSampler
 from classify.data import (
     CONTRAST_GAIN,
     RECIPES,
-    BalancedSampler,
     PlaneImages,
     batches,
     draw_augmentation,

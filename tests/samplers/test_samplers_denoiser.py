@@ -145,7 +145,7 @@ def test_guidance_combines_the_predictions_of_a_half_precision_network_in_float3
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("guidance_scale", [1, 3])
-def test_a_prediction_that_is_not_finite_ends_the_sampling_at_its_step(value, guidance_scale):
+def test_a_prediction_that_is_not_finite_is_told_with_its_step(value, guidance_scale):
     nodes = euler_nodes(SCHEDULE, 4)
 
     def broken(x_vp, t, context):
@@ -158,5 +158,6 @@ def test_a_prediction_that_is_not_finite_ends_the_sampling_at_its_step(value, gu
     denoise = Denoiser(broken, nodes, zeros, zeros, guidance_scale)
     with pytest.raises(SamplerError, match=r"predicts at t = 333 is not finite in float64: take another model"):
         sample_euler(denoise, nodes.init_scale * noise(1, 1, 3, 3), nodes.sigmas)
+        denoise.require_finite()
     with pytest.raises(SamplerError, match="must be a finite number"):
         Denoiser(network, nodes, zeros, zeros, value)
