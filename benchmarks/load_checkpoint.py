@@ -65,8 +65,16 @@ def write_material(folder: Path) -> None:
     with torch.device("meta"):
         networks = {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
     generator = torch.Generator().manual_seed(0)
+
+    def weight(shape: torch.Size, is_norm: bool) -> torch.Tensor:
+        """As a network begins with, so that what it says is finite in float16."""
+        if len(shape) == 1:
+            return torch.full(shape, float(is_norm), dtype=torch.float16)
+        bound = shape[1:].numel() ** -0.5
+        return torch.empty(shape, dtype=torch.float16).uniform_(-bound, bound, generator=generator)
+
     state = {
-        f"{name}.{key}": torch.empty(value.shape, dtype=torch.float16).uniform_(-0.05, 0.05, generator=generator)
+        f"{name}.{key}": weight(value.shape, key.endswith("weight"))
         for name, network in networks.items()
         for key, value in network.state_dict().items()
     }

@@ -1,0 +1,194 @@
+"""Rivals at the same work, in turn, in one process: how long, how much memory, the share of the best rate."""
+
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+PEAK_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product tells the best rate
+
+
+@dataclass
+class Rival:
+    """Somebody's way to do the work.
+
+    work: does all of it once and returns what is compared
+    own: bytes that its weights and the like take before
+    """
+
+    name: str
+    work: Callable[[], Tensor]
+    own: int = 0
+    seconds: list[float] = field(default_factory=list)
+    first: float = 0.0  # seconds of the first time, compilation included
+    peak: int = 0  # bytes, own ones included
+    difference: float = 0.0  # from the first rival's outcome, relative
+
+
+def bytes_of(*networks: nn.Module) -> int:
+    return sum(t.numel() * t.itemsize for n in networks for t in (*n.parameters(), *n.buffers()))
+
+
+def side_by_side(rivals: list[Rival], rounds: int, device: str) -> None:
+    """Each works once to compile and warm up, when outcomes and memory are taken, then in turn `rounds` times."""
+    expected = None
+    for rival in rivals:
+        with Peak(device) as peak:
+            start = time.perf_counter()
+            outcome = rival.work().detach().double().cpu()
+            rival.first = time.perf_counter() - start
+        rival.peak = rival.own + peak.bytes
+        expected = outcome if expected is None else expected
+        if not outcome.isfinite().all():
+            sys.exit(f"{rival.name}: the outcome is not finite")
+        rival.difference = ((outcome - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    for turn in range(rounds):
+        for rival in rivals if turn % 2 == 0 else rivals[::-1]:
+            wait(device)
+            start = time.perf_counter()
+            rival.work()
+            wait(device)
+            rival.seconds.append(time.perf_counter() - start)
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class Peak:
+    """Bytes taken at most above those at the beginning: torch's on a GPU, the process's own memory on a CPU."""
+
+    def __init__(self, device: str):
+        self.on_gpu = device.startswith("cuda")
+
+    def __enter__(self):
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            if platform.system() == "Linux":
+                ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
+            self.start = self.most = self._now()
+            self.done = threading.Event()
+            self.thread = threading.Thread(target=self._watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self.start
+        else:
+            self.done.set()
+            self.thread.join()
+            self.bytes = self.most - self.start
+
+    def _watch(self):
+        while not self.done.wait(0.01):
+            self.most = max(self.most, self._now())
+
+    @staticmethod
+    def _now() -> int:
+        status = Path("/proc/self/status")
+        if not status.exists():
+            return 0
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAn"))
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Of one call, as torch counts them; plain code only, no compiled one."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work()
+    return counter.get_total_flops()
+
+
+def best_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large product of matrices, the best of ten."""
+    side = PEAK_SIDE["cuda" if device.startswith("cuda") else "cpu"]
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    times = []
+    for _ in range(10):
+        wait(device)
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)
+
+
+def report(title: str, rivals: list[Rival], items: float, unit: str, count: float = 0, best: float = 0) -> list[dict]:
+    """Prints a Markdown table, and returns its rows.
+
+    items: of `unit` in one piece of work, as images; count: FLOPs of one piece; best: FLOP/s, or 0
+    """
+    rows = []
+    for rival in rivals:
+        median, *spread = statistics.median(rival.seconds), min(rival.seconds), max(rival.seconds)
+        rows.append(
+            {
+                "work": title,
+                "who": rival.name,
+                f"s / {unit}": f"{median / items:.4g} ({spread[0] / items:.4g} to {spread[1] / items:.4g})",
+                "speed": f"{statistics.median(rivals[-1].seconds) / median:.2f}",
+                "peak, GiB": f"{rival.peak / 2**30:.2f}",
+                "memory": f"{rival.peak / max(rivals[-1].peak, 1):.2f}",
+                "of the best rate": f"{count / median / best:.0%}" if best else "",
+                "first time, s": f"{rival.first:.1f}",
+                "differs by": f"{rival.difference:.1e}",
+            }
+        )
+    heads = [*rows[0]][1:]
+    print(f"\n{title}; speed and memory as shares of the last row's\n")
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for row in rows:
+        print("| " + " | ".join(row[head] for head in heads) + " |", flush=True)
+    return rows
+
+
+def machine(device: str) -> str:
+    """The card or processor, and the versions that matter, in a line."""
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        name += f", {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__}
+    for peer in ("diffusers", "peft", "torchvision", "bitsandbytes"):
+        try:
+            versions[peer] = __import__(peer).__version__
+        except Exception:  # whatever keeps a peer from being there
+            versions[peer] = "none"
+    return f"{name}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def run(*command: object, seconds: float) -> tuple[int, float, str]:
+    """A command's exit code, how long it took, and what it said; 124 where it took longer than `seconds`."""
+    start = time.perf_counter()
+    try:
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=max(seconds, 1))
+        return done.returncode, time.perf_counter() - start, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode(errors="replace")
+        return 124, time.perf_counter() - start, said
+
+
+def dump(path: Path | None, rows: list[dict]) -> None:
+    if path:
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")

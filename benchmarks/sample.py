@@ -1,0 +1,166 @@
+"""Text to images at SD 1.5's size with random weights: this package beside diffusers, plain and compiled.
+
+    python benchmarks/sample.py                                          # on a GPU: 512 px, 20 steps, fp16, batch 16
+    python benchmarks/sample.py --device cpu --size 256 --steps 2 --batch-size 1 --rounds 3
+    python benchmarks/sample.py --device cpu --size 256 --steps 2 --batch-size 1 --rivals ours ours-bf16
+
+A piece of work is what lies between text embeddings and pixels in the host's memory: Euler, guidance 7, the decoder.
+All rivals have the same weights and start from the same noise.
+"""
+
+import argparse
+import copy
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
+
+from measure import Rival, best_rate, bytes_of, dump, flops, machine, report, side_by_side
+
+from ldm import fast
+from ldm.cli import DTYPES
+from ldm.generate import generate, seeded_noise
+from ldm.images import decode_images
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import AutoencoderKL, VAEConfig
+
+SMALL = {"block_out_channels": (32, 64), "attention": (True, False), "num_heads": (2, 2), "cross_attention_dim": 32}
+SCALES = {
+    "sd15": (UNetConfig(), VAEConfig()),
+    "small": (UNetConfig(**SMALL), VAEConfig(block_out_channels=(32, 32, 32, 32))),
+}
+RIVALS = ("ours", "ours-compiled", "ours-bf16", "diffusers", "diffusers-compiled")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, on_gpu = parser.add_argument, torch.cuda.is_available()
+    add("--rivals", nargs="+", choices=RIVALS, help="the last one is what the others are measured by")
+    add("--scale", choices=SCALES, default="sd15")
+    add("--size", type=int, default=512, help="px (512)")
+    add("--steps", type=int, default=20, help="(20)")
+    add("--batch-size", type=int, default=16 if on_gpu else 1)
+    add("--rounds", type=int, default=5, help="(5)")
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="the table goes there too")
+    args = parser.parse_args(argv)
+    args.rivals = args.rivals or ([r for r in RIVALS if r != "ours-bf16"] if on_gpu else ["ours", "diffusers"])
+    return args
+
+
+def networks(args) -> tuple[UNet, AutoencoderKL]:
+    """Random weights, the same for every rival."""
+    unet_config, vae_config = SCALES[args.scale]
+    torch.manual_seed(args.seed)
+    with torch.device(args.device):
+        return UNet(unet_config).eval().requires_grad_(False), AutoencoderKL(vae_config).eval().requires_grad_(False)
+
+
+def ours(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> Rival:
+    dtype = torch.bfloat16 if name == "ours-bf16" else DTYPES[args.dtype]
+    unet, vae = copy.deepcopy(unet).to(dtype), copy.deepcopy(vae).to(dtype)
+    fast.arrange(unet, vae)
+    if name == "ours-compiled":
+        fast.compile_whole(unet, vae.decoder)
+    context, negative, side = context.to(dtype), negative.to(dtype), args.size // vae.config.downsampling
+    at_once = fast.decoded_at_once(vae, args.size, args.size, args.batch_size)
+
+    def work() -> torch.Tensor:
+        latents = generate(unet, context, negative, range(args.batch_size), (side, side), steps=args.steps)
+        return decode_images(vae, latents, at_once)
+
+    return Rival(name, work, bytes_of(unet, vae))
+
+
+def theirs(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> Rival:
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    dtype, (u, v) = DTYPES[args.dtype], (unet.config, vae.config)
+    levels = len(u.block_out_channels)
+    with torch.device(args.device):
+        their_unet = diffusers.UNet2DConditionModel(
+            block_out_channels=u.block_out_channels,
+            cross_attention_dim=u.cross_attention_dim,
+            attention_head_dim=u.num_heads,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in u.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in u.attention[::-1]),
+            layers_per_block=(u.layers_per_block,) * levels,
+        )
+        count = len(v.block_out_channels)
+        their_vae = diffusers.AutoencoderKL(
+            block_out_channels=v.block_out_channels,
+            down_block_types=("DownEncoderBlock2D",) * count,
+            up_block_types=("UpDecoderBlock2D",) * count,
+            latent_channels=v.latent_channels,
+            layers_per_block=v.layers_per_block,
+        )
+    their_unet.load_state_dict(unet.state_dict())
+    their_vae.load_state_dict(vae.state_dict())
+    scheduler = diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace", steps_offset=1
+    )
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=their_vae.to(dtype),
+        unet=their_unet.to(dtype),
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if name == "diffusers-compiled":
+        pipe.unet.to(memory_format=torch.channels_last)
+        pipe.vae.to(memory_format=torch.channels_last)
+        pipe.unet.compile(fullgraph=True)
+        pipe.vae.decoder.compile(fullgraph=True)
+    context, negative = context.to(dtype), negative.to(dtype).expand(len(context), -1, -1).contiguous()
+    side = args.size // vae.config.downsampling
+
+    @torch.no_grad()
+    def work() -> torch.Tensor:
+        noise = seeded_noise(range(args.batch_size), (4, side, side)).to(args.device, dtype)
+        images = pipe(
+            prompt_embeds=context,
+            negative_prompt_embeds=negative,
+            latents=noise,
+            num_inference_steps=args.steps,
+            guidance_scale=7.0,
+            height=args.size,
+            width=args.size,
+            output_type="np",
+        ).images
+        return torch.from_numpy((images * 255).round())
+
+    return Rival(name, work, bytes_of(their_unet, their_vae))
+
+
+def main(args):
+    unet, vae = networks(args)
+    draw = torch.Generator().manual_seed(args.seed)
+    width = unet.config.cross_attention_dim
+    texts = [torch.randn(n, 77, width, generator=draw).to(args.device) for n in (args.batch_size, 1)]
+    rivals = []
+    for name in args.rivals:
+        make = ours if name.startswith("ours") else theirs
+        rivals.append(make(args, name, unet, vae, *texts))
+    side, dtype = args.size // vae.config.downsampling, DTYPES[args.dtype]
+    latents = torch.randn(2 * args.batch_size, 4, side, side, device=args.device)
+    both = torch.cat([texts[0], texts[0]])
+    count = args.steps * flops(partial(unet, latents, torch.tensor(500.0), both)) if args.scale == "sd15" else 0
+    del unet, vae
+    side_by_side(rivals, args.rounds, args.device)
+    title = f"sampling, {args.size} px, {args.steps} steps, batch {args.batch_size}, {args.dtype}"
+    print(machine(args.device))
+    dump(args.json, report(title, rivals, args.batch_size, "image", count, count and best_rate(args.device, dtype)))
+
+
+if __name__ == "__main__":
+    main(parse_args())
