@@ -34,7 +34,7 @@ from classify.models import MODELS, build, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
-from eval.flags import device_name, seed_number
+from eval.flags import device_name, require_at_least, seed_number
 from eval.metrics import evaluate
 from eval.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
 from eval.script import alone, progress, run
@@ -87,10 +87,8 @@ def parse_args(argv=None):
     args.size = recipe.size if args.size is None else args.size
     args.input_range = args.input_range or recipe.input_range
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    at_least = dict.fromkeys(("epochs", "passes", "batch_size", "per_plane"), 1)
-    for name, least in (at_least | dict.fromkeys(("validation", "workers"), 0)).items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    require_at_least(parser, args, 1, "epochs", "passes", "batch_size", "per_plane")
+    require_at_least(parser, args, 0, "validation", "workers")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: must be positive")
     if args.spanish is None and (args.manifest or args.per_plane or args.validation):

@@ -20,11 +20,11 @@ from PIL import Image
 
 from eval import ranks
 from eval.figures import first_images_figure, save
-from eval.flags import LAST_SEED, device_name, plain_text, seed_number
+from eval.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError, fast, webui
-from ldm.cli import DTYPES, add_model_arguments, image_size, load_model
+from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images, read_image
@@ -86,9 +86,7 @@ def parse_args(argv=None):
     args.planes = ["prompt"] if args.prompt is not None else args.planes or [*PLANES]
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
     args.strength = 0.75 if args.init_image and args.strength is None else args.strength
-    for name in ("steps", "batch_size", "count"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    require_at_least(parser, args, 1, "steps", "batch_size", "count")
     if args.embedding and args.rare_token:
         parser.error("give --embedding FILE or --rare-token WORD, not both: a prompt names one token")
     if args.order is not None and "unipc" not in args.samplers:
@@ -158,9 +156,7 @@ def main(args):
     wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
     factor = model.vae.config.downsampling
-    width, height = args.size or [model.sample_size * factor] * 2
-    if width % (factor * model.unet.config.multiple) or height % (factor * model.unet.config.multiple):
-        raise CheckpointError(f"--size {width}x{height}: must be multiples of {factor * model.unet.config.multiple}")
+    width, height = fitting_size(model, args.size)
     init_latents = None
     if args.init_image:
         image = read_image(args.init_image, (width, height))[None].to(args.device)

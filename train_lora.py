@@ -4,9 +4,7 @@
 
 Each step predicts the noise that was added to a batch of latents (Ho et al. 2020, eq. 14), and AdamW moves A and B of
 h = W0 x + (alpha/r) B A x (the paper's eq. 2). Writes lora.safetensors, loss.csv, args.json, sample sheets and a
-checkpoint that --resume goes on from.
-
---preset kohya makes the authors' configuration of kohya's script the default, which trains the text encoder too.
+checkpoint that --resume goes on from. --preset kohya takes the authors' configuration, with LoRA on CLIP too.
 --learn-token trains the embedding of one new token besides, or with --rank 0 instead (Textual Inversion, Gal et al.
 2022, eq. 2), and writes embedding.safetensors. --rare-token and --prior are DreamBooth (Ruiz et al. 2023, eq. 2).
 """
@@ -20,12 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from eval import ranks
-from eval.flags import device_name, plain_text, seed_number
+from eval.figures import loss_figure, save
+from eval.flags import device_name, plain_text, require_at_least, seed_number
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError, fast
 from ldm.buckets import read_bucketed
-from ldm.cli import DTYPES, add_model_arguments, load_model
+from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
 from ldm.embedding import save_embedding
 from ldm.images import encode_images, read_image
 from lora import training
@@ -35,6 +34,7 @@ from lora.layer import LoRAError
 from lora.losses import Losses, upload
 from lora.model import TARGETS
 from lora.saving import SaveTimes
+from lora.validation import HeldOut
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError
@@ -83,6 +83,8 @@ def parse_args(argv=None):
     add("--save-every", type=int, help="optimizer steps between checkpoints (every five minutes)")
     add("--sample-every", type=int, default=0, help="optimizer steps between sample sheets; 0: only the last (0)")
     add("--guidance-scale", type=float, default=7.0, help="of the sample sheets (7)")
+    add("--validation", type=int, default=0, help="images held out, whose loss loss.csv and loss.png show (0)")
+    add("--validation-every", type=int, default=100, help="optimizer steps between looks at them (100)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--seed", type=seed_number, default=0)
     add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -103,30 +105,26 @@ def parse_args(argv=None):
         parser.error(f"--resize {args.resize}: makes squares, --bucket does not: give --no-bucket, or no --resize")
     if args.bucket and args.compile:
         parser.error(
-            "--compile: compiles for each shape of images, and --bucket has many: give --no-bucket, or leave it out"
+            "--compile: compiles each shape of images, of which --bucket has many: give --no-bucket, or leave it"
         )
     args.resize = None if args.bucket else args.resize or "squash"
-    at_least = dict.fromkeys(("lr", "text_encoder_lr", "token_lr"), 1e-12) | {"prior_weight": 0}
-    at_least |= dict.fromkeys(("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every"), 1)
-    for name, least in at_least.items():
-        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    counts = ("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every", "validation_every")
+    require_at_least(parser, args, 1, *counts)
+    require_at_least(parser, args, 0, "prior_weight", "validation")
+    require_at_least(parser, args, 1e-12, "lr", "text_encoder_lr", "token_lr")
     return args
 
 
 @alone_together
 def main(args):
-    # images and their captions; behind them, for DreamBooth, images of the base model
+    # images and their captions; behind them, for DreamBooth, images of the base model, and those that are held out
     args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
-    images = captioned_images(args)
+    images, validation = captioned_images(args)
     prior = prior_pairs(args.prior) if args.prior else []
-    paths = [image.path for image in images] + [path for path, _ in prior]
-    captions = [image.caption for image in images] + [prompt for _, prompt in prior]
+    paths, captions = map(list, zip(*[(i.path, i.caption) for i in images], *prior, *validation))
     model = load_model(args, device=args.device)
-    downsampling, dtype = model.vae.config.downsampling, DTYPES[args.dtype]
-    size, multiple = args.size or model.sample_size * downsampling, downsampling * model.unet.config.multiple
-    if size % multiple:
-        raise CheckpointError(f"--size {size}: must be a multiple of {multiple}")
+    downsampling, dtype, kind = model.vae.config.downsampling, DTYPES[args.dtype], model.prediction_type
+    (size, _), multiple = fitting_size(model, args.size), downsampling * model.unet.config.multiple
 
     # the frozen base with LoRA in it, h = W0 x + (alpha/r) B A x, of which A and B alone are trained, kept in float32
     unet = model.unet.to(args.device, dtype)
@@ -137,8 +135,7 @@ def main(args):
 
     # contexts and latents once, for each image the same, as kohya caches them; the VAE waits on the CPU for the sheets
     shown = sorted({image.caption for image in images})
-    every = [*shown, *sorted({*captions} - {*shown}), ""]
-    context_of = Contexts(model, every, args, dtype, autocast, print)
+    context_of = Contexts(model, [*shown, *sorted({*captions} - {*shown}), ""], args, dtype, autocast, print)
     read = partial(read_bucketed, step=multiple) if args.bucket else partial(read_image, resize=args.resize)
     pixels = (read(path, size=size) for path in progress(paths, desc="latents", unit="image"))
     latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
@@ -151,13 +148,12 @@ def main(args):
     order = (repeats, bucket_of[: len(images)], args.batch_size)
     batches_per_epoch = training.batches_per_epoch(*order)
     steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
-    for (_, height, width), count in zip(shapes, torch.bincount(bucket_of) if args.bucket else ()):
-        print(f"{count} images in the bucket of {width * downsampling} x {height * downsampling} px")
+    if args.bucket:
+        print(training.describe_buckets(shapes, bucket_of, downsampling))
     if fast.wants_compiling(False if args.bucket else args.compile, args.device, steps):
         fast.compile_blocks(unet)
     print(training.describe_passes(repeats, args.epochs, args.batch_size, args.accumulate, steps))
 
-    (sheets := args.out / "samples").mkdir(parents=True, exist_ok=True)
     save_sheet = partial(sample_sheet, args, model, context_of, autocast, size // downsampling)
     optimizer, reason = training.make_optimizer(trained.groups, args.weight_decay, args.optimizer == "adamw8bit")
     if reason:
@@ -165,10 +161,10 @@ def main(args):
     rates, schedule = [group["lr"] for group in trained.groups], NoiseSchedule()
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     scaler.scale(torch.zeros((), device=args.device))  # it begins with its first loss, which a process may not have
-    held, mine = torch.arange(len(images), len(latents)), slice(ranks.rank(), None, ranks.size())
+    behind = len(images) + len(prior)
+    held, mine = torch.arange(len(images), behind), slice(ranks.rank(), None, ranks.size())
     draws_of_step = partial(training.draws_of_step, latents=latents, buckets=bucket_of, held=held, mine=mine)
-    weights = training.loss_weights(schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss)
-    weights = weights.to(args.device)
+    weights = training.loss_weights(schedule.alphas_cumprod, kind, args.debiased_estimation_loss).to(args.device)
 
     # go on from a checkpoint of the same run
     checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
@@ -181,7 +177,13 @@ def main(args):
         if done > steps:
             raise LoRAError(f"{checkpoint}: {done:,} steps are done, these would be {steps:,}: give another --out")
 
-    losses, saves = Losses(rows, 10 if scaler.is_enabled() else 0, checkpoint), SaveTimes(args.save_every)
+    losses = Losses(rows, 10 if scaler.is_enabled() else 0, checkpoint, bool(validation))
+    unseen = HeldOut(latents[behind:], captions[behind:], schedule, kind, args.seed, args.validation_every, steps)
+    saves = SaveTimes(args.save_every)
+
+    def predict(noisy: torch.Tensor, t: torch.Tensor, words: list[str]) -> torch.Tensor:
+        with autocast():
+            return unet(noisy.to(dtype), t, context_of(words))
 
     def save_state(step: int) -> None:
         """All that --resume needs, and the losses as a table."""
@@ -196,11 +198,8 @@ def main(args):
         for index, noise, t, is_held in draws_of_step(step, batches, args.seed, args.batch_size, len(schedule)):
             noise, t = upload(noise, args.device), upload(t, args.device)
             x0 = torch.stack([latents[n] for n in index])
-            noisy = schedule.add_noise(x0, noise, t).to(dtype)
-            target = noise if model.prediction_type == "epsilon" else schedule.velocity(x0, noise, t)
-            context = context_of([captions[n] for n in index])
-            with autocast():
-                prediction = unet(noisy, t, context)
+            target = noise if kind == "epsilon" else schedule.velocity(x0, noise, t)
+            prediction = predict(schedule.add_noise(x0, noise, t), t, [captions[n] for n in index])
             error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
             loss = (weights[t] * error).sum() / count * (args.prior_weight if is_held else 1.0)
             scaler.scale(loss).backward()
@@ -215,11 +214,12 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        losses.add(step + 1, count, optimizer.param_groups[0]["lr"], mean_loss, norm, asked)
+        held_out = unseen.look(step + 1, predict) if ranks.is_first() else None
+        losses.add(step + 1, count, optimizer.param_groups[0]["lr"], mean_loss, norm, asked, held_out)
         saves.heed(losses.asked)  # of other processes, which stop at the same step
-        bar.set_postfix(loss=f"{losses.latest:.4f}", refresh=False)
+        bar.set_postfix(losses.said, refresh=False)
         if args.sample_every and (step + 1) % args.sample_every == 0 and ranks.is_first():
-            save_sheet(sheets / f"step{step + 1:06}.png", shown)
+            save_sheet(step + 1, shown)
         if saves.due(step + 1):
             losses.read()  # nothing is saved of which it is not known that it is finite
             if ranks.is_first():
@@ -232,14 +232,15 @@ def main(args):
 
     # the file that kohya's tools, the webui and load_lora read
     if not args.sample_every:
-        save_sheet(sheets / f"step{steps:06}.png", shown)
+        save_sheet(steps, shown)
     if trained.networks:
-        facts = {"size": size, "steps": steps, "batches": batches_per_epoch, "prediction": model.prediction_type}
+        facts = {"size": size, "steps": steps, "batches": batches_per_epoch, "prediction": kind}
         said = metadata(vars(args) | facts, images, optimizer, unet.config.cross_attention_dim)
         save_lora(args.out / "lora.safetensors", trained.networks, said, torch.float16)
     if trained.token is not None:
         save_embedding(args.out / "embedding.safetensors", args.learn_token, trained.token)
     save_state(steps)
+    save(loss_figure(losses.curves(), "step"), args.out / "loss.png")
     record_run(args.out, args, model_hashes | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
     if args.device.startswith("cuda"):
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

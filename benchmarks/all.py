@@ -96,10 +96,8 @@ def scripts(on_gpu: bool, device: str, folder: Path, budget: Budget, say) -> Non
         flags = ["--count", few, "--out", folder / "few"]
         _, short, _ = run(*sample, *flags, *["--compile"] * on_gpu, seconds=budget.left())
         each = (seconds - short) / (count - few)
-        minutes = (seconds + (5000 - count) * each) / 60
-        say(
-            f"  - {each:.3f} s an image and {seconds - count * each:.0f} s to begin: 5,000 images in {minutes:.1f} minutes"
-        )
+        begin, minutes = seconds - count * each, (seconds + (5000 - count) * each) / 60
+        say(f"  - {each:.3f} s an image and {begin:.0f} s to begin: 5,000 images in {minutes:.1f} minutes")
 
     write_spanish_layout(folder / "spanish", 2, test=0, seed=0)
     model = [flag for flag in model if flag not in ("--steps", "2")]

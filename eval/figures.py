@@ -173,19 +173,20 @@ def _scatter(axes: Axes, points: np.ndarray, sources: Sequence[str]) -> dict[str
     return marks
 
 
-def loss_figure(losses: Mapping[str, Sequence[float]], xlabel: str = "epoch", ylabel: str = "loss") -> Figure:
-    """Curves over epochs or steps (the first is 1), labelled in a legend above the axes.
+def loss_figure(
+    losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str = "epoch", ylabel: str = "loss"
+) -> Figure:
+    """Curves over epochs or steps, labelled in a legend above the axes; a label without values is left out.
 
-    losses: label -> one value per epoch; at most as many labels as LINES has colours
+    losses: label -> (epoch, value) pairs; at most as many labels as LINES has colours
     """
+    losses = {label: values for label, values in losses.items() if values}
     if len(losses) > len(LINES):
         raise ValueError(f"{len(losses)} curves, but only {len(LINES)} distinguishable colours")
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for colour, (label, values) in zip(LINES, losses.items()):
-        axes.plot(
-            range(1, len(values) + 1), values, color=colour, label=label, marker="." if len(values) < 50 else None
-        )
+        axes.plot(*zip(*values), color=colour, label=label, marker="." if len(values) < 50 else None)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

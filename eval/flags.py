@@ -1,6 +1,7 @@
 """Types of flags that every script has: a device that is here, a seed that every generator takes."""
 
-from argparse import ArgumentTypeError
+import math
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 import torch
 
@@ -16,6 +17,13 @@ def device_name(text: str) -> str:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ArgumentTypeError(f"{text}: not here ({reason}); cpu always is") from None
     return text
+
+
+def require_at_least(parser: ArgumentParser, args: Namespace, least: float, *names: str) -> None:
+    """Ends the script with a line unless each argument that was given is finite and at least this."""
+    for name in names:
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
 
 
 def plain_text(text: str) -> str:

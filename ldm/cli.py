@@ -59,6 +59,18 @@ def image_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
+def fitting_size(model: Model, size: tuple[int, int] | int | None) -> tuple[int, int]:
+    """(width, height) in px of the --size that was asked for, a square where it is one number, the model's own where
+    it is None. Raises CheckpointError where the U-Net cannot halve the latents as often as it does."""
+    factor = model.vae.config.downsampling
+    size = model.sample_size * factor if size is None else size
+    width, height = (size, size) if isinstance(size, int) else size
+    if width % (factor * model.unet.config.multiple) or height % (factor * model.unet.config.multiple):
+        asked = f"{width}x{height}" if width != height else f"{width}"
+        raise CheckpointError(f"--size {asked}: must be a multiple of {factor * model.unet.config.multiple}")
+    return width, height
+
+
 def model_flags(args: Namespace) -> list[str]:
     """The flags that give another script the same model."""
     names = [name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)]

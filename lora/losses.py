@@ -4,6 +4,7 @@ A number that is read off a GPU holds the host until all that was launched befor
 until the host has launched more. So numbers are sent over as they come up, and read a step later.
 """
 
+import itertools
 import math
 from collections import deque
 from pathlib import Path
@@ -22,23 +23,36 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 
 class Losses:
-    """The table of losses, a row of texts for each step.
+    """The table of losses, a row of texts for each step; with a column more where some are validated.
 
     rows: of the steps that were done before
     patience: how many steps in a row may have a loss or gradient that is not finite: GradScaler skips single ones by
         design, as it looks for its scale; without it a single one is a run gone wrong
     checkpoint: of the run, which the error speaks of
+    validated: is the loss of held-out images taken at some steps?
     """
 
-    def __init__(self, rows: list[tuple], patience: int, checkpoint: Path):
-        self.rows, self.patience, self.checkpoint = rows, patience, checkpoint
+    def __init__(self, rows: list[tuple], patience: int, checkpoint: Path, validated: bool = False):
+        self.rows, self.patience, self.checkpoint, self.validated = rows, patience, checkpoint, validated
+        self.said: dict[str, str] = {}  # for the progress bar
         self.latest, self.asked, self.bad = math.nan, 0.0, 0
         self.coming: deque[tuple] = deque()
 
-    def add(self, step: int, images: int, rate: float, loss: Tensor, norm: Tensor, asked: Tensor) -> None:
-        """Of step number `step`: its loss, the norm of its gradient, and how many processes were asked to stop, each a
-        single number on the training's device. Raises LoRAError as `read`."""
-        numbers = torch.stack([number.detach().double() for number in (loss, norm, asked)])
+    def add(
+        self,
+        step: int,
+        images: int,
+        rate: float,
+        loss: Tensor,
+        norm: Tensor,
+        asked: Tensor,
+        held_out: Tensor | None = None,
+    ) -> None:
+        """Of step number `step`: its loss, the norm of its gradient, how many processes were asked to stop, and the
+        loss of held-out images, if it was taken; each a single number on the training's device. Raises LoRAError as
+        `read`."""
+        held_out = torch.full_like(loss, math.nan) if held_out is None else held_out
+        numbers = torch.stack([number.detach().double() for number in (loss, norm, asked, held_out)])
         come = None
         if numbers.is_cuda:
             numbers, come = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -52,15 +66,26 @@ class Losses:
             step, images, rate, numbers, come = self.coming.popleft()
             if come is not None:
                 come.synchronize()
-            self.latest, norm, self.asked = numbers.tolist()
+            self.latest, norm, self.asked, held_out = numbers.tolist()
             self.bad = 0 if math.isfinite(self.latest) and math.isfinite(norm) else self.bad + 1
             if self.bad > self.patience:
                 kept = f"{self.checkpoint} holds the last good state: " * self.checkpoint.exists()
                 advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
                 raise LoRAError(f"step {step}: the loss or its gradient is not finite; {advice}")
-            self.rows.append((step, images, f"{self.latest:.6f}", f"{norm:.6f}", rate))
+            taken = "" if math.isnan(held_out) else f"{held_out:.6f}"
+            self.rows.append((step, images, f"{self.latest:.6f}", f"{norm:.6f}", rate, *[taken] * self.validated))
+            self.said["loss"] = f"{self.latest:.4f}"
+            self.said |= {"held_out": taken} if taken else {}
 
     def text(self) -> str:
         """The table as CSV."""
-        lines = ["step,images,loss,grad_norm,lr", *(",".join(map(str, row)) for row in self.rows)]
-        return "\n".join(lines) + "\n"
+        head = "step,images,loss,grad_norm,lr" + ",held_out" * self.validated
+        return "\n".join([head, *(",".join(map(str, row)) for row in self.rows)]) + "\n"
+
+    def curves(self, window: int = 50) -> dict[str, list[tuple[int, float]]]:
+        """(step, loss) of the training, as running means over a window, and of the held-out images."""
+        steps, losses = [row[0] for row in self.rows], [float(row[2]) for row in self.rows]
+        sums = [0.0, *itertools.accumulate(losses)]
+        means = [(step, (sums[n] - sums[max(n - window, 0)]) / min(n, window)) for n, step in enumerate(steps, start=1)]
+        held_out = [(row[0], float(row[5])) for row in self.rows if self.validated and row[5]]
+        return {f"training, mean of {min(window, len(steps))} steps": means, "held out": held_out}

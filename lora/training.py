@@ -69,6 +69,13 @@ def describe_passes(repeats: Tensor, epochs: int, batch_size: int, accumulate: i
     )
 
 
+def describe_buckets(shapes: Sequence[torch.Size], buckets: Tensor, downsampling: int) -> str:
+    """A line for each bucket: how many images of which size in px."""
+    sides = [(width * downsampling, height * downsampling) for _, height, width in shapes]
+    counts = torch.bincount(buckets).tolist()
+    return "\n".join(f"{n} images in the bucket of {width} x {height} px" for n, (width, height) in zip(counts, sides))
+
+
 def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
     """Indices (M,) of images cut into batches of one bucket each, in their order within a bucket."""
     bucket_of = buckets[images]

@@ -51,15 +51,23 @@ def default_repeats(images: Path | None) -> int:
     return 1 if images and any(REPEATS.fullmatch(folder.name) for folder in images.glob("*/")) else 100
 
 
-def captioned_images(args: Namespace) -> list[Captioned]:
-    """The images that the flags of train_lora.py choose, with the captions and repeats that they ask for.
+def captioned_images(args: Namespace) -> tuple[list[Captioned], list[tuple[Path, str]]]:
+    """The images that the flags of train_lora.py choose, with the captions and repeats that they ask for; and those
+    that are held out from training, as (file, caption).
 
     Raises DatasetError.
     """
     token = args.learn_token or args.rare_token
-    images = training_images(args.spanish, args.images, args.manifest, args.per_plane, args.seed)
-    images = [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in images]
-    return [say_style(image) for image in images] if args.style_words else images
+    images, unseen = training_images(
+        args.spanish, args.images, args.manifest, args.per_plane, args.seed, args.validation
+    )
+    images, unseen = (
+        [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in group]
+        for group in (images, unseen)
+    )
+    if args.style_words:
+        images, unseen = map(say_style, images), map(say_style, unseen)
+    return [*images], [(image.path, image.caption) for image in unseen]
 
 
 def material(
@@ -139,8 +147,10 @@ class Contexts:
 
 
 @torch.no_grad()
-def sample_sheet(args, model, context_of, autocast, side: int, path: Path, captions: list[str]) -> None:
-    """Four samples of each caption as they are now, by Euler; of many captions, eight at most, from A to Z."""
+def sample_sheet(args, model, context_of, autocast, side: int, step: int, captions: list[str]) -> None:
+    """Four samples of each caption as they are now, by Euler, into samples/ of --out; of many captions, eight at most,
+    from A to Z."""
+    (path := args.out / "samples" / f"step{step:06}.png").parent.mkdir(parents=True, exist_ok=True)
     seeds, rows = [args.seed + n for n in range(4)], []
     settings = {"guidance_scale": args.guidance_scale, "prediction_type": model.prediction_type}
     model.vae.to(args.device)

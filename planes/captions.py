@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
@@ -89,23 +91,34 @@ def with_token(text: str, token: str | None) -> str:
 
 
 def training_images(
-    spanish: Path | None, images: Path | None, manifest: Path | None, per_plane: int, seed: int
-) -> list[Captioned]:
-    """The images to train on, each file there: those of the folder `images`, or images of `spanish` with PROMPTS.
+    spanish: Path | None, images: Path | None, manifest: Path | None, per_plane: int, seed: int, held_out: int = 0
+) -> tuple[list[Captioned], list[Captioned]]:
+    """The images to train on, each file there: those of the folder `images`, or images of `spanish` with PROMPTS; and
+    the images that are held out.
 
     manifest: the list of images to take from `spanish`; None: `per_plane` of each plane, drawn by `seed`
+    held_out: how many; of `spanish` training images of other patients, so that those that are trained on stay the same;
+        of `images` some of them, which are then not trained on
     An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies them, so its default
     must be 1 where folders name theirs: in kohya, which has no such flag, they say all.
     """
+    rng = np.random.default_rng([seed, 700_001])  # of its own
     if images:
-        return read_captioned_folder(images)
-    records = read_spanish(spanish)
-    if manifest:
-        records = read_manifest(manifest, records)
-    else:
-        records = balanced([r for r in records if r.train], per_plane, seed)
-    require_images(records)
-    return [Captioned(record.path, PROMPTS[record.plane], 1) for record in records]
+        found = read_captioned_folder(images)
+        if held_out >= len(found):
+            raise DatasetError(f"{images}: {len(found)} images, of which {held_out} cannot be held out; ask for fewer")
+        unseen = {*rng.permutation(len(found))[:held_out].tolist()}
+        return [i for n, i in enumerate(found) if n not in unseen], [found[n] for n in sorted(unseen)]
+    every = read_spanish(spanish)
+    records = read_manifest(manifest, every) if manifest else balanced([r for r in every if r.train], per_plane, seed)
+    patients = {record.patient for record in records}
+    others = [record for record in every if record.train and record.patient not in patients]
+    if held_out > len(others):
+        raise DatasetError(f"{len(others)} training images of other patients are left, not {held_out} to hold out")
+    unseen = [others[n] for n in sorted(rng.permutation(len(others))[:held_out])]
+    require_images(records + unseen)
+    chosen, spared = ([Captioned(r.path, PROMPTS[r.plane], 1) for r in group] for group in (records, unseen))
+    return chosen, spared
 
 
 def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:

@@ -126,7 +126,7 @@ def panels():
 
 
 def curves():
-    return figures.loss_figure({"ES": [3.0, 2.0, 1.5], "HB + DA": [2.5, 1.0, 0.5]})
+    return figures.loss_figure({"ES": [(1, 3.0), (2, 2.0), (3, 1.5)], "HB + DA": [(1, 2.5), (3, 0.5)], "none": []})
 
 
 def grid():
@@ -311,4 +311,4 @@ def test_a_loss_curve_starts_at_one_and_more_curves_than_colours_are_refused():
     lines = curves().axes[0].lines
     assert lines[0].get_xdata().tolist() == [1, 2, 3] and lines[1].get_ydata().tolist() == [2.5, 1.0, 0.5]
     with pytest.raises(ValueError, match="9 curves"):
-        figures.loss_figure({str(n): [1.0] for n in range(9)})
+        figures.loss_figure({str(n): [(1, 1.0)] for n in range(9)})

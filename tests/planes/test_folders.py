@@ -6,7 +6,7 @@ import pytest
 
 from planes import PROMPTS
 from planes.captions import training_images
-from planes.datasets import DatasetError
+from planes.datasets import DatasetError, read_spanish
 from planes.folders import Captioned, read_captioned_folder
 from planes.phantoms.phantom import write_spanish_layout
 
@@ -196,17 +196,40 @@ def test_metadata_of_an_image_that_is_not_there_and_metadata_of_none_are_refused
 
 def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one(tmp_path, monkeypatch):
     fill(tmp_path / "own" / "20_fetal brain", a=None)
-    (image,) = training_images(None, tmp_path / "own", None, 20, 0)
+    (image,), _ = training_images(None, tmp_path / "own", None, 20, 0)
     assert (image.caption, image.repeats) == ("fetal brain", 20)
 
     monkeypatch.setattr(
         "planes.phantoms.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8")
     )
     write_spanish_layout(tmp_path / "spanish", train=2, test=0, seed=0)
-    drawn = training_images(tmp_path / "spanish", None, None, 1, 0)
+    drawn, held_out = training_images(tmp_path / "spanish", None, None, 1, 0)
+    assert held_out == []
     assert [(image.caption, image.repeats) for image in drawn] == [(prompt, 1) for prompt in PROMPTS.values()]
     (tmp_path / "list.csv").write_text(f"Image_name,Plane\n{drawn[2].path.stem},Fetal femur\n")
-    assert training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0) == [drawn[2]]
+    assert training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0) == ([drawn[2]], [])
+
+
+def test_images_that_are_held_out_are_others_of_the_dataset_or_no_longer_trained_on_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "planes.phantoms.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8")
+    )
+    write_spanish_layout(tmp_path / "spanish", train=3, test=1, seed=0)
+    alone, _ = training_images(tmp_path / "spanish", None, None, 1, 0)
+    drawn, held_out = training_images(tmp_path / "spanish", None, None, 1, 0, held_out=3)
+    of = {record.path: record for record in read_spanish(tmp_path / "spanish")}
+    assert drawn == alone and len(held_out) == 3
+    assert all(of[image.path].train for image in held_out)
+    assert not {of[i.path].patient for i in held_out} & {of[i.path].patient for i in drawn}
+    with pytest.raises(DatasetError, match="of other patients are left, not 99 to hold out"):
+        training_images(tmp_path / "spanish", None, None, 1, 0, held_out=99)
+
+    fill(tmp_path / "own" / "20_fetal brain", a=None, b=None, c=None)
+    every, _ = training_images(None, tmp_path / "own", None, 20, 0)
+    rest, held_out = training_images(None, tmp_path / "own", None, 20, 0, held_out=1)
+    assert len(held_out) == 1 and sorted([*rest, *held_out], key=lambda i: i.path) == every
+    with pytest.raises(DatasetError, match="3 images, of which 3 cannot be held out"):
+        training_images(None, tmp_path / "own", None, 20, 0, held_out=3)
 
 
 # --- pictures that would be left out ---

@@ -288,5 +288,5 @@ def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, ba
 
 
 def test_captions_of_training_name_the_rare_token(spanish):
-    captions = {with_token(image.caption, "sks") for image in training_images(spanish, None, None, 1, 0)}
+    captions = {with_token(image.caption, "sks") for image in training_images(spanish, None, None, 1, 0)[0]}
     assert captions == {prompt.replace("fetal", "sks fetal") for prompt in PROMPTS.values()}

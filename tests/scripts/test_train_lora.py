@@ -28,6 +28,7 @@ from ldm.vae import AutoencoderKL, VAEConfig
 from lora import LoRAError, lora_layers, remove, training
 from lora.saving import SaveTimes
 from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss_weights
+from planes.phantoms.phantom import write_spanish_layout
 from planes.style import style_words
 from samplers.schedule import NoiseSchedule
 
@@ -71,7 +72,8 @@ def parse(*flags):
 
 def train(tiny, folder, out, *more):
     """Runs the script; the model as it left it."""
-    flags = ["--model", tiny, "--images", folder, "--out", out, "--device", "cpu", "--rank", 2, "--lr", 1e-3]
+    flags = ["--model", tiny, "--out", out, "--device", "cpu", "--rank", 2, "--lr", 1e-3]
+    flags += ["--images", folder] if folder else []
     loaded, load_model = [], SCRIPT["parse_args"].__globals__["load_model"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
@@ -299,6 +301,37 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     assert rates == pytest.approx([1e-3, 1e-3 * (2 + 2**0.5) / 4, 5e-4, 1e-3 * (2 - 2**0.5) / 4])
     ((_, vector),) = load_file(tmp_path / "whole" / "embedding.safetensors").items()
     assert vector.isfinite().all()
+
+
+def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a_run_without_a_stop(tiny, tmp_path):
+    write_spanish_layout(tmp_path / "spanish", 3, test=0, seed=0)
+    data = ["--spanish", tmp_path / "spanish", "--per-plane", 1, "--repeats", 2]
+    out = [tmp_path / name for name in ("plain", "whole", "cut")]
+    looks, every = ["--validation", 2, "--validation-every", 2], ["--save-every", 1]
+    train(tiny, None, out[0], *data)
+    train(tiny, None, out[1], *data, *looks)
+    assert (out[0] / "lora.safetensors").read_bytes() == (out[1] / "lora.safetensors").read_bytes()
+    rows = [line.split(",") for line in (out[1] / "loss.csv").read_text().splitlines()]
+    assert rows[0][-1] == "held_out" and [bool(row[-1]) for row in rows[1:]] == [False, True, False, True, True]
+    assert [row[:-1] for row in rows] == [line.split(",") for line in (out[0] / "loss.csv").read_text().splitlines()]
+    assert len({row[-1] for row in rows[2::2]}) > 1  # it moves as the network does
+    assert Image.open(out[1] / "loss.png").width > 500
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        rate_share = training.rate_share
+
+        def stop_in_the_fourth_step(schedule, step, steps):
+            if step == 3:
+                raise KeyboardInterrupt
+            return rate_share(schedule, step, steps)
+
+        patch.setattr(training, "rate_share", stop_in_the_fourth_step)
+        train(tiny, None, out[2], *data, *looks, *every)
+    train(tiny, None, out[2], *data, *looks, *every, "--resume")
+    for name in ("lora.safetensors", "loss.csv", "loss.png"):
+        assert (out[2] / name).read_bytes() == (out[1] / name).read_bytes()
+    with pytest.raises(ValueError, match="images and captions was"):
+        train(tiny, None, out[2], *data, "--resume")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
