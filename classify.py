@@ -19,28 +19,20 @@ import torch
 
 from classify import ClassifyError
 from classify.checkpoint import restore, training_state
-from classify.data import (
-    INPUT_RANGES,
-    MEMORY,
-    RECIPES,
-    PlaneImages,
-    batches,
-    draw_augmentation,
-    draw_contrast,
-    gpu_room,
-)
+from classify.contrast import draw_contrast
+from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
 from classify.images import choose_records, find_copies
 from classify.models import MODELS, build, save
+from classify.outcome import outcome
 from classify.train import MOMENTUM, predict, train_epoch
+from classify.use import temperature, use
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
 from eval.flags import device_name, require_at_least, seed_number
-from eval.metrics import evaluate
 from eval.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
 from eval.script import alone, progress, run
 from ldm.fast import cannot_compile
 from lora.saving import SaveTimes, read_state, write_state
-from planes import PLANES
 from planes.datasets import DatasetError, count
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -53,13 +45,16 @@ def parse_args(argv=None):
     parser.usage = "%(prog)s [flags] --out OUT"
     add = parser.add_argument
     add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): its training images")
+    add("--source", type=Path, help="instead: any site, a folder of images for each class, or with an images.csv")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--manifest", type=Path, help="the list of images to take from --spanish, instead of all")
-    choice.add_argument("--per-plane", type=int, help="how many images of a plane to draw from --spanish (all)")
+    choice.add_argument("--per-plane", type=int, help="how many images of a class to draw from the first site (all)")
     add("--synthetic", type=Path, action="append", default=[], help="a manifest.csv of sample.py; may be repeated")
-    add("--african", type=Path, required=True, help="the African dataset (or phantoms): its test images are the test")
-    add("--african-train", action="store_true", help="train on its training images too: no longer zero-shot")
-    add("--validation", type=int, default=0, help="Spanish images held out with all of their patients' (0)")
+    add("--african", type=Path, help="the African dataset (or phantoms): its test images are the test")
+    add("--target", type=Path, help="instead: any site, as --source, of the same classes or some of them")
+    train = "train on the second site's training images too: no longer zero-shot"
+    add("--african-train", "--target-train", action="store_true", help=train)
+    add("--validation", type=int, default=0, help="images of the first site held out with all of their patients' (0)")
     add("--model", choices=MODELS, default="resnet18", help="(resnet18)")
     add("--weights", default="imagenet", help="imagenet (torchvision's, downloaded), none, or a file (imagenet)")
     recipe = "size, range, augmentation: the paper's or its notebook's (paper)"
@@ -81,6 +76,14 @@ def parse_args(argv=None):
     add("--dtype", choices=DTYPES, help="of autocast, or of float32's products on CUDA (bf16 on CUDA, else fp32)")
     add("--compile", action="store_true", help="the network: faster, but for a start of a minute on CUDA")
     add("--resume", action="store_true", help="go on from the last whole epoch of a run in --out that was stopped")
+    add("--classifier", type=Path, help="instead of training: the model.safetensors of a run, for what follows")
+    add(
+        "--predict",
+        type=Path,
+        metavar="FOLDER",
+        help="what it takes the images there for: predictions.csv, least_sure.png",
+    )
+    add("--export", action="store_true", help="it as model.onnx, which needs no torch to run")
     add("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
@@ -91,32 +94,48 @@ def parse_args(argv=None):
     require_at_least(parser, args, 0, "validation", "workers")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: must be positive")
-    if args.spanish is None and (args.manifest or args.per_plane or args.validation):
-        parser.error("--manifest, --per-plane and --validation choose from --spanish: give it too")
+    if args.classifier is not None:
+        if args.predict is None and not args.export:
+            parser.error("--classifier FILE: for --predict FOLDER or --export, of which neither is given")
+        return args
+    if args.predict is not None or args.export:
+        parser.error("--predict and --export: of a trained --classifier FILE, which is not given")
+    if (args.african is None) == (args.target is None) or (args.spanish and args.source):
+        parser.error(
+            "give --african DIR or --target DIR to be tested on, and --spanish or --source, not both of a pair"
+        )
+    if (args.spanish and args.target) or (args.source and args.african):
+        parser.error("--spanish belongs to --african, and --source to --target: give two of a kind")
+    if args.spanish is None and (args.manifest or (args.source is None and (args.per_plane or args.validation))):
+        parser.error("--manifest chooses from --spanish, --per-plane and --validation from it or --source: give it too")
     return args
 
 
 @alone
 def main(args):
+    if args.classifier:
+        return use(args, print)
+
     # everything that can be refused is refused before any work
     device = torch.device(args.device)
-    training, validation, test, twice = choose_records(args)
+    chosen = choose_records(args, print)
+    training, validation, test, classes = chosen.training, chosen.validation, chosen.test, chosen.classes
     copies = find_copies(training, test, print)
     if args.compile and (reason := cannot_compile(args.device)):
         raise ClassifyError(f"--compile: {reason}; leave it out")
     torch.manual_seed(args.seed)
-    model = build(args.model, args.weights, args.size).to(device)
+    model = build(args.model, args.weights, args.size, len(classes)).to(device)
     model.to(memory_format=torch.channels_last)  # up to twice as fast, on the CPU too
     memory, room, sets = MEMORY, gpu_room(device), []
     for records in (training, validation, test):
-        sets.append(PlaneImages(records, args.size))
+        sets.append(PlaneImages(records, args.size, classes))
         decoded = sets[-1].preload(memory, args.workers)
         memory -= sum(image.numel() for image in progress(decoded, desc="decoding", total=len(records), **BAR))
         sets[-1].move(device, room)
         room -= sets[-1].moved[0].numel() if sets[-1].moved else 0
     train_set, validation_set, test_set = sets
 
-    counts = count(training)
+    counts = count(training, classes)
     print(f"{len(training)} training images {dict(counts['sources'])}, {len(validation)} validation, {len(test)} test")
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.size} px, on {device}")
 
@@ -160,31 +179,22 @@ def main(args):
     saves.restore()
 
     # the unseen site
-    test_loader = batches(test_set, args.batch_size, args.workers)
-    probabilities = predict(model, test_loader, args.input_range, dtype).numpy()
-    targets, patients = np.array(test_set.targets), np.array([record.patient for record in test])
-    result = evaluate(targets, probabilities, patients)
-    result |= {"test": count(test) | {"copies_of_training": len(copies)}, "training": counts}
-    if copies:
-        distinct = np.array([record not in copies for record in test])
-        result["without_copies"] = evaluate(targets[distinct], probabilities[distinct], patients[distinct])
-    predictions = [
-        {"image": r.name, "patient": r.patient, "center": r.center, "target": r.plane, "prediction": PLANES[p.argmax()]}
-        | {"copy": int(r in twice)}
-        | {plane: f"{value:.6f}" for plane, value in zip(PLANES, p)}
-        for r, p in zip(test, probabilities)
-    ]
+    probabilities = predict(model, batches(test_set, args.batch_size, args.workers), args.input_range, dtype).numpy()
+    result, predictions = outcome(chosen, copies, test_set.targets, probabilities, counts)
 
     # all files are whole before the first appears in --out
     with whole_files(args.out) as part:
         settings = ("model", "recipe", "size", "input_range", "augment", "contrast", "balanced_sampling")
-        settings += ("batch_size", "lr", "schedule", "seed")
+        settings += ("batch_size", "lr", "schedule", "seed", "dtype")
         description = {key: getattr(args, key) for key in settings} | {"epochs": epochs, "training": counts}
-        save(part / "model.safetensors", model, description)
+        if validation:  # how sure it is, set right on images that it was not trained on
+            held_out = predict(model, batches(validation_set, args.batch_size, args.workers), args.input_range, dtype)
+            description["temperature"] = temperature(held_out, torch.tensor(validation_set.targets))
+        save(part / "model.safetensors", model, description, classes)
         write_table(part / "predictions.csv", predictions)
         write_table(part / "train.csv", history)
         (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
-        figure = confusion_figure(np.array(result["confusion"]), PLANES, f"{len(test)} test images, {args.model}")
+        figure = confusion_figure(np.array(result["confusion"]), classes, f"{len(test)} test images, {args.model}")
         save_figure(figure, part / "confusion.png")
     files = (args.manifest, *args.synthetic, Path(args.weights))
     record_run(args.out, args, {str(path): sha256(path) for path in files if path and path.is_file()} | hashes)
@@ -193,7 +203,7 @@ def main(args):
     if len(set(test_set.targets)) == 1:
         print(f"AUC: none, since the test images are all {test[0].plane}")
     notebook = "  ".join(f"{metric} {100 * value:.2f}" for metric, value in result["scores"]["notebook"].items())
-    print(f"{len(test)} images of {args.african}: {notebook}")
+    print(f"{len(test)} images of {args.target or args.african}: {notebook}")
     return result
 
 

@@ -9,7 +9,6 @@ stage is one run of another script; what is done is not done again. The outcome 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,15 +24,16 @@ from eval.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, model_flags, model_paths
 from lora import LoRAError
-from paper.plan import BEYOND_ROWS, CLASSIFIERS, MANIFESTS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
-from paper.preview import Selections, preview
+from paper.material import PHANTOMS, Selections, lists, make_phantoms
+from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from paper.preview import preview
 from paper.report import Context, build
 from paper.results import ResultError, is_run, read_result, row_folder
 from paper.stages import Stages, images_hash
 from paper.synthetic import Findings, describe
-from planes import PAPER_COUNTS, PLANES
+from planes import PLANES
+from planes.captions import PROMPTS_FILE
 from planes.datasets import DatasetError, read_synthetic, require_images
-from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from samplers import SamplerError
 
 
@@ -77,11 +77,7 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
 QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
 QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of a quarter of the steps wants more
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
-TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
-PHANTOMS = {  # images of each plane at site A; patients per country at site B
-    "train": {plane: round(count / 10) for plane, count in PAPER_COUNTS.items()},
-    "patients": 25,
-}
+SITES = {False: ("spain", "africa"), True: ("source", "target")}  # the sources of their images: a user's own or not
 QUICK_SEEDS = [0, 1, 2]
 TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
@@ -94,6 +90,9 @@ def parse_args(argv=None):
     parser.set_defaults(model=None)  # the embedded one, at a scale of its own
     add("--spanish", type=Path, help="the Spanish dataset (default: phantoms of site A)")
     add("--african", type=Path, help="the African dataset (default: phantoms of site B)")
+    add("--source", type=Path, help="instead: any site, a folder of images for each class (planes/sites.py)")
+    add("--target", type=Path, help="with it: another site of the same classes, that is tested on")
+    add("--prompt-template", default="an ultrasound image of {class}", help="a prompt for each class of --source")
     add("--manifests", type=Path, help="folder with the authors' lists of images (default: drawn by the same rules)")
     add("--synthetic", type=Path, help="a list of synthetic images to take instead of making them")
     add("--recipe", choices=RECIPES, default="paper", help="of the classifiers: the paper's, or its notebook's (paper)")
@@ -111,6 +110,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.spanish is None) != (args.african is None):
         parser.error("--spanish and --african belong together: give both, or neither for phantoms")
+    if (args.source is None) != (args.target is None) or (args.source and args.spanish):
+        parser.error("--source and --target belong together, and not to --spanish and --african: give two of a kind")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else [0])
@@ -122,41 +123,23 @@ def parse_args(argv=None):
     return args
 
 
-def make_phantoms(args) -> tuple[Path, Path]:
-    """Two sites in place of the two datasets; the second's table is written last of all."""
-    spanish, african = args.out / "phantoms" / "spanish", args.out / "phantoms" / "african"
-    stamp, settings = args.out / "phantoms" / "args.json", json.dumps(PHANTOMS | {"seed": args.seed})
-    if ranks.is_first() and (not stamp.exists() or stamp.read_text(encoding="utf-8") != settings):
-        print("phantoms of two sites", flush=True)
-        write_spanish_layout(spanish, PHANTOMS["train"], test=0, seed=args.seed)
-        write_african_layout(african, patients=PHANTOMS["patients"], seed=args.seed)
-        stamp.write_text(settings, encoding="utf-8")
-    return spanish, african
-
-
 class Experiment:
     """The stages of one reproduction, each with its flags; folders are the methods' results."""
 
-    def __init__(self, args, scale: Scale, spanish: Path, african: Path, selections: Selections):
-        self.args, self.scale, self.spanish, self.african = args, scale, spanish, african
-        self.digest, self.owners = selections.digest, {}  # of LoRAs: which process of torchrun trains them
+    def __init__(self, args, scale: Scale, selections: Selections):
+        self.args, self.scale, self.selections, self.digest = args, scale, selections, selections.digest
+        self.owners: dict[Path, int] = {}  # of LoRAs: which process of torchrun trains them
         self.stages = Stages(partial(print, flush=True), *(["--device", args.device] if args.device else []))
         self.model = model_flags(args)
-        self.phantoms = () if args.spanish else (args.out / "phantoms",)
+        self.phantoms = () if args.spanish or args.source else (args.out / "phantoms",)
 
     @cached_property
     def model_hashes(self) -> dict[str, str]:
         return {part: folder_hash(path) for part, path in model_paths(self.args).items()}
 
-    def images(self, kind: str) -> list[object]:
-        """Flags that choose Spanish images: by the authors' list where there is one, else by the same rule."""
-        if self.args.manifests:
-            return ["--manifest", self.args.manifests / MANIFESTS[kind]]
-        count = self.scale.per_plane[kind]
-        return ["--per-plane", count] if count else []
-
     def lora(self, rank: int, name: str = "lora", *flags: object, needs: tuple[Path, ...] = ()) -> Path:
-        flags = (*self.model, "--spanish", self.spanish, *self.images("lora"), *self.scale.train_lora.split(), *flags)
+        flags = (*self.model, *self.selections.flags("lora"), *self.scale.train_lora.split(), *flags)
+        flags += ("--prompt-template", self.args.prompt_template) if self.args.source else ()
         flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
         out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
         by = self.owners.setdefault(out, len(self.owners) % ranks.size())
@@ -177,7 +160,9 @@ class Experiment:
         return self.draw(f"synthetic_r{rank}", count, "--lora", lora / "lora.safetensors", needs=(lora,))
 
     def images_without_lora(self) -> Path:
-        return self.draw("synthetic_without_lora", 10)
+        lora = self.lora(self.scale.rank) if self.args.source else None  # whose run says what the classes are called
+        flags = ["--prompts", lora / PROMPTS_FILE] if lora else []
+        return self.draw("synthetic_without_lora", 10, *flags, needs=(lora,) if lora else ())
 
     def synthetic(self, kind: str) -> Path:
         """The list of synthetic images of this kind (paper.plan.DataModel), made if need be."""
@@ -203,17 +188,18 @@ class Experiment:
     def classify(self, row: Row, seed: int, by: int = 0) -> Path:
         """Train and test one row with one seed. by: the process of torchrun that does it."""
         data, args = row.data, self.args
-        flags = ["--african", self.african, "--model", row.classifier, "--weights", args.weights]
+        second = "--target" if args.source else "--african"
+        flags = [second, self.selections.roots[1], "--model", row.classifier, "--weights", args.weights]
         flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
         needs, inputs = self.phantoms, {"african": self.digest("african")}
         if data.spanish:
             inputs["spanish"] = self.digest(data.spanish)
-            flags += ["--spanish", self.spanish, *self.images(data.spanish)]
-            if self.scale is PAPER and args.recipe == "paper":
+            flags += self.selections.flags(data.spanish)
+            if self.scale is PAPER and args.recipe == "paper" and not args.source:
                 flags += ["--validation", 200]
         if data.synthetic:
             manifest = self.synthetic(data.synthetic)
-            inputs["synthetic"] = images_hash(manifest)
+            inputs["synthetic"] = images_hash(manifest, self.selections.classes)
             flags += ["--synthetic", manifest]
             needs = (*needs, manifest.parent) if (manifest.parent / "args.json").exists() else needs
         flags += ["--african-train"] * data.african + ["--augment"] * data.augment
@@ -228,26 +214,29 @@ class Experiment:
 def write_report(args, experiment: Experiment, selections: Selections, results, panels, without) -> None:
     """report.html, report.md, results.csv, figures/ and environment.json."""
     material = "the embedded miniature model" if args.model is None else Path(args.model).name
-    sites = f"{args.spanish.name} and {args.african.name}" if args.spanish else "phantoms of two sites"
+    roots, own = selections.roots, bool(args.source)
+    sites = f"{roots[0].name} and {roots[1].name}" if args.spanish or own else "phantoms of two sites"
     command, left_out = f"python {' '.join(sys.argv)}", experiment.scale.left_out
     context = Context(material, sites, args.spanish is None, args.recipe, args.seeds, command, left_out=left_out)
-    found = Findings()
+    if own:
+        context = replace(context, own=True, title=f"FU-LoRA from {roots[0].name} to {roots[1].name}")
+    found, synthetic_of = Findings(), lambda folder: read_synthetic(folder / "manifest.csv", selections.classes)
     if panels:
         seed = args.seeds[0]
         files = {name: row_folder(args.out, name, "resnet18", seed) / "model.safetensors" for name in ("ES", "ES+DA")}
         found = describe(
             args.out,
-            {"spain": selections.spanish("all"), "africa": selections.african(train=False)},
+            dict(zip(SITES[own], (selections.spanish("all"), selections.african(train=False)))),
             selections.spanish("lora"),
-            {rank: read_synthetic(folder / "manifest.csv") for rank, folder in panels.items()},
+            {rank: synthetic_of(folder) for rank, folder in panels.items()},
             experiment.scale.rank,
             {name: file for name, file in files.items() if file.exists()},
-            read_synthetic(without / "manifest.csv"),
+            synthetic_of(without),
             args.seed,
+            selections.classes,
         )
     context = replace(context, notes=found.notes)
-    tables = [root / name for root, name in zip((experiment.spanish, experiment.african), TABLES)]
-    files = [*tables, *selections.manifests.values(), args.model, args.vae, args.synthetic, args.weights]
+    files = [*selections.tables(), *selections.manifests.values(), args.model, args.vae, args.synthetic, args.weights]
     record_environment(args.out, args, {str(path): sha256(path) for path in files if path and Path(path).is_file()})
     build(args.out, results, context, quality=found.quality, recognised=found.recognised or None, figures=found.figures)
 
@@ -255,30 +244,32 @@ def write_report(args, experiment: Experiment, selections: Selections, results, 
 def main(args):
     """What --plan says, or all of it."""
     scale = PAPER if args.model else QUICK if args.quick else EMBEDDED
-    lists = {kind: args.manifests / name for kind, name in MANIFESTS.items()} if args.manifests else {}
+    given = (args.source, args.target) if args.source else (args.spanish, args.african)
+    select = partial(Selections, manifests=lists(args.manifests), per_plane=scale.per_plane, seed=args.seed)
+    select = partial(select, own=bool(args.source))
     if args.plan:
-        roots = args.spanish, args.african
-        selections = Selections(*roots, lists, scale.per_plane, args.seed) if args.spanish else None
+        selections = select(given) if given[0] else None
         done = partial(is_run, args.out)
         print(preview(args, scale, selections, describe_models(args), full=scale is PAPER, done=done))
     else:
         with alone_in(args.out, together=True):
-            reproduce(args, scale, lists)
+            if not given[0]:
+                print("phantoms of two sites", flush=True)
+                for turn in (True, False):  # the first of several processes makes them, the others find them there
+                    if ranks.is_first() is turn:
+                        given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
+                    ranks.wait()
+            reproduce(args, scale, select(given))
 
 
-def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
-    """LoRAs, images, rows, report: whatever of it is not done yet. lists: the authors', by kind."""
-    spanish, african = args.spanish, args.african
-    if spanish is None:
-        spanish, african = make_phantoms(args)
-        ranks.wait()
-    selections = Selections(spanish, african, lists, scale.per_plane, args.seed)
+def reproduce(args, scale: Scale, selections: Selections) -> None:
+    """LoRAs, images, rows, report: whatever of it is not done yet."""
     kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
     require_images(record for kind in kinds for record in selections.spanish(kind))  # hours before one would be missed
     require_images(selections.african(train=True) + selections.african(train=False))
 
     # LoRAs of three ranks and their images; then every row, tested on the second site
-    experiment = Experiment(args, scale, spanish, african, selections)
+    experiment = Experiment(args, scale, selections)
     panels, without = {}, None
     if not args.only and not args.synthetic:
         widths = (scale.rank,) if args.quick else RANKS
@@ -286,7 +277,10 @@ def reproduce(args, scale: Scale, lists: dict[str, Path]) -> None:
             experiment.lora(width)
         experiment.styles_lora()
         panels, without = {rank: experiment.lora_images(rank) for rank in widths}, experiment.images_without_lora()
-    runs = [(row, seed) for row in args.rows for seed in args.seeds]
+    rows = [row for row in args.rows if not row.data.african or selections.african(train=True)]
+    if left_out := [row.name for row in args.rows if row not in rows]:
+        print(f"left out, as the second site has no training images: {', '.join(left_out)}")
+    runs = [(row, seed) for row in rows for seed in args.seeds]
     folders = [experiment.classify(*run, by=n % ranks.size()) for n, run in enumerate(runs)]
     ranks.wait()
     if not ranks.is_first():

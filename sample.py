@@ -32,8 +32,7 @@ from lora.files import load_lora
 from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
 from lora.model import merge
-from planes import PLANES
-from planes.captions import choose_prompt, prompt_in_turn, read_prompts, with_token
+from planes.captions import choose_prompt, prompt_in_turn, prompts_beside, read_prompts, with_token
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
@@ -51,7 +50,7 @@ def parse_args(argv=None):
     add("--token", type=plain_text, help="another name for the token of --embedding (default: the file's)")
     add("--rare-token", type=plain_text, help="DreamBooth's, which every prompt then names: a photo of sks fetal femur")
     add("--prompts", help="of each plane: paper, styles, detailed, or a JSON file of a list per plane (paper)")
-    add("--planes", nargs="+", choices=[*PLANES], help="planes whose prompts are sampled (all five)")
+    add("--planes", nargs="+", help="planes, or classes of the LoRA's own, whose prompts are sampled (all)")
     add("--prompt", type=plain_text, help="instead of the planes'; (word:1.2), [word] and BREAK as in the webui")
     add("--negative-prompt", type=plain_text, default="", help="what guidance leads away from (nothing)")
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
@@ -83,7 +82,6 @@ def parse_args(argv=None):
     if args.strength is not None and not args.init_image:
         parser.error(f"--strength {args.strength:g}: of the variation of an --init-image FILE, which is not given")
     args.prompts = args.prompts or "paper"
-    args.planes = ["prompt"] if args.prompt is not None else args.planes or [*PLANES]
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
     args.strength = 0.75 if args.init_image and args.strength is None else args.strength
     require_at_least(parser, args, 1, "steps", "batch_size", "count")
@@ -95,8 +93,6 @@ def parse_args(argv=None):
         parser.error(f"--token {args.token}: names the token of an --embedding FILE, which is not given")
     if args.count > SEEDS_APART:
         parser.error(f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and --out")
-    if args.seed > LAST_SEED - len(PLANES) * len(SAMPLERS) * SEEDS_APART:
-        parser.error(f"--seed {args.seed}: those of the last plane would lie beyond {LAST_SEED}")
     if len(args.lora_weight) not in (1, len(args.lora)):
         parser.error(
             f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one, or one each"
@@ -121,9 +117,13 @@ def plan(args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]) -
     common: fields of every shot
     """
     choose = prompt_in_turn if args.prompts == "styles" else choose_prompt
-    for plane in args.planes:
+    if unknown := [plane for plane in args.planes or () if plane not in prompts]:
+        raise DatasetError(f"--planes {' '.join(unknown)}: choose from {', '.join(prompts)}")
+    if args.seed > LAST_SEED - len(prompts) * len(SAMPLERS) * SEEDS_APART:
+        raise DatasetError(f"--seed {args.seed}: those of the last plane would lie beyond {LAST_SEED}")
+    for plane in args.planes or prompts:
         for sampler in args.samplers:
-            number = PLANES.index(plane) if plane in PLANES else 0
+            number = [*prompts].index(plane)
             first = args.seed + SEEDS_APART * (number * len(SAMPLERS) + [*SAMPLERS].index(sampler))
             yield [
                 webui.Shot(
@@ -152,7 +152,8 @@ def main(args):
     strength = 1.0 if args.strength is None else args.strength
     for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
         make_nodes(sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength)
-    prompts_of = {"prompt": (args.prompt,)} if args.prompt is not None else read_prompts(args.prompts)
+    own = args.prompt is not None
+    prompts_of = {"prompt": (args.prompt,)} if own else read_prompts(args.prompts, prompts_beside(args.lora))
     wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
     factor = model.vae.config.downsampling

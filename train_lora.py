@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from eval import ranks
 from eval.figures import loss_figure, save
 from eval.flags import device_name, plain_text, require_at_least, seed_number
-from eval.record import record_run, sha256, write_atomically
+from eval.record import write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError, fast
 from ldm.buckets import read_bucketed
@@ -35,7 +35,7 @@ from lora.losses import Losses, upload
 from lora.model import TARGETS
 from lora.saving import SaveTimes
 from lora.validation import HeldOut
-from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, sample_sheet
+from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, record, sample_sheet
 from planes.captions import prior_pairs
 from planes.datasets import DatasetError
 from samplers.schedule import NoiseSchedule
@@ -47,10 +47,13 @@ def parse_args(argv=None):
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("--preset", choices=training.PRESETS, default="paper", help="defaults: paper's, or the authors' kohya run's")
     add_model_arguments(parser)
-    add("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): 20 images per plane are drawn")
+    data = parser.add_mutually_exclusive_group(required=True).add_argument
+    data("--spanish", type=Path, help="the Spanish dataset (or phantoms in its layout): 20 images per plane are drawn")
+    data("--source", type=Path, help="any site, a folder of images for each class: 20 of each are drawn")
+    add("--prompt-template", default="an ultrasound image of {class}", help="the captions of --source's images")
     add("--manifest", type=Path, help="the list of images to take from --spanish, instead of drawing them")
-    add("--per-plane", type=int, default=20, help="how many images of a plane to draw from --spanish (20)")
-    add("--images", type=Path, help="instead of --spanish: a folder of captioned images, or of kohya's N_name folders")
+    add("--per-plane", type=int, default=20, help="how many images of a plane or class to draw (20)")
+    data("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
     add("--out", type=Path, required=True)
     add("--rank", type=int, default=128, help="r, the inner width of B A; 0: no LoRA (128)")
     add("--alpha", type=float, help="the update is scaled by alpha / r (default: the rank)")
@@ -93,10 +96,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
-    if (args.spanish is None) == (args.images is None):
-        parser.error("give --spanish DIR or --images DIR, one of the two")
-    if args.images and args.manifest:
-        parser.error("--manifest lists images of --spanish: with --images, all that are in the folder are taken")
+    if args.manifest and not args.spanish:
+        parser.error("--manifest lists images of --spanish, which is not given")
     if args.learn_token and args.rare_token:
         parser.error("give --learn-token or --rare-token, not both: a caption names one token")
     if args.rank == 0 and (args.prior or args.train_text_encoder or not args.learn_token):
@@ -241,9 +242,7 @@ def main(args):
         save_embedding(args.out / "embedding.safetensors", args.learn_token, trained.token)
     save_state(steps)
     save(loss_figure(losses.curves(), "step"), args.out / "loss.png")
-    record_run(args.out, args, model_hashes | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
-    if args.device.startswith("cuda"):
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    record(args, model_hashes, paths, print)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,6 @@ RECIPES = {
 }
 CROP_ASPECT = (3 / 4, 4 / 3)  # of a random crop, in units of the image's own aspect (Szegedy et al. 2015)
 
-CONTRAST_GAMMA, CONTRAST_GAIN, CONTRAST_OFFSET = 0.7, (0.7, 1.4), 0.12
-"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to either side."""
-
 MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images of 512 x 512
 
 
@@ -59,9 +56,9 @@ class PlaneImages(Dataset):
     record, so that one record has many: record n of N is at n, N + n, 2 N + n, ..
     """
 
-    def __init__(self, records: Sequence[Record], size: int):
+    def __init__(self, records: Sequence[Record], size: int, classes: Sequence[str] = PLANES):
         self.paths = [record.path for record in records]
-        self.targets = [PLANES.index(record.plane) for record in records]
+        self.targets = [classes.index(record.plane) for record in records]
         self.size = size
         self.kept: list[Tensor] = []
         self.moved: tuple[Tensor, Tensor] | None = None  # images and targets on a GPU
@@ -178,25 +175,12 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
     return np.ones(2)
 
 
-def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index) alone.
-
-    indices: (B,) as PlaneImages gives them
-    """
-    rows = []
-    for index in indices.tolist():
-        rng = np.random.default_rng((seed, epoch, index, 1))  # 1: other numbers than draw_augmentation's
-        gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
-        rows.append((gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)))
-    return torch.tensor(rows, dtype=torch.float32)
-
-
 def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None) -> Tensor:
     """Images as a network takes them: float, altered by the augmentations, scaled to the input range.
 
     images: (B, 1 or 3, H, W) uint8; of a grey one come three equal channels
     affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is black
-    contrast: (B, 3) from `draw_contrast`, or None: gain x^gamma + offset of pixels x in [0, 1], clipped to [0, 1]
+    contrast: (B, 3) from `contrast.draw_contrast`, or None: gain x^gamma + offset of x in [0, 1], clipped to [0, 1]
     """
     x = images.float() / 255
     if contrast is not None:

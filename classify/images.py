@@ -3,8 +3,10 @@
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from classify import ClassifyError
+from planes import PLANES
 from planes.datasets import (
     Record,
     balanced,
@@ -16,35 +18,63 @@ from planes.datasets import (
     validation_split,
 )
 from planes.leaks import describe_leaks, leaks, repeated
+from planes.sites import classes_of, has_patients, read_site
 
 
-def choose_records(args: Namespace) -> tuple[list[Record], list[Record], list[Record], set[Record]]:
-    """Training, validation and test records, every image there, and the test images that the African set has twice."""
-    training, validation = [], []
-    if args.spanish:
-        records = read_spanish(args.spanish)
-        if args.manifest:
-            training = read_manifest(args.manifest, records)
-        else:
-            training = [record for record in records if record.train]
-            training = balanced(training, args.per_plane, args.seed) if args.per_plane else training
-        if args.validation:
-            training, validation = validation_split(training, args.validation, seed=args.seed)
+@dataclass(frozen=True)
+class Chosen:
+    """Records, each image there.
+
+    twice: test images that their own site has twice
+    classes: names, class index = position
+    """
+
+    training: list[Record]
+    validation: list[Record]
+    test: list[Record]
+    twice: set[Record]
+    classes: tuple[str, ...]
+
+
+def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
+    """The paper's datasets where --spanish and --african name them, or any two sites by --source and --target.
+
+    say: is told where a site names no patients
+
+    Raises ClassifyError, DatasetError.
+    """
+    first = read_site(args.source, "source", train=True) if args.source else []
+    first = read_spanish(args.spanish) if args.spanish else first
+    second = read_site(args.target, "target", train=False) if args.target else read_african(args.african)
+    classes = PLANES if args.african else classes_of(first or second)
+    for site, records in ((args.source, first), (args.target, second)):
+        if site and not has_patients(records):
+            say(f"{site}: names no patients, so each image counts as one of its own")
+    if unknown := [name for name in classes_of(second) if name not in classes]:
+        has = f"{args.source} has images of {', '.join(classes)} alone"
+        raise ClassifyError(f"{args.target}: nobody can learn {', '.join(unknown)}, as {has}; take these images out")
+
+    training, validation = [record for record in first if record.train], []
+    if args.manifest:
+        training = read_manifest(args.manifest, first)
+    elif args.per_plane:
+        training = balanced(training, args.per_plane, args.seed, classes)
+    if args.validation:
+        training, validation = validation_split(training, args.validation, seed=args.seed)
     for manifest in args.synthetic:
-        training = training + read_synthetic(manifest)
-    african = read_african(args.african)
-    training += [record for record in african if record.train and args.african_train]
-    test = [record for record in african if not record.train]
+        training = training + read_synthetic(manifest, classes)
+    training += [record for record in second if record.train and args.african_train]
+    test = [record for record in second if not record.train]
 
     if not training:
-        raise ClassifyError("there is nothing to train on; give --spanish, --synthetic or --african-train")
+        raise ClassifyError("there is nothing to train on; give --spanish, --source, --synthetic or --african-train")
     if not test:
-        raise ClassifyError(f"{args.african}: has no test images")
+        raise ClassifyError(f"{args.target or args.african}: has no test images")
     path, times = Counter(record.path for record in training).most_common(1)[0]
     if times > 1:
         raise ClassifyError(f"{path}: is among the training images {times} times; give each list once")
-    require_images(training + validation + african)
-    return training, validation, test, repeated(african)
+    require_images(training + validation + second)
+    return Chosen(training, validation, test, repeated(second), classes)
 
 
 def find_copies(training: list[Record], test: list[Record], say: Callable[[str], object]) -> set[Record]:

@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors
@@ -31,11 +31,11 @@ PATCH = 16
 _failed: dict[str, Exception] = {}  # why the download of a network's weights failed, in this process
 
 
-def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) -> nn.Module:
-    """One of MODELS for square images of `image_size`, with a head of len(PLANES) logits.
+def build(name: str, weights: str | Path = "imagenet", image_size: int = 512, classes: int = len(PLANES)) -> nn.Module:
+    """One of MODELS for square images of `image_size`, with a head of `classes` logits.
 
     weights: "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), "none" (random), or a state dict file of this
-      network. A file with as many classes as there are planes keeps its head; any other head is replaced.
+      network. A file with as many classes keeps its head; any other head is replaced.
     Position embeddings of ViT are interpolated to the image size.
     Raises ClassifyError for a size that the network cannot take and for weights that are missing or do not fit.
     """
@@ -62,8 +62,8 @@ def build(name: str, weights: str | Path = "imagenet", image_size: int = 512) ->
         load_strict(model, state, source)
 
     path, head = find_head(model)
-    if weights == "none" or head.out_features != len(PLANES):
-        model.set_submodule(path, nn.Linear(head.in_features, len(PLANES)))
+    if weights == "none" or head.out_features != classes:
+        model.set_submodule(path, nn.Linear(head.in_features, classes))
     return model
 
 
@@ -122,29 +122,33 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None
         raise ClassifyError(f"{source}: does not fit {type(model).__name__}: {_one_line(error)}") from None
 
 
-def save(path: Path, model: nn.Module, description: dict) -> None:
+def save(path: Path, model: nn.Module, description: dict, classes: Sequence[str] = PLANES) -> None:
     """Write a trained classifier as safetensors.
 
     description: what `load` needs (`model`, `size`, `input_range`) and whatever else is worth keeping. It is stored as
       one JSON text, because safetensors does not promise an order of several metadata entries and equal runs are to
       give equal bytes.
+    classes: in the order of the logits
     """
-    metadata = {"classifier": json.dumps({**description, "classes": list(PLANES)}, sort_keys=True)}
+    metadata = {"classifier": json.dumps({**description, "classes": list(classes)}, sort_keys=True)}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     path.write_bytes(safetensors.torch.save(state, metadata))  # save_file would make it readable by its owner alone
 
 
-def load(path: str | Path) -> tuple[nn.Module, dict]:
-    """A classifier written by `save`, in eval mode, and its description. ClassifyError if it is not one."""
+def load(path: str | Path, classes: Sequence[str] | None = None) -> tuple[nn.Module, dict]:
+    """A classifier written by `save`, in eval mode, and its description, of which "classes" are in the logits' order.
+
+    classes: those that it must have, if any must be. ClassifyError if it is none, or has others.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["classifier"])
-        name, size, classes = description["model"], description["size"], description["classes"]
+        name, size, own = description["model"], description["size"], description["classes"]
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         raise ClassifyError(f"{path}: not a classifier written by classify.py") from None
-    if classes != list(PLANES):
-        raise ClassifyError(f"{path}: its classes are {classes}, not {list(map(str, PLANES))}")
-    return build(name, Path(path), size).eval(), description
+    if classes is not None and own != list(classes):
+        raise ClassifyError(f"{path}: its classes are {', '.join(own)}, not {', '.join(classes)}")
+    return build(name, Path(path), size, len(own)).eval(), description
 
 
 def _classes(name: str, state: dict[str, Tensor], source: str) -> int:

@@ -47,7 +47,7 @@ def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNem
     targets, first, second: (N,) class indices
     Given n discordant images, each is the first's or the second's with probability 1/2 if the two are equally good.
     """
-    right_first, right_second = (np.equal(*_indices(targets, predictions)) for predictions in (first, second))
+    right_first, right_second = (np.equal(*_indices(targets, predictions, None)) for predictions in (first, second))
     b, c = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
     at_most = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))  # of the 2^n outcomes, an exact integer
     return McNemar(b, c, min(1.0, 2 * at_most / 2 ** (b + c)))
@@ -79,7 +79,7 @@ def paired_bootstrap(
     weights = np.concatenate([np.ones((1, len(targets))), weights])  # row 0: the observed data
 
     def scores(runs: np.ndarray) -> np.ndarray:
-        return np.stack([_weighted_scores(weights, *_indices(targets, run), definition, None) for run in runs])
+        return np.stack([_weighted_scores(weights, *_indices(targets, run, None), definition, None) for run in runs])
 
     cells = [scores(runs) for side in sides for runs in side]
     coefficients = [sign / len(side) for sign, side in zip((-1, 1), sides) for _ in side]
@@ -109,7 +109,7 @@ def by_group(
     targets, predictions: (N,) class indices
     groups: (N,) the group of each image
     """
-    targets, predictions = _indices(targets, predictions)
+    targets, predictions = _indices(targets, predictions, None)
     if len(groups) != len(targets):
         raise ValueError(f"{len(groups)} groups for {len(targets)} images; name the group of each image")
     counts: dict[Hashable, tuple[int, int]] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from classify.data import PlaneImages, batches, prepare
 from classify.models import find_head, load, load_strict, read_weights
 from planes.datasets import Record
+from planes.sites import classes_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def features(extractor: Extractor, records: list[Record], batch_size: int = 32) 
     device = head.weight.device
     logits = []
     try:
-        for images, _, _ in batches(PlaneImages(records, extractor.size), batch_size):
+        for images, _, _ in batches(PlaneImages(records, extractor.size, classes_of(records)), batch_size):
             logits.append(extractor.model(prepare(images.to(device), extractor.input_range)).float().cpu())
     finally:
         hook.remove()

@@ -17,6 +17,8 @@ SOURCES: dict[str, tuple[str, str]] = {
     "spain": ("#0072B2", "o"),
     "africa": ("#D55E00", "s"),
     "synthetic": ("#009E73", "^"),
+    "source": ("#0072B2", "o"),
+    "target": ("#D55E00", "s"),
 }
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
@@ -56,12 +58,12 @@ def contact_sheet(
     return figure
 
 
-def samples_figure(rows: Mapping[str, Mapping[str, object]]) -> Figure:
+def samples_figure(rows: Mapping[str, Mapping[str, object]], classes: Sequence[str] = PLANES) -> Figure:
     """Figure 2: a row for each sampler and each site, a column for each plane.
 
     rows: label, such as "UniPC" or "Africa" -> plane -> image as for `contact_sheet`; a plane left out stays empty
     """
-    return contact_sheet([[images.get(plane) for plane in PLANES] for images in rows.values()], list(rows), PLANES)
+    return contact_sheet([[images.get(name) for name in classes] for images in rows.values()], list(rows), classes)
 
 
 def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
@@ -156,7 +158,7 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]], caption: str = "") -> Fi
     for axes in grid.ravel():
         axes.label_outer()
     marks = {source: marks[source] for source in SOURCES if source in marks}
-    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=len(SOURCES), frameon=False)
+    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=len(marks), frameon=False)
     figure.supxlabel(caption, fontsize=9)
     return figure
 

@@ -1,9 +1,10 @@
 """Accuracy, recall, precision, F-score and AUC as the paper reports them, with intervals by bootstrap over patients.
 
-Macro averages run over the planes that occur among the targets: the African set has no Other, and counting that class
+Macro averages run over the classes that occur among the targets: the African set has no Other, and counting that class
 would cap recall at 80 %. Everything is a fraction; percent is for printing.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
@@ -42,6 +43,7 @@ def score(
     predictions: np.ndarray,
     definition: Definition = "notebook",
     probabilities: np.ndarray | None = None,
+    classes: int = K,
 ) -> Scores:
     """The paper's five metrics of predicted planes.
 
@@ -51,9 +53,10 @@ def score(
         positive for every class
     probabilities: (N, K) that the plain AUC ranks images by; without it the predicted labels do, where the AUC is
         (sensitivity + specificity) / 2
+    classes: how many there are
     A class that is never predicted has precision 0. ValueError for indices of unequal number or out of range.
     """
-    targets, predictions = _indices(targets, predictions)
+    targets, predictions = _indices(targets, predictions, classes)
     weights = np.ones((1, len(targets)))
     return Scores(*_weighted_scores(weights, targets, predictions, definition, probabilities)[0].tolist())
 
@@ -68,16 +71,17 @@ def bootstrap(
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    classes: int = K,
 ) -> dict[str, tuple[float, float]]:
     """Intervals by bootstrap over patients (Efron and Tibshirani 1993): metric's name -> (low, high).
 
     Expanded percentile intervals (Hesterberg 2015): see `_interval`.
 
-    targets, predictions, definition, probabilities: as for `score`
+    targets, predictions, definition, probabilities, classes: as for `score`
     patients: (N,) whose image it is; images of a patient resemble each other, so patients are drawn, not images
     A class that no drawn patient has is left out of that replicate's averages, as `score` does.
     """
-    targets, predictions = _indices(targets, predictions)
+    targets, predictions = _indices(targets, predictions, classes)
     weights, clusters = _draw(patients, len(targets), replicates, seed)
     scores = _weighted_scores(weights, targets, predictions, definition, probabilities)
     low, high = _interval(scores, clusters, level).tolist()
@@ -89,12 +93,13 @@ def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[
 
     targets: (N,) class indices; probabilities: (N, K); patients: (N,)
     """
-    predictions = probabilities.argmax(axis=1)
+    predictions, classes = probabilities.argmax(axis=1), probabilities.shape[1]
     scores, intervals = {}, {}
     for definition in get_args(Definition):
-        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
-        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
-    return {"scores": scores, "intervals": intervals, "confusion": confusion(targets, predictions).tolist()}
+        given = (targets, predictions)
+        scores[definition] = asdict(score(*given, definition, probabilities, classes))
+        intervals[definition] = bootstrap(*given, patients, definition, probabilities, classes=classes)
+    return {"scores": scores, "intervals": intervals, "confusion": confusion(targets, predictions, classes).tolist()}
 
 
 def _draw(patients: Sequence[Hashable], images: int, replicates: int, seed: int) -> tuple[np.ndarray, int]:
@@ -118,14 +123,14 @@ def _interval(scores: np.ndarray, clusters: int, level: float) -> np.ndarray:
     return np.nanquantile(scores, (tail, 1 - tail), axis=0)
 
 
-def _indices(targets: np.ndarray, predictions: np.ndarray, classes: int = K) -> tuple[np.ndarray, np.ndarray]:
+def _indices(targets: np.ndarray, predictions: np.ndarray, classes: int | None = K) -> tuple[np.ndarray, np.ndarray]:
     targets, predictions = np.asarray(targets), np.asarray(predictions)
     if targets.ndim != 1 or targets.shape != predictions.shape or not len(targets):
         raise ValueError(
             f"targets {targets.shape} and predictions {predictions.shape} are not one index per image each"
         )
-    if min(targets.min(), predictions.min()) < 0 or max(targets.max(), predictions.max()) >= classes:
-        raise ValueError(f"class indices must lie in 0..{classes - 1}")
+    if min(targets.min(), predictions.min()) < 0 or max(targets.max(), predictions.max()) >= (classes or math.inf):
+        raise ValueError(f"class indices must lie in 0..{classes - 1 if classes else ''}")
     return targets, predictions
 
 
@@ -143,12 +148,13 @@ def _weighted_scores(
     """
     if definition not in get_args(Definition):
         raise ValueError(f"AUC definition {definition!r} is not one of {', '.join(get_args(Definition))}")
-    counts = (weights @ np.eye(K * K)[targets * K + predictions]).reshape(-1, K, K)  # a confusion matrix per replicate
+    k = 1 + max(targets.max(), predictions.max()) if probabilities is None else probabilities.shape[1]
+    counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)  # a confusion matrix per replicate
     hits, support, predicted = np.diagonal(counts, axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
     present, total = support > 0, support.sum(axis=1, keepdims=True)
 
     if definition == "plain" and probabilities is not None:
-        auc = np.stack([_rank_auc(weights, targets == c, probabilities[:, c]) for c in range(K)], axis=1)
+        auc = np.stack([_rank_auc(weights, targets == c, probabilities[:, c]) for c in range(k)], axis=1)
     else:
         # the notebook's extra positives: images of each class whose prediction is no class of the targets
         astray = (counts * ~present[:, None]).sum(axis=2) * (definition == "notebook")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.record import sha256
+from eval.record import record_run, sha256, write_atomically
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.embedding import add_token, word_embedding
@@ -29,8 +29,9 @@ from ldm.generate import generate
 from ldm.images import decode_images
 from ldm.text import encode_prompts
 from lora.model import inject, lora_parameters
-from planes.captions import say_style, training_images, with_token
+from planes.captions import PROMPTS_FILE, say_style, training_images, with_token
 from planes.folders import REPEATS, Captioned
+from planes.sites import classes_of, prompts_of, read_site
 
 
 @dataclass
@@ -59,7 +60,14 @@ def captioned_images(args: Namespace) -> tuple[list[Captioned], list[tuple[Path,
     """
     token = args.learn_token or args.rare_token
     images, unseen = training_images(
-        args.spanish, args.images, args.manifest, args.per_plane, args.seed, args.validation
+        args.spanish,
+        args.images,
+        args.manifest,
+        args.per_plane,
+        args.seed,
+        args.validation,
+        args.source,
+        args.prompt_template,
     )
     images, unseen = (
         [replace(i, caption=with_token(i.caption, token), repeats=i.repeats * args.repeats) for i in group]
@@ -144,6 +152,21 @@ class Contexts:
         with self.autocast():
             encoded = encode_prompts(self.model.tokenizer, self.model.text_encoder, captions, self.clip_skip)
         return encoded.to(self.dtype)
+
+
+def record(args: Namespace, hashes: Mapping[str, str], paths: Sequence[Path], say: Callable[[str], object]) -> None:
+    """What a run of train_lora.py leaves besides weights: args.json, and the prompts of a site's classes.
+
+    hashes: of the model; paths: of the images
+    """
+    if args.source:
+        classes = classes_of(read_site(args.source, "source", train=True))
+        prompts = {name: [prompt] for name, prompt in prompts_of(classes, args.prompt_template).items()}
+        text = json.dumps(prompts, indent=2, ensure_ascii=False)
+        write_atomically(args.out / PROMPTS_FILE, text + "\n")
+    record_run(args.out, args, {**hashes} | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
+    if args.device.startswith("cuda"):
+        say(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 @torch.no_grad()

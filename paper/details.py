@@ -21,7 +21,6 @@ from paper.tables import (
     points,
     published_table,
 )
-from planes import PLANES
 
 
 def by_metric(out: Path, cells: Cells, compared: bool) -> list[Block]:
@@ -66,12 +65,15 @@ def by_classifier(
 
 def confusion_matrices(out: Path, tables: Mapping[str, Sequence[Row]], cells: Cells) -> Details:
     """A grid of matrices for each table, drawn into out/figures."""
+    classes = next(iter(cells.values()))[0].classes
     blocks: list[Block] = [
-        Paragraph("Each row of a matrix is a true plane: percent of its images by prediction, over all seeds.")
+        Paragraph("Each row of a matrix is a true class: percent of its images by prediction, over all seeds.")
     ]
     for name, rows in tables.items():
         matrices = {
-            (data, CLASSIFIERS[classifier]): sum(confusion(r.targets, r.predictions) for r in cells[data, classifier])
+            (data, CLASSIFIERS[classifier]): sum(
+                confusion(r.targets, r.predictions, len(classes)) for r in cells[data, classifier]
+            )
             for data, classifier in rows
         }
         down, across = (list(dict.fromkeys(names)) for names in zip(*matrices))
@@ -79,7 +81,7 @@ def confusion_matrices(out: Path, tables: Mapping[str, Sequence[Row]], cells: Ce
             matrices = {(column, row): matrix for (row, column), matrix in matrices.items()}
             down, across = across, down
         path = out / "figures" / f"confusion_{name}.png"
-        save(confusion_grid(matrices, down, across, PLANES), path)
+        save(confusion_grid(matrices, down, across, classes), path)
         blocks += [Picture(path, f"Confusion matrices, table {name}.")]
     return Details("Confusion matrices", blocks)
 
@@ -88,12 +90,12 @@ def robustness(cells: Cells) -> list[Block]:
     """Another definition of AUC, other test images, and each plane and country."""
     rows, test = list(cells), next(iter(cells.values()))[0]
     auc = Paragraph(
-        "The notebook's takes predicted labels, and a prediction of Other, which no African image is, counts as "
-        "positive for every class. The plain one ranks the images by predicted probability, one class against the "
-        "rest."
+        "The notebook's takes predicted labels, and a prediction of a class that no test image has, as Other in the "
+        "paper's, counts as positive for every class. The plain one ranks the images by predicted probability, one "
+        "class against the rest."
     )
     if test.copies.any():
-        text = "Left out: test images whose bytes occur earlier in the test list or among the African training images"
+        text = "Left out: test images whose bytes occur earlier in the test list or among their site's training images"
         copies: list[Block] = [Paragraph(f"{text}; {(~test.copies).sum()} remain."), distinct_table(rows, cells)]
     else:
         copies = [Paragraph("No test image is an identical copy: all results stand as they are.")]
@@ -101,7 +103,7 @@ def robustness(cells: Cells) -> list[Block]:
     return [
         Details("Two definitions of AUC", [auc, auc_table(rows, cells)]),
         Details("Without identical copies", copies),
-        Details("By plane and by country", shares + [group_table(rows, cells, key) for key in ("plane", "country")]),
+        Details("By class and by center", shares + [group_table(rows, cells, key) for key in ("class", "center")]),
     ]
 
 

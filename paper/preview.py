@@ -1,7 +1,6 @@
 """What a reproduction would run, what that needs and takes, and what is missing on this machine."""
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,10 +8,11 @@ from torchvision.models import get_model_weights
 
 from classify.data import RECIPES
 from classify.models import MODELS
-from eval.record import sha256, write_atomically
-from paper.plan import RANKS, Row
+from eval.record import write_atomically
+from paper.material import Selections
+from paper.plan import RANKS
 from planes import PLANES
-from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish, read_synthetic
+from planes.datasets import DatasetError, Record, read_synthetic
 
 # Seconds on two CPU cores, measured: one image of a classifier's training at 64 px; of a LoRA's, and sampled, at 96.
 CPU_PASS = {
@@ -29,60 +29,6 @@ UNET_GMACS = 400.0
 GPU_FLOPS = 2e13  # assumed to be sustained
 PAPER_COUNTS = {"all": 6148, "balanced": 1150, "": 0}  # what to reckon with where the table is not there
 SHOWN = 5  # names of missing images that are printed
-
-
-class Selections:
-    """The images that rows are made of, read from the datasets' tables alone."""
-
-    def __init__(
-        self,
-        spanish: Path | None,
-        african: Path | None,
-        manifests: Mapping[str, Path],
-        per_plane: Mapping[str, int | None],
-        seed: int,
-    ):
-        self.roots, self.manifests, self.per_plane, self.seed = (spanish, african), manifests, per_plane, seed
-        self.known: dict[str, list[Record]] = {}
-        self.digests: dict[str, str] = {}
-
-    def spanish(self, kind: str) -> list[Record]:
-        """The images of this kind ("all", "balanced", "lora"): the authors' list, or drawn by the same rule."""
-        if kind not in self.known:
-            records = read_spanish(self.roots[0])
-            train = [record for record in records if record.train]
-            if kind in self.manifests:
-                self.known[kind] = read_manifest(self.manifests[kind], records)
-            else:
-                count = self.per_plane[kind]
-                self.known[kind] = balanced(train, count, self.seed) if count else train
-        return self.known[kind]
-
-    def african(self, train: bool) -> list[Record]:
-        if "african" not in self.known:
-            self.known["african"] = read_african(self.roots[1])
-        return [record for record in self.known["african"] if record.train is train]
-
-    def digest(self, kind: str) -> str:
-        """One hash of the images of a kind, or of "african", and of what the tables say of them."""
-        if kind not in self.digests:
-            records = self.spanish(kind) if kind != "african" else self.african(train=True) + self.african(train=False)
-            lines = (f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n" for r in records)
-            self.digests[kind] = hashlib.sha256("".join(lines).encode()).hexdigest()
-        return self.digests[kind]
-
-    def counts(self, row: Row) -> tuple[int | None, int | None]:
-        """Spanish and African training images of a row; None where the table is not there."""
-        counts = []
-        for wanted, images in (
-            (row.data.spanish, lambda: self.spanish(row.data.spanish)),
-            (row.data.african, lambda: self.african(train=True)),
-        ):
-            try:
-                counts.append(len(images()) if wanted else 0)
-            except DatasetError:
-                counts.append(None)
-        return counts[0], counts[1]
 
 
 def missing_images(records: Iterable[Record]) -> list[Record]:
@@ -103,19 +49,21 @@ def missing_weights(names: Iterable[str]) -> list[str]:
 def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> list[str]:
     """A line for each dataset: is it whole? The names of all missing images go to missing_*.txt in `out`."""
     lines = []
+    names = ("first site", "second site") if selections.own else ("Spanish", "African")
     sources = {
-        "Spanish": lambda: [record for kind in kinds for record in selections.spanish(kind)],
-        "African": lambda: selections.african(train=True) + selections.african(train=False),
+        names[0]: lambda: [record for kind in kinds for record in selections.spanish(kind)],
+        names[1]: lambda: selections.african(train=True) + selections.african(train=False),
     }
     for name, images in sources.items():
         fetch = f"python -m planes.download --only {name.lower()} --to DIR, then --{name.lower()} DIR/<its folder>"
+        fetch = "put them where they are said to be" if selections.own else fetch
         try:
             records = list(dict.fromkeys(images()))
         except DatasetError as error:
             lines.append(f"{name} dataset: {error}; get it: {fetch}")
             continue
         if lost := missing_images(records):
-            path = out / f"missing_{name.lower()}.txt"
+            path = out / f"missing_{name.lower().replace(' ', '_')}.txt"
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(path, "".join(f"{record.path}\n" for record in lost))
             first = ", ".join(record.path.name for record in lost[:SHOWN])
@@ -138,13 +86,13 @@ def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> f
     return passes * CPU_PASS[classifier] * (size / 64) ** 2
 
 
-def synthesis(args, scale, kinds: set[str], full: bool) -> tuple[float, int, str]:
+def synthesis(args, scale, kinds: set[str], full: bool, classes: int) -> tuple[float, int, str]:
     """Seconds, bytes and a line of the plan for LoRAs and images of these kinds (paper.plan.DataModel)."""
     shared = kinds & {"lora", "prompts"}  # by the paper's LoRA; each of the others has its own
     figure_3 = not (args.quick or args.only or args.synthetic)
     ranks = RANKS if figure_3 else (scale.rank,) if shared else ()
     others = len(kinds - shared)
-    images, panels = 2 * len(PLANES) * scale.count * len(kinds), 10 * 36 * figure_3 * (len(RANKS) - 1)
+    images, panels = 2 * classes * scale.count * len(kinds), 2 * classes * 36 * figure_3 * (len(RANKS) - 1)
     lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
     passes = 100 * scale.repeats * (len(ranks) + others)
     seconds = (passes * lora + (images + panels) * sample) / (GPU_FLOPS if full else 1)
@@ -163,12 +111,12 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     full: at the paper's scale, on a GPU, and not the embedded one
     done: (row, seed) -> whether that run's outcome is there
     """
-    size = RECIPES[args.recipe].size if full else 64
-    listed = read_synthetic(args.synthetic) if args.synthetic else []
+    size, classes = RECIPES[args.recipe].size if full else 64, len(selections.classes) if selections else len(PLANES)
+    listed = read_synthetic(args.synthetic, selections.classes if selections else PLANES) if args.synthetic else []
     lines, seconds, disk = [], 0.0, 0
     for n, row in enumerate(args.rows):
         taken = listed and row.data.synthetic == "lora"
-        synthetic = len(listed) if taken else 2 * len(PLANES) * scale.count * bool(row.data.synthetic)
+        synthetic = len(listed) if taken else 2 * classes * scale.count * bool(row.data.synthetic)
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
         guess += synthetic + (217 * row.data.african if african is None else african)
@@ -189,7 +137,7 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
         lost = missing_images(listed)
         state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
     if made := {row.data.synthetic for row in args.rows} - ({"", "lora"} if args.synthetic else {""}):
-        time, space, line = synthesis(args, scale, made, full)
+        time, space, line = synthesis(args, scale, made, full, classes)
         seconds, disk, state = seconds + time, disk + space, [*state, line]
     state += models
     if args.weights == "imagenet":
@@ -199,7 +147,8 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     state += [f"{line} (without it, features of our own classifier)" for line in missing_weights(["inception_v3"])]
 
     machine = f"one GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s (assumed)" if full else "two CPU cores"
-    header = ["Row", "# Spanish", "# synthetic", "# African", "image passes", "runs left"]
+    sites = ("# source", "# target") if selections and selections.own else ("# Spanish", "# African")
+    header = ["Row", sites[0], "# synthetic", sites[1], "image passes", "runs left"]
     return "\n".join(
         [
             f"{len(args.rows)} rows x {len(args.seeds)} seeds, recipe {args.recipe}",

@@ -26,7 +26,6 @@ from paper.plan import CLASSIFIERS
 from paper.published import PUBLISHED
 from paper.results import Result, ResultError, require_same_test
 from paper.tables import gain_table, overview, quality_table, recognised_table, results_csv
-from planes import PLANES
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Context:
 
     material: what drew the synthetic images; sites: where the real ones come from
     phantoms: whether the test images are phantoms, or others of which the paper says nothing
+    own: whether the sites are a user's own, of whatever classes: the paper's tables are then left out
     recipe: "paper" or "notebook"
     seeds: those that every row was asked for
     command: the line that made it all
@@ -52,13 +52,14 @@ class Context:
     notes: Sequence[str] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
     title: str = ""
+    own: bool = False
 
 
 TITLES = {  # of the tables of paper.plan, in their order here
     "1": "Table 1: zero-shot classification",
     "controls": "Controls that the paper left out",
     "styles": "Style words: ours, not the paper's",
-    "2": "Table 2: with and without African training images",
+    "2": "Table 2: with and without training images of the second site",
     "beyond": "Beyond the paper",
 }
 WORDS = {
@@ -69,7 +70,7 @@ WORDS = {
     ),
     "styles": "HB with synthetic images whose prompts name brightness and contrast, the paper's future work.",
     "2": (
-        "AF: the African training images alone, which is no longer zero-shot and knows some test images by their "
+        "AF: the second site's training images alone, which is no longer zero-shot and may know test images by their "
         "copies; HB-all: all real images of the first site and the synthetic ones, the paper's HB of this table, which "
         "by its authors' code was augmented; here it is not."
     ),
@@ -82,7 +83,7 @@ READING = (
     "and speaks of these trained networks, not of the data that trained them. The five classifiers are taken as they "
     "are, and so are the LoRA and the synthetic images, made once: what making them anew would change is in no "
     "interval. Of twenty intervals one misses the truth by chance. Recall, precision, F-score and AUC are macro "
-    "averages over the planes that occur in the test."
+    "averages over the classes that occur in the test."
 )
 GAIN = (
     "Differences in accuracy between data models, averaged over the classifiers that both have. HB+DA differs from "
@@ -95,8 +96,8 @@ QUALITY = (
     "Two-sample: how often a classifier tells a synthetic image from a real one, 50 % being chance."
 )
 RECOGNISED = (
-    "Of the synthetic images, the share that classifiers of real images alone take for the plane of their prompt, "
-    f"in percent (chance: {100 / len(PLANES):.0f})."
+    "Of the synthetic images, the share that classifiers of real images alone take for the class of their prompt, "
+    "in percent (chance: {chance:.0f})."
 )
 
 
@@ -151,9 +152,10 @@ def build(
         title = "How close the synthetic images are to real ones"
         blocks += [Details(title, [Paragraph(QUALITY), quality_table(quality)])]
     if recognised:
-        blocks += [Details("What the LoRA does", [Paragraph(RECOGNISED), recognised_table(recognised)])]
+        words = Paragraph(RECOGNISED.format(chance=100 / len(results[0].classes)))
+        blocks += [Details("What the LoRA does", [words, recognised_table(recognised)])]
     blocks += [Details(title, [Picture(path, caption)]) for title, path, caption in figures[1:]]
-    blocks += [published_numbers(context.phantoms), differences(context.recipe)]
+    blocks += [] if context.own else [published_numbers(context.phantoms), differences(context.recipe)]
 
     write_atomically(out / "results.csv", results_csv(results))
     write_atomically(out / "report.md", to_markdown(blocks, out))
@@ -221,5 +223,5 @@ def _how(cells: Cells, context: Context) -> list[Block]:
         f"{countries} sites, {test.copies.sum()} of them identical copies of others."
     )
     blocks: list[Block] = [Heading("How this was made"), Paragraph(text), Code(context.command), Paragraph(READING)]
-    blocks += [Paragraph(PHANTOMS)] if context.phantoms else []
+    blocks += [Paragraph(PHANTOMS)] if context.phantoms and not context.own else []
     return blocks + [Paragraph(note) for note in context.notes]

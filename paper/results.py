@@ -40,7 +40,8 @@ class Result:
     targets, predictions: (N,) class indices of the test images
     probabilities: (N, K)
     patients, centers, images: (N,) names
-    copies: (N,) bool, whether the image's bytes occur earlier in the test list or among the African training images
+    copies: (N,) bool, whether the image's bytes occur earlier in the test list or among its site's training images
+    classes: their names, by index
     """
 
     table: str
@@ -55,6 +56,7 @@ class Result:
     centers: np.ndarray
     images: np.ndarray
     copies: np.ndarray
+    classes: tuple[str, ...] = PLANES
 
     @property
     def name(self) -> str:
@@ -97,18 +99,19 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        targets, predictions = (np.array([PLANES.index(row[key]) for row in rows]) for key in ("target", "prediction"))
+        named = ("image", "patient", "center", "target", "prediction", "copy")
+        classes = tuple(name for name in rows[0] if name not in named)
+        targets, predictions = (np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction"))
         columns = {f"{key}s": np.array([row[key] for row in rows]) for key in ("patient", "center", "image")}
-        probabilities = np.array([[float(row[plane]) for plane in PLANES] for row in rows])
+        probabilities = np.array([[float(row[name]) for name in classes] for row in rows])
         copies = np.array([row.get("copy", "0") == "1" for row in rows])
         training, counts = metrics["training"], metrics["confusion"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again") from None
-    if not rows or confusion(targets, predictions).tolist() != counts:
+    if confusion(targets, predictions, len(classes)).tolist() != counts:
         raise ResultError(f"{folder}: metrics.json and predictions.csv are of different runs; run the row again")
-    return Result(
-        table, data, classifier, seed, training, targets, predictions, probabilities, copies=copies, **columns
-    )
+    found = (targets, predictions, probabilities)
+    return Result(table, data, classifier, seed, training, *found, copies=copies, classes=classes, **columns)
 
 
 def require_same_test(results: Sequence[Result]) -> None:

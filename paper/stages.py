@@ -10,15 +10,16 @@ from pathlib import Path
 
 from eval import ranks
 from eval.record import sha256_of_all, write_atomically
+from planes import PLANES
 from planes.datasets import read_synthetic
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
 
 @cache
-def images_hash(manifest: Path) -> str:
+def images_hash(manifest: Path, classes: tuple[str, ...] = PLANES) -> str:
     """One hash of a list of synthetic images and of the images, which rows share: they are read once in a run."""
-    return sha256_of_all([manifest, *(record.path for record in read_synthetic(manifest))])
+    return sha256_of_all([manifest, *(record.path for record in read_synthetic(manifest, classes))])
 
 
 class Stages:

@@ -40,9 +40,9 @@ class Findings:
 def recognised(classifier_file: Path, records: Sequence[Record]) -> dict[str, float]:
     """Share of the synthetic images that the classifier takes for the plane of their prompt, by sampler."""
     model, description = load(classifier_file)
-    images = PlaneImages(records, description["size"])
+    images = PlaneImages(records, description["size"], description["classes"])
     predictions = predict(model, batches(images, 64), description["input_range"]).argmax(dim=1).numpy()
-    hits = predictions == np.array([PLANES.index(record.plane) for record in records])
+    hits = predictions == np.array(images.targets)
     centers = np.array([record.center for record in records])
     return {str(sampler): float(hits[centers == sampler].mean()) for sampler in dict.fromkeys(centers)}
 
@@ -64,10 +64,11 @@ def describe(
     judges: Mapping[str, Path],
     without: Sequence[Record],
     seed: int,
+    classes: Sequence[str] = PLANES,
 ) -> Findings:
     """Measure the synthetic images and draw them into out/figures.
 
-    sites: "spain" and "africa" -> their images
+    sites: the source of the first site's images and of the second's, such as "spain" and "africa" -> their images
     lora_images: what the LoRA was trained on
     panels: rank of the LoRA -> its synthetic images; `rank` is the one that classifiers are trained on
     judges: label -> a classifier of real images alone, written by classify.py
@@ -80,16 +81,18 @@ def describe(
         found.recognised |= {f"{label}, with LoRA": recognised(file, synthetic)}
         found.recognised |= {f"{label}, without": recognised(file, without)} if without else {}
 
-    save(figure_2(sites, synthetic), figures / "samples.png")
-    caption = f"The first image of each plane; synthetic ones by the LoRA of rank {rank}. The African set has no Other."
+    (_, real), (second, unseen) = sites.items()
+    save(figure_2(sites, synthetic, classes), figures / "samples.png")
+    caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
+    if lacking := [name for name in classes if not any(record.plane == name for record in unseen)]:
+        caption += f" {second.capitalize()} has no {' and no '.join(lacking)}."
     found.figures.append(("Samples (figure 2)", figures / "samples.png", caption))
 
     if network := extractor("logits", 224, judge):
-        save(figure_3(sites, panels, network, seed), figures / "sources.png")
-        caption = f"t-SNE of {network.name}; {PER_SOURCE} images per plane and source, rank of the LoRA to the left."
+        save(figure_3(sites, panels, network, seed, classes), figures / "sources.png")
+        caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source, rank of the LoRA to the left."
         found.figures.append(("Where the sources lie (figure 3)", figures / "sources.png", caption))
     if network := extractor("penultimate", 299, judge):
-        real = sites["spain"]
         found.quality = quality_table(
             features(network, list(real)),
             features(network, list(synthetic)),
@@ -112,29 +115,34 @@ def describe(
     return found
 
 
-def figure_2(sites: Mapping[str, Sequence[Record]], synthetic: Sequence[Record]):
-    """The first image of each plane: a row for each sampler and site."""
+def figure_2(sites: Mapping[str, Sequence[Record]], synthetic: Sequence[Record], classes: Sequence[str] = PLANES):
+    """The first image of each class: a row for each sampler and site."""
     groups = {name: [r for r in synthetic if r.center == name] for name in dict.fromkeys(r.center for r in synthetic)}
     groups |= {name.capitalize(): records for name, records in sites.items()}
     rows = {}
     for label, records in groups.items():
-        first = {plane: next((r for r in records if r.plane is plane), None) for plane in PLANES}
+        first = {name: next((r for r in records if r.plane == name), None) for name in classes}
         rows[label] = {plane: Image.open(r.path).convert("L").resize((256, 256)) for plane, r in first.items() if r}
-    return samples_figure(rows)
+    return samples_figure(rows, classes)
 
 
 def figure_3(
-    sites: Mapping[str, Sequence[Record]], panels: Mapping[int, Sequence[Record]], network: Extractor, seed: int
+    sites: Mapping[str, Sequence[Record]],
+    panels: Mapping[int, Sequence[Record]],
+    network: Extractor,
+    seed: int,
+    classes: Sequence[str] = PLANES,
 ):
-    """For each rank and plane, t-SNE of equally many images of each source; real ones are the same in every row."""
-    rows = {}
+    """For each rank and class that all sites have, t-SNE of equally many images of each source; real ones are the same
+    in every row."""
+    rows, seen = {}, [{record.plane for record in records} for records in sites.values()]
     for rank, synthetic in panels.items():
         rng = np.random.default_rng(seed)
         rows[f"r = {rank}"] = {}
-        for plane in PLANES[:4]:  # the African set has no Other
+        for plane in (name for name in classes if all(name in planes for planes in seen)):  # Africa has no Other
             chosen = []
             for records in (*sites.values(), synthetic):
-                candidates = [record for record in records if record.plane is plane]
+                candidates = [record for record in records if record.plane == plane]
                 chosen += [candidates[n] for n in rng.permutation(len(candidates))[:PER_SOURCE]]
             points = tsne(features(network, chosen), seed=seed)
             rows[f"r = {rank}"][str(plane)] = points, [record.source for record in chosen]

@@ -13,12 +13,12 @@ from paper.gain import Cells, Gain, Row
 from paper.plan import CLASSIFIERS
 from paper.published import PUBLISHED, TRAINING, published_difference
 from paper.results import METRICS, Estimate, Result, compare, estimate
-from planes import PLANES
 
 NAMES = {"accuracy": "ACC", "recall": "Recall", "precision": "Precision", "f_score": "F-score", "auc": "AUC"}
 NONE = "–"
 ONE_SEED = "*"  # marks an interval over patients alone
-SOURCES = {"real": "spain", "synthetic": "synthetic", "african": "africa"}
+SOURCES = {"real": ("spain", "source"), "synthetic": ("synthetic",), "african": ("africa",), "target": ("target",)}
+"""A column of the tables -> the sources of its images."""
 COMPARED = ("accuracy", "f_score", "auc")
 
 
@@ -49,8 +49,8 @@ def overview(rows: Sequence[Row], cells: Cells, seeds: Sequence[int], compared: 
 
     compared: with the published number of each in brackets
     """
-    african = any("africa" in cells[row][0].training["sources"] for row in rows)
-    kinds = [kind for kind in SOURCES if kind != "african" or african]
+    seen = {source for row in rows for source in cells[row][0].training["sources"]}
+    kinds = [kind for kind in SOURCES if kind in ("real", "synthetic") or seen & {*SOURCES[kind]}]
     names = list(NAMES.values())
     header = ["Data", "Classifier", "Seeds", *(f"# {kind}" for kind in kinds), names[0], "95 % interval", *names[1:]]
     body = []
@@ -61,7 +61,7 @@ def overview(rows: Sequence[Row], cells: Cells, seeds: Sequence[int], compared: 
             theirs = [percent(getattr(PUBLISHED[row], metric)) for metric in METRICS]
             values = [f"{ours} ({number})" for ours, number in zip(values, theirs)]
         values.insert(1, interval(found["accuracy"]))
-        counts = [sources.get(SOURCES[kind], 0) for kind in kinds]
+        counts = [_count(sources, kind) for kind in kinds]
         body.append([*_names(row), f"{len(cells[row])} of {len(seeds)}", *counts, *values])
     return Table(header, body, labels=2)
 
@@ -168,13 +168,10 @@ def distinct_table(rows: Sequence[Row], cells: Cells) -> Table:
 
 
 def group_table(rows: Sequence[Row], cells: Cells, key: str) -> Table:
-    """Share of the images of each "plane" or "country" that are classified rightly, over all seeds, in percent."""
-
-    def groups(result: Result) -> np.ndarray:
-        return np.array(PLANES)[result.targets] if key == "plane" else result.centers
-
-    test = groups(cells[rows[0]][0])
-    names = [name for name in PLANES if name in test] if key == "plane" else sorted(set(test))
+    """Share of the images of each "class" or "center" that are classified rightly, over all seeds, in percent."""
+    first = cells[rows[0]][0]
+    test = np.array(first.classes)[first.targets] if key == "class" else first.centers
+    names = [name for name in first.classes if name in test] if key == "class" else sorted(set(test))
     body = []
     for row in rows:
         counts = [by_group(result.targets, result.predictions, test) for result in cells[row]]
@@ -186,7 +183,7 @@ def group_table(rows: Sequence[Row], cells: Cells, key: str) -> Table:
 def quality_table(rows: Sequence[Mapping[str, object]]) -> Table:
     """Fréchet and kernel distances, precision, recall, density, coverage, two-sample test, by plane and sampler."""
     names = {
-        "plane": "Plane",
+        "plane": "Class",
         "sampler": "Sampler",
         "images": "Images",
         "fid": "FID",
@@ -230,7 +227,8 @@ def results_csv(results: Sequence[Result]) -> str:
     for result in results:
         sources = result.training["sources"]
         line = {key: getattr(result, key) for key in ("table", "data", "classifier", "seed")}
-        line |= {f"n_{name}": sources.get(key, 0) for name, key in SOURCES.items()}
+        line |= {f"n_{name}": _count(sources, name) for name in ("real", "synthetic")}
+        line |= {"n_second": _count(sources, "african") + _count(sources, "target")}
         line |= {"n_test": len(result.targets), "n_copies": int(result.copies.sum())}
         for images in ("all", "distinct"):
             for definition in ("notebook", "plain"):
@@ -243,6 +241,10 @@ def results_csv(results: Sequence[Result]) -> str:
             writer.writeheader()
         writer.writerow(line)
     return file.getvalue()
+
+
+def _count(sources: Mapping[str, int], kind: str) -> int:
+    return sum(sources.get(source, 0) for source in SOURCES[kind])
 
 
 def _names(row: Row) -> tuple[str, str]:

@@ -3,44 +3,76 @@
 import json
 import random
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from planes import PLANES, PROMPT_LISTS, PROMPTS, Plane
+from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
 from planes.pictures import open_image
+from planes.sites import classes_of, is_class_name, is_text, prompts_of, read_site
 from planes.style import STYLES, style_words, with_style
 from planes.tables import read_table
 
+PROMPTS_FILE = "prompts.json"
+"""Beside a LoRA that was trained on another site than the paper's: the captions of its classes, as `read_prompts` takes
+them from a file."""
 
-def read_prompts(source: str) -> dict[Plane, tuple[str, ...]]:
-    """The prompts of each plane: "paper" (PROMPTS, one each), "styles" (PROMPTS with every pair of words for brightness
-    and contrast), "detailed" (PROMPT_LISTS), or a JSON file of such lists.
 
-    Raises DatasetError unless the file is an object that has a list of at least one prompt for each plane, and no more.
+def prompts_beside(loras: Sequence[Path]) -> dict[str, str]:
+    """The prompt of each class of the run that a LoRA comes from: PROMPTS, or those that lie beside the first of the
+    LoRAs that has some. Raises DatasetError for a file of them that is none."""
+    file = next((file for path in loras if (file := path.parent / PROMPTS_FILE).is_file()), None)
+    return {name: prompts[0] for name, prompts in _read_lists(file, None).items()} if file else {**PROMPTS}
+
+
+def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tuple[str, ...]]:
+    """The prompts of each class: "paper" (one each), "styles" (with every pair of words for brightness and contrast),
+    "detailed" (PROMPT_LISTS), or a JSON file of such lists.
+
+    base: the one prompt of each class, which the first two are made of
+
+    Raises DatasetError unless the file is an object that has a list of at least one prompt for each class, and no more;
+    it may have classes of its own, none of which is a plane.
     """
     if source == "paper":
-        return {plane: (prompt,) for plane, prompt in PROMPTS.items()}
+        return {name: (prompt,) for name, prompt in base.items()}
     if source == "styles":
-        return {plane: tuple(with_style(prompt, words) for words in STYLES) for plane, prompt in PROMPTS.items()}
-    if source == "detailed":
-        return PROMPT_LISTS
+        return {name: tuple(with_style(prompt, words) for words in STYLES) for name, prompt in base.items()}
+    if source != "detailed":
+        return _read_lists(Path(source), tuple(base))
+    if set(base) != {*PLANES}:
+        raise DatasetError(f"--prompts detailed: of the paper's planes, not of {', '.join(base)}: give a file of them")
+    return PROMPT_LISTS
+
+
+def _read_lists(source: Path, classes: tuple[str, ...] | None) -> dict[str, tuple[str, ...]]:
+    """The lists of a file, of these classes, or of others where they are none or the planes."""
     try:
-        lists = json.loads(Path(source).read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        lists = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{source}: cannot be read as JSON in UTF-8 ({error})") from None
-    if not isinstance(lists, dict) or set(lists) != {*PLANES}:
+    if (
+        isinstance(lists, dict)
+        and lists
+        and (classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}))
+    ):
+        if bad := next((name for name in lists if not is_class_name(name)), None):
+            raise DatasetError(f"{source}: {bad!r} is no name for a class, which names folders too; choose another")
+        classes = tuple(lists)
+    classes = PLANES if classes is None else classes
+    if not isinstance(lists, dict) or set(lists) != {*classes}:
         had = ", ".join(lists) or "none" if isinstance(lists, dict) else "no object"
-        raise DatasetError(f"{source}: needs a list of prompts for each of {', '.join(PLANES)}; it has {had}")
-    for plane, prompts in lists.items():
+        raise DatasetError(f"{source}: needs a list of prompts for each of {', '.join(classes)}; it has {had}")
+    for name, prompts in lists.items():
         if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise DatasetError(f"{source}: {plane} needs a list of one or more prompts, in quotation marks")
+            raise DatasetError(f"{source}: {name} needs a list of one or more prompts, in quotation marks")
         if bad := next((prompt for prompt in prompts if not is_text(prompt)), None):
-            raise DatasetError(f"{source}: {plane} has {bad!r}, in which half a character stands alone; write it whole")
-    return {plane: tuple(lists[plane]) for plane in PLANES}
+            raise DatasetError(f"{source}: {name} has {bad!r}, in which half a character stands alone; write it whole")
+    return {name: tuple(lists[name]) for name in classes}
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -49,15 +81,6 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ValueError(f"{twice!r} is there twice")
     return dict(pairs)
-
-
-def is_text(text: str) -> bool:
-    """Can it be written in UTF-8? A lone surrogate, half of a character, cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:
@@ -91,14 +114,21 @@ def with_token(text: str, token: str | None) -> str:
 
 
 def training_images(
-    spanish: Path | None, images: Path | None, manifest: Path | None, per_plane: int, seed: int, held_out: int = 0
+    spanish: Path | None,
+    images: Path | None,
+    manifest: Path | None,
+    per_plane: int,
+    seed: int,
+    held_out: int = 0,
+    source: Path | None = None,
+    template: str = "",
 ) -> tuple[list[Captioned], list[Captioned]]:
-    """The images to train on, each file there: those of the folder `images`, or images of `spanish` with PROMPTS; and
-    the images that are held out.
+    """The images to train on, each file there: those of the folder `images`, images of `spanish` with PROMPTS, or of
+    any site `source` with prompts by a template (`planes.sites`); and the images that are held out.
 
-    manifest: the list of images to take from `spanish`; None: `per_plane` of each plane, drawn by `seed`
-    held_out: how many; of `spanish` training images of other patients, so that those that are trained on stay the same;
-        of `images` some of them, which are then not trained on
+    manifest: the list of images to take from `spanish`; None: `per_plane` of each class, drawn by `seed`
+    held_out: how many; of a dataset or site training images of other patients, so that those that are trained on stay
+        the same; of `images` some of them, which are then not trained on
     An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies them, so its default
     must be 1 where folders name theirs: in kohya, which has no such flag, they say all.
     """
@@ -109,15 +139,18 @@ def training_images(
             raise DatasetError(f"{images}: {len(found)} images, of which {held_out} cannot be held out; ask for fewer")
         unseen = {*rng.permutation(len(found))[:held_out].tolist()}
         return [i for n, i in enumerate(found) if n not in unseen], [found[n] for n in sorted(unseen)]
-    every = read_spanish(spanish)
-    records = read_manifest(manifest, every) if manifest else balanced([r for r in every if r.train], per_plane, seed)
+    every = read_site(source, "source", train=True) if source else read_spanish(spanish)
+    classes = classes_of(every) if source else PLANES
+    prompts = prompts_of(classes, template) if source else PROMPTS
+    pool = [record for record in every if record.train]
+    records = read_manifest(manifest, every) if manifest else balanced(pool, per_plane, seed, classes)
     patients = {record.patient for record in records}
     others = [record for record in every if record.train and record.patient not in patients]
     if held_out > len(others):
         raise DatasetError(f"{len(others)} training images of other patients are left, not {held_out} to hold out")
     unseen = [others[n] for n in sorted(rng.permutation(len(others))[:held_out])]
     require_images(records + unseen)
-    chosen, spared = ([Captioned(r.path, PROMPTS[r.plane], 1) for r in group] for group in (records, unseen))
+    chosen, spared = ([Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (records, unseen))
     return chosen, spared
 
 

@@ -5,7 +5,7 @@ line that a caller gets before any work starts. Records of the maternal cervix a
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +41,14 @@ SPLIT: dict[str, bool] = {"1": True, "0": False}
 class Record:
     """One image and what its dataset's table says of it.
 
+    plane: a Plane, or whatever the classes of another site are called (`planes.sites`)
     patient: unique among all sources, such as "spain/305" or "africa/Malawi/14"
-    source: a key of ORIGINS
-    center: the country, or the sampler of a synthetic image
+    source: a key of ORIGINS, or "source" or "target"
+    center: the country, the site's folder, or the sampler of a synthetic image
     """
 
     path: Path
-    plane: Plane
+    plane: str
     patient: str
     train: bool
     source: str
@@ -106,15 +107,17 @@ def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
     return list(chosen.values())
 
 
-def read_synthetic(manifest: str | Path) -> list[Record]:
+def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> list[Record]:
     """Synthetic images, all for training, each its own patient.
 
+    classes: those that there may be
     manifest: the manifest.csv of sample.py beside its images, or the authors' list of those they published (Zenodo
         13228158), put into the folder that holds them at any depth
     """
     path = Path(manifest)
+    labels = LABELS if classes == PLANES else {name.lower(): name for name in classes}
     try:
-        made = _rows(path, "plane", ("image",), "sampler")
+        made = _rows(path, "plane", ("image",), "sampler", labels=labels)
         rows = [(plane, path.parent / image, sampler) for _, plane, image, sampler in made]
     except DatasetError:
         if not path.is_file() or "Image_name" not in path.read_text(encoding="utf-8-sig", errors="replace"):
@@ -133,17 +136,18 @@ def require_images(records: Iterable[Record]) -> None:
     missing = [record for record in records if not record.path.is_file()]
     if missing:
         names = ", ".join(record.name for record in missing[:5]) + (", ..." if len(missing) > 5 else "")
-        origins = "; ".join(ORIGINS[source] for source in dict.fromkeys(record.source for record in missing))
+        sources = dict.fromkeys(record.source for record in missing)
+        origins = "; ".join(ORIGINS.get(name, f"put them into the folder of the {name} site") for name in sources)
         raise DatasetError(f"{len(missing)} of {len(records)} images are missing ({names}); {origins}")
 
 
-def balanced(records: Iterable[Record], per_plane: int, seed: int) -> list[Record]:
-    """`per_plane` random records of each plane, whatever their order; with the same seed, fewer are a part of more."""
+def balanced(records: Iterable[Record], per_plane: int, seed: int, classes: Sequence[str] = PLANES) -> list[Record]:
+    """`per_plane` random records of each class, whatever their order; with the same seed, fewer are a part of more."""
     records, chosen = list(records), []
-    for index, plane in enumerate(PLANES):
-        pool = _sorted(record for record in records if record.plane is plane)
+    for index, plane in enumerate(classes):
+        pool = _sorted(record for record in records if record.plane == plane)
         if len(pool) < per_plane:
-            raise DatasetError(f"only {len(pool)} images of {plane}, but {per_plane} of each plane were asked for")
+            raise DatasetError(f"only {len(pool)} images of {plane}, but {per_plane} of each were asked for")
         chosen += [pool[n] for n in np.random.default_rng([seed, index]).permutation(len(pool))[:per_plane]]
     return chosen
 
@@ -163,10 +167,10 @@ def validation_split(records: Iterable[Record], count: int = 200, *, seed: int) 
     return [r for r in records if r.patient not in held], [r for r in records if r.patient in held]
 
 
-def count(records: list[Record]) -> dict:
-    """How many images, and of which source and plane."""
+def count(records: list[Record], classes: Sequence[str] = PLANES) -> dict:
+    """How many images, and of which source and class."""
     sources = Counter(record.source for record in records)
-    planes = {s: {str(p): sum(r.source == s and r.plane is p for r in records) for p in PLANES} for s in sources}
+    planes = {s: {str(p): sum(r.source == s and r.plane == p for r in records) for p in classes} for s in sources}
     return {"images": len(records), "patients": len({r.patient for r in records}), "sources": sources, "planes": planes}
 
 
