@@ -13,7 +13,7 @@ from eval.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights
-from ldm.cli import DTYPES, add_model_arguments, load_model
+from ldm.cli import DTYPES, add_model_arguments, load_model, lora_path
 from ldm.webui import lora_hash, model_hash
 from lora.files import load_lora
 from lora.files.metadata import ARCHITECTURES
@@ -26,7 +26,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.usage = "%(prog)s MODEL LORA [LORA ..] --out OUT [flags]"
     add = parser.add_argument
     add_model_arguments(parser, positional=True)
-    add("loras", metavar="LORA", type=Path, nargs="+", help="LoRA files of kohya, PEFT or diffusers, in any order")
+    add("loras", metavar="LORA", type=lora_path, nargs="+", help="LoRAs of kohya, PEFT or diffusers: files or hub ids")
     add("--out", type=Path, required=True, help="the file or folder to write, which must not exist")
     add("--strength", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
     add("--to", choices=["single", "folder"], help="webui's file or diffusers' folder (default: by the name of --out)")

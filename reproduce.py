@@ -10,8 +10,7 @@ stage is one run of another script; what is done is not done again. The outcome 
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,60 +21,21 @@ from eval.flags import device_name, seed_number
 from eval.record import folder_hash, record_environment, sha256
 from eval.script import alone_in, run
 from ldm import CheckpointError
-from ldm.cli import add_model_arguments, describe_models, model_flags, model_paths
+from ldm.cli import add_model_arguments, describe_models, lora_path, model_flags, model_paths
 from lora import LoRAError
 from paper.material import PHANTOMS, Selections, lists, make_phantoms
-from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, DataModel, Row, choose
+from paper.plan import BEYOND_ROWS, QUICK_ROWS, RANKS, ROWS, Row, choose
 from paper.preview import preview
 from paper.report import Context, build
 from paper.results import ResultError, is_run, read_result, row_folder
+from paper.scales import EMBEDDED, PAPER, QUICK, Scale
 from paper.stages import Stages, images_hash
 from paper.synthetic import Findings, describe
-from planes import PLANES
 from planes.captions import PROMPTS_FILE
 from planes.datasets import DatasetError, read_synthetic, require_images
+from planes.record import fetch_synthetic
 from samplers import SamplerError
 
-
-@dataclass(frozen=True)
-class Scale:
-    """How large each stage is, as the flags of its script; what is not named stands at the paper's setting there."""
-
-    per_plane: Mapping[str, int | None]  # Spanish images of each kind (paper.plan.DataModel); None: all there are
-    train_lora: str
-    repeats: int  # of each of the LoRA's images
-    rank: int  # of the LoRA whose images classifiers are trained on
-    sample: str
-    count: int  # synthetic images per plane and sampler
-    classify: str
-    passes: Mapping[str, int] = field(default_factory=dict)  # of each classifier, whatever its data; else by epochs
-    left_out: Mapping[str, str] = field(default_factory=dict)  # classifiers that are in no average, and why
-
-    def phantoms(self, data: DataModel) -> tuple[int, int]:
-        """How many phantoms of the first and of the second site a data model has."""
-        of_plane = self.per_plane.get(data.spanish)
-        spanish = len(PLANES) * of_plane if of_plane else sum(PHANTOMS["train"].values())
-        african = (PHANTOMS["patients"] + 1) // 2 * (3 * 4 + 2 * 3) if data.african else 0  # two countries lack thorax
-        return spanish if data.spanish else 0, african
-
-
-PAPER = Scale(
-    {"all": None, "balanced": 230, "lora": 20}, train_lora="", repeats=100, rank=128, sample="", count=500, classify=""
-)
-EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
-    per_plane={"all": None, "balanced": 23, "lora": 20},
-    train_lora="--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
-    "--guidance-scale 1.5",
-    repeats=200,
-    rank=32,
-    sample="--guidance-scale 1.5 --batch-size 20",
-    count=50,
-    classify="--size 64 --lr 5e-3 --schedule cosine",
-    passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
-    left_out={"vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"},
-)
-QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
-QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of a quarter of the steps wants more
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a plane, of which it takes 35
 SITES = {False: ("spain", "africa"), True: ("source", "target")}  # the sources of their images: a user's own or not
 QUICK_SEEDS = [0, 1, 2]
@@ -94,7 +54,12 @@ def parse_args(argv=None):
     add("--target", type=Path, help="with it: another site of the same classes, that is tested on")
     add("--prompt-template", default="an ultrasound image of {class}", help="a prompt for each class of --source")
     add("--manifests", type=Path, help="folder with the authors' lists of images (default: drawn by the same rules)")
-    add("--synthetic", type=Path, help="a list of synthetic images to take instead of making them")
+    add(
+        "--synthetic",
+        type=Path,
+        help="a list of synthetic images to take instead of making them, or zenodo: the authors'",
+    )
+    add("--lora", type=lora_path, help="a LoRA to take instead of training one: a file, or a hub id")
     add("--recipe", choices=RECIPES, default="paper", help="of the classifiers: the paper's, or its notebook's (paper)")
     add("--weights", help="of the classifiers: imagenet, none or a file (default: imagenet with --model, else none)")
     add("--only", nargs="+", default=[], metavar="ROW", help='some rows: "HB+DA/ResNet18", HB+DA, resnet18, "table 2"')
@@ -138,31 +103,42 @@ class Experiment:
         return {part: folder_hash(path) for part, path in model_paths(self.args).items()}
 
     def lora(self, rank: int, name: str = "lora", *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+        """The LoRA's file."""
+        if self.args.lora and name in ("lora", "lora_styles"):
+            return self.args.lora
         flags = (*self.model, *self.selections.flags("lora"), *self.scale.train_lora.split(), *flags)
         flags += ("--prompt-template", self.args.prompt_template) if self.args.source else ()
         flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
         out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
         by = self.owners.setdefault(out, len(self.owners) % ranks.size())
-        return self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs, by=by)
+        self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs, by=by)
+        return out / "lora.safetensors"
 
     def styles_lora(self) -> Path:
         return self.lora(self.scale.rank, "lora_styles", "--style-words")
 
-    def draw(self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = ()) -> Path:
+    def draw(
+        self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = (), lora: Path | None = None
+    ) -> Path:
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
         ranks.wait()  # for LoRAs that others train
-        return self.stages.run("sample", self.args.out / name, *flags, needs=needs, inputs=self.model_hashes)
+        flags, inputs = (*flags, *(["--lora", lora] if lora else [])), dict(self.model_hashes)
+        if lora and lora == self.args.lora:
+            inputs["lora"] = folder_hash(lora)
+        elif lora:
+            needs = (*needs, lora.parent)
+        return self.stages.run("sample", self.args.out / name, *flags, needs=needs, inputs=inputs)
 
     def lora_images(self, rank: int) -> Path:
         """Synthetic images by the LoRA of this rank: those to train on, or the fewer that figure 3 needs."""
         lora = self.lora(rank)
         count = self.scale.count if rank == self.scale.rank else PANEL_COUNT
-        return self.draw(f"synthetic_r{rank}", count, "--lora", lora / "lora.safetensors", needs=(lora,))
+        return self.draw(f"synthetic_r{rank}", count, lora=lora)
 
     def images_without_lora(self) -> Path:
         lora = self.lora(self.scale.rank) if self.args.source else None  # whose run says what the classes are called
-        flags = ["--prompts", lora / PROMPTS_FILE] if lora else []
-        return self.draw("synthetic_without_lora", 10, *flags, needs=(lora,) if lora else ())
+        flags = ["--prompts", lora.parent / PROMPTS_FILE] if lora else []
+        return self.draw("synthetic_without_lora", 10, *flags, needs=(lora.parent,) if lora else ())
 
     def synthetic(self, kind: str) -> Path:
         """The list of synthetic images of this kind (paper.plan.DataModel), made if need be."""
@@ -175,15 +151,14 @@ class Experiment:
             lora, flags = self.lora(rank), ["--prompts", "detailed"]
         elif kind == "token":
             lora = self.lora(rank, "token", "--learn-token", TOKEN)
-            flags = ["--embedding", lora / "embedding.safetensors"]
+            flags = ["--embedding", lora.parent / "embedding.safetensors"]
         else:
             prior = self.images_without_lora()
             lora = self.lora(
                 rank, "dreambooth", "--rare-token", RARE_TOKEN, "--prior", prior / "manifest.csv", needs=(prior,)
             )
             flags = ["--rare-token", RARE_TOKEN]
-        flags += ["--lora", lora / "lora.safetensors"]
-        return self.draw(f"synthetic_{kind}", self.scale.count, *flags, needs=(lora,)) / "manifest.csv"
+        return self.draw(f"synthetic_{kind}", self.scale.count, *flags, lora=lora) / "manifest.csv"
 
     def classify(self, row: Row, seed: int, by: int = 0) -> Path:
         """Train and test one row with one seed. by: the process of torchrun that does it."""
@@ -259,6 +234,8 @@ def main(args):
                     if ranks.is_first() is turn:
                         given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
                     ranks.wait()
+            if str(args.synthetic) == "zenodo" and not args.synthetic.exists():
+                args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
             reproduce(args, scale, select(given))
 
 
@@ -272,7 +249,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     experiment = Experiment(args, scale, selections)
     panels, without = {}, None
     if not args.only and not args.synthetic:
-        widths = (scale.rank,) if args.quick else RANKS
+        widths = (scale.rank,) if args.quick or args.lora else RANKS
         for width in widths:
             experiment.lora(width)
         experiment.styles_lora()

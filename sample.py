@@ -24,7 +24,7 @@ from eval.flags import LAST_SEED, device_name, plain_text, require_at_least, see
 from eval.record import record_run, sha256, write_atomically
 from eval.script import alone_together, progress, run
 from ldm import CheckpointError, fast, webui
-from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model
+from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images, read_image
@@ -44,7 +44,7 @@ def parse_args(argv=None):
     parser.usage = "%(prog)s [flags] --out OUT"
     add = parser.add_argument
     add_model_arguments(parser)
-    add("--lora", type=Path, nargs="+", default=[], help="LoRAs of kohya, PEFT or diffusers, merged into the model")
+    add("--lora", type=lora_path, nargs="+", default=[], help="LoRAs of kohya, PEFT or diffusers: files or hub ids")
     add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
     add("--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names")
     add("--token", type=plain_text, help="another name for the token of --embedding (default: the file's)")

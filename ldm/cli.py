@@ -52,6 +52,17 @@ def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: to
     return model
 
 
+def lora_path(text: str) -> Path:
+    """A LoRA's file or folder: a path, or a hub id, owner/name/file.safetensors[@revision], downloaded if need be."""
+    path = Path(text)
+    if path.exists() or len(path.parts) < 3 or path.is_absolute() or text.startswith("."):
+        return path  # where nothing is there, the one who opens it says so
+    try:
+        return resolve_model(text, "lora")
+    except CheckpointError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
 def image_size(text: str) -> tuple[int, int]:
     """(width, height) in px: "512", a square's side, or "576x384"."""
     if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):

@@ -13,6 +13,7 @@ from paper.material import Selections
 from paper.plan import RANKS
 from planes import PLANES
 from planes.datasets import DatasetError, Record, read_synthetic
+from planes.record import SYNTHETIC
 
 # Seconds on two CPU cores, measured: one image of a classifier's training at 64 px; of a LoRA's, and sampled, at 96.
 CPU_PASS = {
@@ -28,6 +29,7 @@ GMACS = {"densenet169": 3.4, "mobilenet_v2": 0.3, "efficientnet_b0": 0.4, "resne
 UNET_GMACS = 400.0
 GPU_FLOPS = 2e13  # assumed to be sustained
 PAPER_COUNTS = {"all": 6148, "balanced": 1150, "": 0}  # what to reckon with where the table is not there
+PUBLISHED = 5000  # synthetic images of the authors
 SHOWN = 5  # names of missing images that are printed
 
 
@@ -112,11 +114,13 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     done: (row, seed) -> whether that run's outcome is there
     """
     size, classes = RECIPES[args.recipe].size if full else 64, len(selections.classes) if selections else len(PLANES)
-    listed = read_synthetic(args.synthetic, selections.classes if selections else PLANES) if args.synthetic else []
+    remote = str(args.synthetic) == "zenodo" and not args.synthetic.exists()
+    known = selections.classes if selections else PLANES
+    listed = read_synthetic(args.synthetic, known) if args.synthetic and not remote else []
     lines, seconds, disk = [], 0.0, 0
     for n, row in enumerate(args.rows):
-        taken = listed and row.data.synthetic == "lora"
-        synthetic = len(listed) if taken else 2 * classes * scale.count * bool(row.data.synthetic)
+        taken = args.synthetic and row.data.synthetic == "lora"
+        synthetic = (len(listed) or PUBLISHED) if taken else 2 * classes * scale.count * bool(row.data.synthetic)
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
         guess += synthetic + (217 * row.data.african if african is None else african)
@@ -133,7 +137,9 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     if selections:
         kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
         state = needed_datasets(selections, kinds, args.out)
-    if args.synthetic:
+    if remote:
+        state.append(f"the authors' synthetic images: fetched from Zenodo, record {SYNTHETIC}, when needed")
+    elif args.synthetic:
         lost = missing_images(listed)
         state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
     if made := {row.data.synthetic for row in args.rows} - ({"", "lora"} if args.synthetic else {""}):

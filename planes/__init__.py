@@ -11,7 +11,7 @@
 | tables in which no row is lost | `tables.py` |
 | image files, upright and opaque | `pictures.py` |
 | what leaks from training into test | `leaks.py` |
-| fetching both datasets | `download.py` |
+| fetching both datasets; a Zenodo record, such as the authors' synthetic images | `download.py`, `record.py` |
 | procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |
 """
 

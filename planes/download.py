@@ -18,6 +18,7 @@ from pathlib import Path
 from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
 from planes.datasets import DatasetError, Record, read_african, read_spanish, require_images
+from planes.record import SYNTHETIC, fetch_record
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def _require_complete(archive: Archive, folder: Path) -> None:
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m planes.download", description=__doc__)
     parser.add_argument("--to", type=Path, required=True, help="folder for archives and datasets, made if need be")
-    parser.add_argument("--only", choices=ARCHIVES, help="one of the two")
+    parser.add_argument("--only", choices=[*ARCHIVES, "synthetic"], help="one of the two, or the authors' own images")
     return parser.parse_args(argv)
 
 
@@ -151,6 +152,9 @@ def main(args, archives: dict[str, Archive] = ARCHIVES):
         if args.only in (None, name):
             folder = fetch(archive, args.to)
             sys.stdout.write(f"{name}: {archive.records} images of the five planes in {folder}\n")
+    if args.only == "synthetic":
+        files = fetch_record(SYNTHETIC, args.to / "synthetic")
+        sys.stdout.write(f"synthetic: {len(files)} files of Zenodo {SYNTHETIC} in {args.to / 'synthetic'}\n")
 
 
 if __name__ == "__main__":

