@@ -24,6 +24,7 @@ from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, d
 from classify.images import choose_records, find_copies
 from classify.models import MODELS, build, save
 from classify.outcome import outcome
+from classify.probe import parts, run_probe
 from classify.train import MOMENTUM, predict, train_epoch
 from classify.use import temperature, use
 from eval.figures import confusion_figure
@@ -55,7 +56,10 @@ def parse_args(argv=None):
     train = "train on the second site's training images too: no longer zero-shot"
     add("--african-train", "--target-train", action="store_true", help=train)
     add("--validation", type=int, default=0, help="images of the first site held out with all of their patients' (0)")
-    add("--model", choices=MODELS, default="resnet18", help="(resnet18)")
+    names = f"{', '.join(MODELS)}; or a frozen model, probe:ID, knn:ID, prompts:ID (classify/probe.py) (resnet18)"
+    add("--model", default="resnet18", help=names)
+    add("--features", type=Path, help="where a frozen model's features are kept (default: in --out)")
+    add("--prompt-template", default="an ultrasound image of {class}", help="of --target's classes, for prompts:ID")
     add("--weights", default="imagenet", help="imagenet (torchvision's, downloaded), none, or a file (imagenet)")
     recipe = "size, range, augmentation: the paper's or its notebook's (paper)"
     add("--recipe", choices=RECIPES, default="paper", help=recipe)
@@ -94,6 +98,8 @@ def parse_args(argv=None):
     require_at_least(parser, args, 0, "validation", "workers")
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr {args.lr}: must be positive")
+    if args.model not in MODELS and not parts(args.model)[0]:
+        parser.error(f"--model {args.model}: choose from {', '.join(MODELS)}, or a frozen model, such as probe:ID")
     if args.classifier is not None:
         if args.predict is None and not args.export:
             parser.error("--classifier FILE: for --predict FOLDER or --export, of which neither is given")
@@ -115,6 +121,8 @@ def parse_args(argv=None):
 def main(args):
     if args.classifier:
         return use(args, print)
+    if parts(args.model)[0]:
+        return run_probe(args, print)
 
     # everything that can be refused is refused before any work
     device = torch.device(args.device)

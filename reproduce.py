@@ -16,6 +16,7 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
+from classify.probe import parts
 from eval import ranks
 from eval.flags import device_name, seed_number
 from eval.record import folder_hash, record_environment, sha256
@@ -24,7 +25,7 @@ from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, lora_path, model_flags, model_paths
 from lora import LoRAError
 from paper.material import PHANTOMS, Selections, lists, make_phantoms
-from paper.plan import BEYOND_ROWS, QUICK_ROWS, RANKS, ROWS, Row, choose
+from paper.plan import BEYOND_ROWS, CLASSIFIERS, QUICK_ROWS, RANKS, ROWS, Row, choose, probe_rows
 from paper.preview import preview
 from paper.report import Context, build
 from paper.results import ResultError, is_run, read_result, row_folder
@@ -64,6 +65,13 @@ def parse_args(argv=None):
     add("--weights", help="of the classifiers: imagenet, none or a file (default: imagenet with --model, else none)")
     add("--only", nargs="+", default=[], metavar="ROW", help='some rows: "HB+DA/ResNet18", HB+DA, resnet18, "table 2"')
     add("--quick", action="store_true", help="ResNet18 on six data models, three seeds, fewer synthetic images")
+    add(
+        "--probe",
+        nargs="+",
+        default=[],
+        metavar="KIND:MODEL",
+        help="rows of frozen models: probe:ID, knn:ID, prompts:ID",
+    )
     add("--beyond", action="store_true", help="also detailed prompts, Textual Inversion and DreamBooth")
     add("--plan", action="store_true", help="print the rows, what they need and what is missing here; run nothing")
     add(
@@ -79,10 +87,13 @@ def parse_args(argv=None):
         parser.error("--source and --target belong together, and not to --spanish and --african: give two of a kind")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
+    if bad := next((name for name in args.probe if not parts(name)[0]), None):
+        parser.error(f"--probe {bad}: say what is done with it, as in probe:{bad}, knn:{bad} or prompts:{bad}")
     args.seeds = args.seeds or (QUICK_SEEDS if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
     try:
-        args.rows = choose((QUICK_ROWS if args.quick else ROWS) + (BEYOND_ROWS if args.beyond else ()), args.only)
+        rows = (QUICK_ROWS if args.quick else ROWS) + (BEYOND_ROWS if args.beyond else ()) + probe_rows(args.probe)
+        args.rows = choose(rows, args.only)
     except ValueError as error:
         parser.error(f"--only: {error}")
     return args
@@ -165,7 +176,9 @@ class Experiment:
         data, args = row.data, self.args
         second = "--target" if args.source else "--african"
         flags = [second, self.selections.roots[1], "--model", row.classifier, "--weights", args.weights]
-        flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
+        frozen = row.classifier not in CLASSIFIERS
+        flags += ["--features", args.out / "features"] if frozen else self.scale.classify.split()
+        flags += ["--recipe", args.recipe, "--seed", seed]
         needs, inputs = self.phantoms, {"african": self.digest("african")}
         if data.spanish:
             inputs["spanish"] = self.digest(data.spanish)

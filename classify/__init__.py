@@ -9,6 +9,7 @@
 | a trained classifier at work: any folder's images, ONNX | `use.py` |
 | one epoch of SGD, prediction | `train.py` |
 | scores and a table of what it says of the test | `outcome.py` |
+| what a frozen vision model does by itself: linear probe, neighbours, prompts | `probe.py` |
 | what a run that was stopped goes on from | `checkpoint.py` |
 """
 

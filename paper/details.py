@@ -8,7 +8,7 @@ from eval.forest import Point, interval_figure
 from eval.metrics import confusion
 from paper.document import Block, Details, Heading, Paragraph, Picture, Table
 from paper.gain import Cells, Row
-from paper.plan import CLASSIFIERS
+from paper.plan import CLASSIFIERS, classifier_name
 from paper.published import CLAIMS, DIFFERENCES, TABLE_1, TABLE_2, TRAINING
 from paper.results import METRICS, estimate
 from paper.tables import (
@@ -35,7 +35,7 @@ def by_metric(out: Path, cells: Cells, compared: bool) -> list[Block]:
         numbers = [100 * number for number in (ours.mean, ours.low, ours.high)]
         theirs = (TABLE_1 | TABLE_2).get((data, classifier)) if compared else None
         published = 100 * theirs.accuracy if theirs else None
-        point = Point(CLASSIFIERS[classifier], *numbers, published, len(ours.values) > 1)
+        point = Point(classifier_name(classifier), *numbers, published, len(ours.values) > 1)
         groups.setdefault(data, []).append(point)
     save(interval_figure(groups, "accuracy, %"), out / "figures" / "accuracy.png")
     picture = Picture(out / "figures" / "accuracy.png", "Accuracy of every row.")
@@ -71,7 +71,7 @@ def confusion_matrices(out: Path, tables: Mapping[str, Sequence[Row]], cells: Ce
     ]
     for name, rows in tables.items():
         matrices = {
-            (data, CLASSIFIERS[classifier]): sum(
+            (data, classifier_name(classifier)): sum(
                 confusion(r.targets, r.predictions, len(classes)) for r in cells[data, classifier]
             )
             for data, classifier in rows

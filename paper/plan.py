@@ -13,6 +13,8 @@ CLASSIFIERS = {  # as classify.py calls them, and as the paper does
     "resnet18": "ResNet18",
     "vit_b_16": "ViT b16",
 }
+PROBES = {"probe": "linear probe", "knn": "nearest neighbours", "prompts": "its prompts"}
+"""What is done with a frozen vision model, as classify.py calls it -> in words."""
 RANKS = (8, 32, 128)  # of the LoRAs in figure 3; alpha = rank
 MANIFESTS = {  # the authors' lists of the Spanish images
     "all": "all_train_no_cer.csv",
@@ -46,13 +48,13 @@ class DataModel:
 class Row:
     """A row of a table. Rows of two tables with the same data and classifier are one run."""
 
-    table: str  # "1", "2", "controls", "styles" or "beyond"
+    table: str  # "1", "2", "controls", "styles", "beyond" or "probes"
     data: DataModel
-    classifier: str  # a key of CLASSIFIERS
+    classifier: str  # a key of CLASSIFIERS, or a frozen model as "probe:owner/name"
 
     @property
     def name(self) -> str:
-        return f"{self.data.name}/{CLASSIFIERS[self.classifier]}"
+        return f"{self.data.name}/{classifier_name(self.classifier)}"
 
 
 ES, ES_DA = DataModel("ES", "all"), DataModel("ES+DA", "all", augment=True)
@@ -89,6 +91,19 @@ QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA"
 QUICK_ROWS = tuple(row for row in ROWS if row.data.name in QUICK_DATA and row.classifier == "resnet18")
 
 
+def classifier_name(classifier: str) -> str:
+    """As the report calls it: one of the paper's five, or a frozen model and what is done with it."""
+    head, _, name = classifier.partition(":")
+    return CLASSIFIERS[classifier] if classifier in CLASSIFIERS else f"{name.rstrip('/')} ({PROBES[head]})"
+
+
+def probe_rows(models: Sequence[str]) -> tuple[Row, ...]:
+    """Rows for frozen models, such as "probe:owner/name": on the data models that are not augmented."""
+    data = (ES, HB, DataModel("AF", african=True))
+    prompted = [m for m in models if m.startswith("prompts:")]  # which learn from nothing: one row each
+    return tuple(Row("probes", d, model) for model in models for d in (data[:1] if model in prompted else data))
+
+
 def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
     """The rows called so, in the plan's order; a data model, a classifier or a table ("table 1", "controls") names all
     of its own.
@@ -99,7 +114,7 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
     def fits(row: Row, name: str) -> bool:
         known = (row.name, f"{row.data.name}/{row.classifier}", row.data.name, row.classifier, f"table {row.table}")
         known += (row.table,) if row.table.isalpha() else ()
-        return _plain(name) in map(_plain, (*known, CLASSIFIERS[row.classifier]))
+        return _plain(name) in map(_plain, (*known, classifier_name(row.classifier)))
 
     for name in names:
         if not any(fits(row, name) for row in rows):

@@ -124,12 +124,13 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
         guess += synthetic + (217 * row.data.african if african is None else african)
-        passes = scale.passes.get(row.classifier) or 20 * guess
+        passes = (scale.passes.get(row.classifier) or 20 * guess) if row.classifier in MODELS else 0
         twin = any((row.data, row.classifier) == (other.data, other.classifier) for other in args.rows[:n])
         left = 0 if twin else sum(not done(row, seed) for seed in args.seeds)
-        seconds += left * classifier_seconds(row.classifier, passes, size, full)
-        with torch.device("meta"):
-            disk += left * 4 * sum(p.numel() for p in MODELS[row.classifier]().parameters())
+        if row.classifier in MODELS:  # what a frozen model takes is not known before it is here
+            seconds += left * classifier_seconds(row.classifier, passes, size, full)
+            with torch.device("meta"):
+                disk += left * 4 * sum(p.numel() for p in MODELS[row.classifier]().parameters())
         cells = ["?" if count is None else f"{count:,}" for count in (spanish, synthetic, african)]
         lines.append([f"{row.name} (table {row.table})", *cells, f"{passes:,}", "as above" if twin else left or "done"])
 
@@ -147,7 +148,7 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
         seconds, disk, state = seconds + time, disk + space, [*state, line]
     state += models
     if args.weights == "imagenet":
-        state += missing_weights(dict.fromkeys(row.classifier for row in args.rows))
+        state += missing_weights(dict.fromkeys(r.classifier for r in args.rows if r.classifier in MODELS))
     elif args.weights != "none":
         state.append(f"{args.weights}: {'there' if Path(args.weights).is_file() else 'missing'}")
     state += [f"{line} (without it, features of our own classifier)" for line in missing_weights(["inception_v3"])]

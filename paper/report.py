@@ -25,7 +25,7 @@ from paper.gain import NOT_AUGMENTED, STEPS, Cells, Gain, Row, Step, headline, m
 from paper.plan import CLASSIFIERS
 from paper.published import PUBLISHED
 from paper.results import Result, ResultError, require_same_test
-from paper.tables import gain_table, overview, quality_table, recognised_table, results_csv
+from paper.tables import gain_table, overview, probe_table, quality_table, recognised_table, results_csv
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ TITLES = {  # of the tables of paper.plan, in their order here
     "styles": "Style words: ours, not the paper's",
     "2": "Table 2: with and without training images of the second site",
     "beyond": "Beyond the paper",
+    "probes": "Frozen vision models",
 }
 WORDS = {
     "1": "ES: real images of the first site alone; HB: balanced ones of these and synthetic ones; DA: augmentation.",
@@ -73,6 +74,10 @@ WORDS = {
         "AF: the second site's training images alone, which is no longer zero-shot and may know test images by their "
         "copies; HB-all: all real images of the first site and the synthetic ones, the paper's HB of this table, which "
         "by its authors' code was augmented; here it is not."
+    ),
+    "probes": (
+        "Nothing of these is trained: logistic regression or nearest neighbours on their features, or the text nearest "
+        "to an image. They are in no average."
     ),
     "beyond": "In the place of HB's synthetic images those by detailed prompts, Textual Inversion or DreamBooth.",
 }
@@ -165,7 +170,8 @@ def build(
 def _place(result: Result) -> tuple:
     """Where a run stands in the report."""
     table = [*TITLES, result.table].index(result.table)
-    return table, result.table, result.data, list(CLASSIFIERS).index(result.classifier), result.seed
+    place = [*CLASSIFIERS, result.classifier].index(result.classifier)
+    return table, result.table, result.data, place, result.classifier, result.seed
 
 
 def _group(results: Sequence[Result]) -> tuple[dict[Row, list[Result]], dict[str, list[Row]]]:
@@ -192,6 +198,9 @@ def _table(table: str, rows: Sequence[Row], cells: Cells, context: Context) -> l
     blocks = [Heading(TITLES.get(table, table)), Paragraph(text), overview(rows, cells, context.seeds, compared)]
     steps = [Step("other synthetic images", "HB+DA", data) for data in dict.fromkeys(data for data, _ in rows)]
     gains = measure(steps, cells, context.left_out) if table == "beyond" else []
+    if table == "probes":
+        data = [name for name in ("HB+DA", "HB-styles+DA", "ES+DA") if any(name == other for other, _ in cells)]
+        blocks += [probe_table(data, cells, context.left_out)] if data else []
     return [*blocks, gain_table(gains, compared)] if gains else blocks
 
 

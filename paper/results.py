@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +21,7 @@ METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 
 def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
     """Where a reproduction keeps a row's run."""
-    return out / "rows" / data / classifier / f"seed{seed}"
+    return out / "rows" / data / re.sub(r"[^\w.-]+", "_", classifier) / f"seed{seed}"
 
 
 def is_run(out: Path, row: Row, seed: int) -> bool:

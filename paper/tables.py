@@ -10,7 +10,7 @@ from eval.compare import Difference, by_group, mcnemar, spread
 from eval.metrics import Scores
 from paper.document import Table
 from paper.gain import Cells, Gain, Row
-from paper.plan import CLASSIFIERS
+from paper.plan import CLASSIFIERS, classifier_name
 from paper.published import PUBLISHED, TRAINING, published_difference
 from paper.results import METRICS, Estimate, Result, compare, estimate
 
@@ -124,8 +124,9 @@ def comparison_table(baseline: str, data: str, cells: Cells, left_out: Mapping[s
     """
     header = ["Classifier", f"Right only with {baseline} : only with {data}, by seed"]
     header += [f"{NAMES[metric]}, {data} less {baseline}" for metric in COMPARED] + ["Published ACC"] * compared
-    both = [c for c in CLASSIFIERS if (baseline, c) in cells and (data, c) in cells]
-    averaged, body = [c for c in both if c not in left_out], []
+    every = dict.fromkeys((*CLASSIFIERS, *(classifier for _, classifier in cells)))
+    both = [c for c in every if (baseline, c) in cells and (data, c) in cells]
+    averaged, body = [c for c in both if c in CLASSIFIERS and c not in left_out], []
     for classifiers in [[c] for c in both] + [averaged] * (len(averaged) > 1):
         first, second = ([cells[name, c] for c in classifiers] for name in (baseline, data))
         tests = [
@@ -136,9 +137,26 @@ def comparison_table(baseline: str, data: str, cells: Cells, left_out: Mapping[s
         ]
         pairs = [f"{test.only_first} : {test.only_second}, {p_value(test.p_value)}" for test in tests]
         found = compare(first, second)
-        name = CLASSIFIERS[classifiers[0]] if len(classifiers) == 1 else f"all {len(classifiers)}"
+        name = classifier_name(classifiers[0]) if len(classifiers) == 1 else f"all {len(classifiers)}"
         line = [name, "; ".join(pairs) or NONE, *(_difference(found[metric]) for metric in COMPARED)]
         body.append(line + [points(published_difference(baseline, data, classifiers))] * compared)
+    return Table(header, body, labels=2)
+
+
+def probe_table(data: Sequence[str], cells: Cells, left_out: Mapping[str, str]) -> Table:
+    """Data models, averaged over the trained classifiers, less each frozen model's row on the same images.
+
+    data: those data models; left_out: classifiers in no average
+    """
+    header = ["Frozen model", "on", *(f"{NAMES[metric]}, {name} less it" for name in data for metric in COMPARED[:2])]
+    body = []
+    for row in (row for row in cells if row[1] not in CLASSIFIERS):
+        line = [classifier_name(row[1]), row[0]]
+        for name in data:
+            trained = [cells[name, c] for c in CLASSIFIERS if (name, c) in cells and c not in left_out]
+            found = compare([cells[row]], trained) if trained else None
+            line += [_difference(found[metric]) if found else NONE for metric in COMPARED[:2]]
+        body.append(line)
     return Table(header, body, labels=2)
 
 
@@ -248,7 +266,7 @@ def _count(sources: Mapping[str, int], kind: str) -> int:
 
 
 def _names(row: Row) -> tuple[str, str]:
-    return row[0], CLASSIFIERS[row[1]]
+    return row[0], classifier_name(row[1])
 
 
 def _difference(found: Difference) -> str:
