@@ -34,6 +34,7 @@ from eval.record import json_text, record_run, sha256, sha256_of_all, whole_file
 from eval.script import alone, progress, run
 from ldm.fast import cannot_compile
 from lora.saving import SaveTimes, read_state, write_state
+from lora.training import rate_share
 from planes.datasets import DatasetError, count
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
@@ -165,10 +166,9 @@ def main(args):
         history = read_state(checkpoint, identity, "classify.py", ClassifyError, lambda kept: restore(kept, *state))
     steps, saves = itertools.count(len(history) * len(loader)), SaveTimes(None)
 
-    def cosine() -> float:
-        return args.lr * (1 + math.cos(math.pi * next(steps) / (epochs * len(loader)))) / 2
+    def rate() -> float:
+        return args.lr * rate_share(args.schedule, next(steps), epochs * len(loader))
 
-    rate = cosine if args.schedule == "cosine" else None
     for epoch in range(len(history), epochs):
         contrast = partial(draw_contrast, args.seed, epoch) if args.contrast else None
         augmentation = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch) if args.augment else None

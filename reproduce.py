@@ -241,14 +241,13 @@ def main(args):
         print(preview(args, scale, selections, describe_models(args), full=scale is PAPER, done=done))
     else:
         with alone_in(args.out, together=True):
-            if not given[0]:
-                print("phantoms of two sites", flush=True)
-                for turn in (True, False):  # the first of several processes makes them, the others find them there
-                    if ranks.is_first() is turn:
-                        given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
-                    ranks.wait()
-            if str(args.synthetic) == "zenodo" and not args.synthetic.exists():
-                args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
+            for turn in (True, False):  # the first of several processes makes and fetches, the others find it there
+                if ranks.is_first() is turn and not given[0]:
+                    print("phantoms of two sites", flush=True)
+                    given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
+                if ranks.is_first() is turn and str(args.synthetic) == "zenodo" and not args.synthetic.exists():
+                    args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
+                ranks.wait()
             reproduce(args, scale, select(given))
 
 

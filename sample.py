@@ -58,7 +58,7 @@ def parse_args(argv=None):
     add("--seed", type=seed_number, default=0, help="the first seed (0)")
     add("--seeds", type=seed_number, nargs="+", help="instead of --seed and --count, for every prompt and sampler")
     add("--steps", type=int, default=20, help="model calls per image (20)")
-    add("--spacing", help="of the noise levels: linspace, leading, trailing or karras (default: the sampler's own)")
+    add("--spacing", help="linspace, leading, trailing, karras or UniPC's time_uniform (default: the sampler's own)")
     add("--order", type=int, help="UniPC's, 1 to 3 (3)")
     add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance (7)")
     add("--clip-skip", type=int, default=1, help="1: the text encoder's last layer, 2: the last but one (1)")

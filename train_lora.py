@@ -146,8 +146,8 @@ def main(args):
     repeats = torch.tensor([image.repeats for image in images])
     shapes = sorted({latent.shape for latent in latents})
     bucket_of = torch.tensor([shapes.index(latent.shape) for latent in latents])
-    order = (repeats, bucket_of[: len(images)], args.batch_size)
-    batches_per_epoch = training.batches_per_epoch(*order)
+    passes = (repeats, bucket_of[: len(images)], args.batch_size)
+    batches_per_epoch = training.batches_per_epoch(*passes)
     steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
     if args.bucket:
         print(training.describe_buckets(shapes, bucket_of, downsampling))
@@ -194,7 +194,7 @@ def main(args):
     bar = progress(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in bar:
         # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
-        batches = training.batches_of_step(step, *order, args.accumulate, args.seed)
+        batches = training.batches_of_step(step, *passes, args.accumulate, args.seed)
         count, mean_loss = sum(map(len, batches)), torch.zeros((), dtype=torch.float64, device=args.device)
         for index, noise, t, is_held in draws_of_step(step, batches, args.seed, args.batch_size, len(schedule)):
             noise, t = upload(noise, args.device), upload(t, args.device)
@@ -206,6 +206,7 @@ def main(args):
             scaler.scale(loss).backward()
             mean_loss += loss.detach()
 
+        # gradients and loss of all processes; and how many of these a SIGTERM has asked to save and leave
         mean_loss, asked = ranks.add_up(parameters, mean_loss, torch.tensor(bool(saves.asked)))
         for rate, group in zip(rates, optimizer.param_groups):
             group["lr"] = rate * training.rate_share(args.schedule, step, steps)

@@ -115,8 +115,8 @@ def _interval(scores: np.ndarray, clusters: int, level: float) -> np.ndarray:
     """The two ends, (2, ...), of the expanded percentile interval (Hesterberg 2015, section 5.3).
 
     scores: (R, ...) replicates; nan ones do not count
-    The plain percentiles are too narrow by what a normal interval with the variance over n, not n - 1, lacks of a t
-    interval; taking them further out by that much mends it (measured in tests/eval/test_compare.py).
+    A bootstrap's percentiles behave as z sqrt((n - 1) / n) times the standard error, where a mean of n needs t_(n-1):
+    so the tail probability is Phi(t_(n-1) sqrt(n / (n - 1))) (measured in tests/eval/test_compare.py).
     """
     freedom = max(clusters - 1, 1)
     tail = ndtr(stdtrit(freedom, (1 - level) / 2) * np.sqrt(clusters / freedom))

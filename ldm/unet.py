@@ -126,7 +126,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def read(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the text in each cross-attention, as they are used: at every time they are the same."""
+        """Keys and values of the text in each cross-attention, in the order of their use; at every time the same."""
         down, up = (
             [a for block in blocks for a in block.attentions if a is not None]
             for blocks in (self.down_blocks, self.up_blocks)

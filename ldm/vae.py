@@ -58,7 +58,7 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        attention = Attention(channels, channels, heads=1, bias=True)
+        attention = Attention(channels, channels, heads=1, bias=True)  # its matrices alone: one head needs no splitting
         self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
 
     def forward(self, x: Tensor) -> Tensor:

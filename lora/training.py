@@ -30,8 +30,8 @@ PRESETS: dict[str, dict[str, object]] = {
         "seed": 1234,
     },
 }
-"""Defaults of train_lora.py: the script's own are the paper's; the configuration of kohya's script that the authors
-published is whole here, whether other or the same, but for the repeats, which it does not say."""
+"""Defaults of train_lora.py by --preset: the script's own are the paper's; "kohya" is the configuration of kohya's
+script that the authors published, complete even where it equals ours. It names no repeats."""
 
 
 def batches_of_step(
@@ -47,7 +47,7 @@ def batches_of_step(
     buckets their batches are shuffled.
     """
     epoch, within = divmod(step, math.ceil(batches_per_epoch(repeats, buckets, batch_size) / accumulate))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # primes keep seeds and uses apart
     passes = (torch.arange(int(repeats.max()))[:, None] < repeats).nonzero()[:, 1]  # every image once, and again, ..
     batches = cut(passes[torch.randperm(len(passes), generator=generator)], buckets, batch_size)
     if len(buckets.unique()) > 1:

@@ -29,7 +29,7 @@ class Plane(StrEnum):
 
 
 PLANES: tuple[Plane, ...] = tuple(Plane)
-"""Class index = position: abdomen 0, brain 1, femur 2, thorax 3 (the African files' plane codes), other 4."""
+"""Class index = position: abdomen 0, brain 1, femur 2, thorax 3, as the African images' file names count, other 4."""
 
 PAPER_COUNTS: dict[Plane, int] = {
     Plane.ABDOMEN: 353,
