@@ -72,8 +72,8 @@ def encode_prompts(
 ) -> Tensor:
     """Text embeddings (B, S, D) of the prompts on the encoder's device; S = 77 in Stable Diffusion.
 
-    train_lora.py calls it (by `paper.adapt.Contexts`); sample.py calls `ldm.webui.prompts.encode_weighted`, the same for
-    a prompt without weights in brackets and of at most 75 tokens.
+    train_lora.py calls it by `paper.adapt.Contexts`; sample.py calls `ldm.webui.prompts.encode_weighted`, the same for
+    prompts without weights in brackets and of at most 75 tokens.
     """
     ids = tokenize(tokenizer, prompts, text_encoder.config)
     return text_encoder(ids.to(text_encoder.text_model.final_layer_norm.weight.device), clip_skip)

@@ -53,7 +53,7 @@ def test_seeds_of_images_that_would_be_one_to_the_generator_are_refused(tmp_path
     line = refusal("sample", ["--seeds", 5, 4294967301], tmp_path / "out", monkeypatch, capsys)
     assert line == "argument --seeds: 4294967301: choose a whole number from 0 to 4294967295"
     line = refusal("sample", ["--seed", 4294967000], tmp_path / "out", monkeypatch, capsys)
-    assert line == "--seed 4294967000: those of the last plane would lie beyond 4294967295"
+    assert line == "sample.py: --seed 4294967000: those of the last plane would lie beyond 4294967295"
 
 
 @every_script

@@ -559,7 +559,9 @@ def test_a_list_of_the_spanish_images_is_refused_beside_a_folder_of_images(capsy
         (["--lr", "nan"], "--lr nan"),
         (["--size", "-64"], "--size -64"),
         (["--preset", "papers"], "papers"),
-        (["--images", "z"], "--spanish DIR or --images DIR"),
+        (["--images", "z"], "--images: not allowed with argument --spanish"),
+        (["--bucket", "--compile"], "give --no-bucket, or leave it"),
+        (["--validation", "-1"], "--validation -1: at least 0"),
     ],
 )
 def test_flags_that_cannot_go_together_are_refused_in_one_line(flags, words, capsys):
