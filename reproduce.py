@@ -16,9 +16,9 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
-from classify.probe import parts
 from eval import ranks
 from eval.flags import device_name, seed_number
+from eval.probe import parts
 from eval.record import folder_hash, record_environment, sha256
 from eval.script import alone_in, run
 from ldm import CheckpointError
@@ -131,6 +131,7 @@ class Experiment:
     def draw(
         self, name: str, count: int, *flags: object, needs: tuple[Path, ...] = (), lora: Path | None = None
     ) -> Path:
+        """The folder of the images."""
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
         ranks.wait()  # for LoRAs that others train
         flags, inputs = (*flags, *(["--lora", lora] if lora else [])), dict(self.model_hashes)

@@ -17,6 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.unet import UNet, UNetConfig
+
+SMALL = {"block_out_channels": (32, 64), "attention": (True, False), "num_heads": (2, 2), "cross_attention_dim": 32}
+UNETS = {"sd15": UNetConfig(), "small": UNetConfig(**SMALL)}
 PEAK_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product tells the best rate
 
 
@@ -35,6 +39,25 @@ class Rival:
     first: float = 0.0  # seconds of the first time, compilation included
     peak: int = 0  # bytes, own ones included
     difference: float = 0.0  # from the first rival's outcome, relative
+
+
+def diffusers_unet(unet: UNet, device: str) -> nn.Module:
+    """The same network with the same weights by diffusers."""
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    config = unet.config
+    with torch.device(device):
+        theirs = diffusers.UNet2DConditionModel(
+            block_out_channels=config.block_out_channels,
+            cross_attention_dim=config.cross_attention_dim,
+            attention_head_dim=config.num_heads,
+            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in config.attention[::-1]),
+            layers_per_block=(config.layers_per_block,) * len(config.block_out_channels),
+        )
+    theirs.load_state_dict(unet.state_dict())
+    return theirs
 
 
 def bytes_of(*networks: nn.Module) -> int:

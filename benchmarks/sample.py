@@ -18,20 +18,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
 
-from measure import Rival, best_rate, bytes_of, dump, flops, machine, report, side_by_side
+from measure import UNETS, Rival, best_rate, bytes_of, diffusers_unet, dump, flops, machine, report, side_by_side
 
 from ldm import fast
 from ldm.cli import DTYPES
 from ldm.generate import generate, seeded_noise
 from ldm.images import decode_images
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import UNet
 from ldm.vae import AutoencoderKL, VAEConfig
 
-SMALL = {"block_out_channels": (32, 64), "attention": (True, False), "num_heads": (2, 2), "cross_attention_dim": 32}
-SCALES = {
-    "sd15": (UNetConfig(), VAEConfig()),
-    "small": (UNetConfig(**SMALL), VAEConfig(block_out_channels=(32, 32, 32, 32))),
-}
+VAES = {"sd15": VAEConfig(), "small": VAEConfig(block_out_channels=(32, 32, 32, 32))}
 RIVALS = ("ours", "ours-compiled", "ours-bf16", "diffusers", "diffusers-compiled")
 
 
@@ -39,7 +35,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
     add("--rivals", nargs="+", choices=RIVALS, help="the last one is what the others are measured by")
-    add("--scale", choices=SCALES, default="sd15")
+    add("--scale", choices=UNETS, default="sd15")
     add("--size", type=int, default=512, help="px (512)")
     add("--steps", type=int, default=20, help="(20)")
     add("--batch-size", type=int, default=16 if on_gpu else 1)
@@ -55,10 +51,10 @@ def parse_args(argv=None):
 
 def networks(args) -> tuple[UNet, AutoencoderKL]:
     """Random weights, the same for every rival."""
-    unet_config, vae_config = SCALES[args.scale]
     torch.manual_seed(args.seed)
     with torch.device(args.device):
-        return UNet(unet_config).eval().requires_grad_(False), AutoencoderKL(vae_config).eval().requires_grad_(False)
+        unet, vae = UNet(UNETS[args.scale]), AutoencoderKL(VAES[args.scale])
+    return unet.eval().requires_grad_(False), vae.eval().requires_grad_(False)
 
 
 def ours(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> Rival:
@@ -80,19 +76,9 @@ def ours(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> 
 def theirs(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> Rival:
     import diffusers
 
-    diffusers.utils.logging.set_verbosity_error()
-    dtype, (u, v) = DTYPES[args.dtype], (unet.config, vae.config)
-    levels = len(u.block_out_channels)
+    dtype, v, count = DTYPES[args.dtype], vae.config, len(vae.config.block_out_channels)
+    their_unet = diffusers_unet(unet, args.device)
     with torch.device(args.device):
-        their_unet = diffusers.UNet2DConditionModel(
-            block_out_channels=u.block_out_channels,
-            cross_attention_dim=u.cross_attention_dim,
-            attention_head_dim=u.num_heads,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in u.attention),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in u.attention[::-1]),
-            layers_per_block=(u.layers_per_block,) * levels,
-        )
-        count = len(v.block_out_channels)
         their_vae = diffusers.AutoencoderKL(
             block_out_channels=v.block_out_channels,
             down_block_types=("DownEncoderBlock2D",) * count,
@@ -100,7 +86,6 @@ def theirs(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -
             latent_channels=v.latent_channels,
             layers_per_block=v.layers_per_block,
         )
-    their_unet.load_state_dict(unet.state_dict())
     their_vae.load_state_dict(vae.state_dict())
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace", steps_offset=1

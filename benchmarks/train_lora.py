@@ -19,18 +19,16 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
 
-from measure import Rival, bytes_of, dump, machine, report, side_by_side
+from measure import UNETS, Rival, bytes_of, diffusers_unet, dump, machine, report, side_by_side
 
 from ldm import fast
 from ldm.cli import DTYPES
-from ldm.unet import UNet, UNetConfig
+from ldm.unet import UNet
 from lora import training
 from lora.losses import Losses, upload
 from lora.model import inject, lora_layers, lora_parameters
 from samplers.schedule import NoiseSchedule
 
-SMALL = {"block_out_channels": (32, 64), "attention": (True, False), "num_heads": (2, 2), "cross_attention_dim": 32}
-SCALES = {"sd15": UNetConfig(), "small": UNetConfig(**SMALL)}
 RIVALS = ("ours", "ours-compiled", "peft", "peft-compiled")
 IMAGES = 20
 
@@ -39,7 +37,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
     add("--rivals", nargs="+", choices=RIVALS, help="the last one is what the others are measured by")
-    add("--scale", choices=SCALES, default="sd15")
+    add("--scale", choices=UNETS, default="sd15")
     add("--size", type=int, default=512, help="px (512)")
     add("--rank", type=int, default=128, help="(128)")
     add("--batch-size", type=int, default=2, help="(2)")
@@ -115,17 +113,8 @@ def theirs(args, name: str, base: UNet) -> Rival:
     import diffusers
     from peft import LoraConfig
 
-    dtype, config = DTYPES[args.dtype], base.config
-    with torch.device(args.device):
-        unet = diffusers.UNet2DConditionModel(
-            block_out_channels=config.block_out_channels,
-            cross_attention_dim=config.cross_attention_dim,
-            attention_head_dim=config.num_heads,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in config.attention[::-1]),
-            layers_per_block=(config.layers_per_block,) * len(config.block_out_channels),
-        )
-    unet.load_state_dict(base.state_dict())
+    dtype = DTYPES[args.dtype]
+    unet = diffusers_unet(base, args.device)
     unet.to(dtype).requires_grad_(False)
     targets = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
     unet.add_adapter(
@@ -146,7 +135,7 @@ def theirs(args, name: str, base: UNet) -> Rival:
     optimizer = AdamW(parameters, lr=1e-4, weight_decay=0.01)
     if name == "peft-compiled":
         unet.compile()
-    latents, contexts = material(args, config.cross_attention_dim)
+    latents, contexts = material(args, base.config.cross_attention_dim)
     scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     scaler, numbers, dataset = scaler_of(args), count(), torch.utils.data.TensorDataset(torch.arange(IMAGES))
     autocast = partial(torch.autocast, args.device, dtype, enabled=dtype != torch.float32)
@@ -202,7 +191,7 @@ def several(step, steps: int):
 def main(args):
     torch.manual_seed(args.seed)
     with torch.device(args.device):
-        base = UNet(SCALES[args.scale]).requires_grad_(False)
+        base = UNet(UNETS[args.scale]).requires_grad_(False)
     rivals = [(ours if name.startswith("ours") else theirs)(args, name, base) for name in args.rivals]
     del base
     side_by_side(rivals, args.rounds, args.device)

@@ -6,10 +6,7 @@
 | which images: the flags that choose them, copies and patients in both sets | `images.py` |
 | decoding, input ranges, augmentation | `data.py` |
 | the controls: every class equally often; contrast varied at random | `balanced.py`, `contrast.py` |
-| a trained classifier at work: any folder's images, ONNX | `use.py` |
 | one epoch of SGD, prediction | `train.py` |
-| scores and a table of what it says of the test | `outcome.py` |
-| what a frozen vision model does by itself: linear probe, neighbours, prompts | `probe.py` |
 | what a run that was stopped goes on from | `checkpoint.py` |
 """
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from classify.balanced import BalancedSampler
-from lora.losses import upload
 from planes import PLANES
 from planes.datasets import Record
 from planes.pictures import open_image
@@ -74,7 +73,7 @@ class PlaneImages(Dataset):
         """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on the CPU."""
         asked = torch.tensor(indices)
         if self.moved is not None:
-            rows = upload(asked % len(self), self.moved[0].device)
+            rows = (asked % len(self)).to(self.moved[0].device, non_blocking=True)
             return self.moved[0][rows], self.moved[1][rows], asked
         images, targets, _ = zip(*map(self.__getitem__, indices))
         channels = max(map(len, images))
@@ -136,6 +135,7 @@ def batches(
         sampler=BalancedSampler(images.targets, shuffle_seed or 0) if balanced else None,
         generator=generator,
         collate_fn=lambda batch: batch,  # which __getitems__ has made
+        pin_memory=torch.cuda.is_available() and images.moved is None,  # so that a GPU need not be waited for
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 
@@ -184,10 +184,10 @@ def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, cont
     """
     x = images.float() / 255
     if contrast is not None:
-        gamma, gain, offset = upload(contrast, x.device)[:, :, None, None, None].unbind(dim=1)
+        gamma, gain, offset = contrast.to(x.device, non_blocking=True)[:, :, None, None, None].unbind(dim=1)
         x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
-        grid = F.affine_grid(upload(affine, x.device), list(x.shape), align_corners=False)
+        grid = F.affine_grid(affine.to(x.device, non_blocking=True), list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     mean, std = _mean_std(input_range, x.device)
     return (x - mean) / std

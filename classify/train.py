@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.data import Augmentation, prepare
-from lora.losses import upload
 
 MOMENTUM = 0.9
 
@@ -41,9 +40,11 @@ def train_epoch(
     )  # read at the end: a GPU need not be waited for
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
-        inputs = prepare(upload(images, device), input_range, affine, contrast(indices) if contrast else None)
+        inputs = prepare(
+            images.to(device, non_blocking=True), input_range, affine, contrast(indices) if contrast else None
+        )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(inputs), upload(targets, device))
+            loss = F.cross_entropy(model(inputs), targets.to(device, non_blocking=True))
         if rate:
             optimizer.param_groups[0]["lr"] = rate()
         optimizer.zero_grad(set_to_none=True)
@@ -63,7 +64,7 @@ def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dt
     device = next(model.parameters()).device
     probabilities = []
     for images, _, _ in loader:
-        inputs = prepare(upload(images, device), input_range)
+        inputs = prepare(images.to(device, non_blocking=True), input_range)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(inputs)
         probabilities.append(logits.float().softmax(dim=1))

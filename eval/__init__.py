@@ -3,6 +3,8 @@
 | concept | where |
 |---|---|
 | accuracy, recall, precision, F-score, AUC; confusion matrix; intervals by patient | `metrics.py` |
+| what classify.py says of the test images; a trained classifier on any folder, and as ONNX | `outcome.py`; `use.py` |
+| what a frozen vision model does by itself: linear probe, neighbours, prompts | `probe.py` |
 | two data models on the same images: McNemar, paired bootstrap; over patients and seeds | `compare.py`; `levels.py` |
 | FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |
 | image features: Inception v3 or a classifier of our own; t-SNE of them | `features.py`; `tsne.py` |
