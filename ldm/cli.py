@@ -1,6 +1,7 @@
 """The flags that choose a base model, the same in every script, and the model that they name."""
 
 import re
+import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -31,8 +32,12 @@ def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> Non
 def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model that the flags of `add_model_arguments` name; what is not here is downloaded from the hub.
 
-    Raises CheckpointError, also for a weight that is not finite: it is named here, before a picture is black by it.
+    Warns where a CPU has no bfloat16 and is asked for it. Raises CheckpointError, also for a weight that is not finite:
+    it is named here, before a picture is black by it.
     """
+    asked = getattr(args, "dtype", None), getattr(args, "device", None)
+    if asked == ("bf16", "cpu") and not _has_bfloat16():
+        warnings.warn("this CPU has no bfloat16 and imitates it, some thirty times slower than fp32", stacklevel=2)
     model = load(
         resolve_model(args.model),
         device=device,
@@ -61,6 +66,13 @@ def lora_path(text: str) -> Path:
         return resolve_model(text, "lora")
     except CheckpointError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def _has_bfloat16() -> bool:
+    try:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):  # a build without oneDNN
+        return True
 
 
 def image_size(text: str) -> tuple[int, int]:
