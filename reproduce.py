@@ -177,9 +177,8 @@ class Experiment:
         data, args = row.data, self.args
         second = "--target" if args.source else "--african"
         flags = [second, self.selections.roots[1], "--model", row.classifier, "--weights", args.weights]
-        frozen = row.classifier not in CLASSIFIERS
-        flags += ["--features", args.out / "features"] if frozen else self.scale.classify.split()
-        flags += ["--recipe", args.recipe, "--seed", seed]
+        flags += ["--recipe", args.recipe, *self.scale.classify.split(), "--seed", seed]
+        flags += [] if row.classifier in CLASSIFIERS else ["--features", args.out / "features"]
         needs, inputs = self.phantoms, {"african": self.digest("african")}
         if data.spanish:
             inputs["spanish"] = self.digest(data.spanish)

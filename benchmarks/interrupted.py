@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
-from planes import PROMPTS
+from planes import PLANES, PROMPTS
 from planes.datasets import read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
@@ -111,7 +111,7 @@ class Trial:
             return
         space = runpy.run_path(path, run_name="reproduce")["parse_args"].__globals__
         space["QUICK"] = space["Scale"](**SCALE)
-        space["PHANTOMS"] = {"train": dict.fromkeys(space["PLANES"], 3), "patients": 2}
+        space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 3), "patients": 2}
         names = ("CheckpointError", "ClassifyError", "DatasetError", "LoRAError", "ResultError", "SamplerError")
         space["run"](space["parse_args"], space["main"], *(space[name] for name in names))
 

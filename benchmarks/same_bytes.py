@@ -26,7 +26,8 @@ HERE = Path(__file__).resolve().parents[1]
 RUN = """
 import dataclasses, runpy, sys
 import ldm.cli
-ldm.cli.MINI = sys.argv.pop(1)
+ldm.cli.MINI = sys.argv.pop(1)from planes import PLANES
+
 script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["parse_args"].__globals__
 scale = dict(
@@ -41,7 +42,7 @@ scale = dict(
 )
 names = {field.name for field in dataclasses.fields(script["Scale"])}
 space["QUICK"] = script["Scale"](**{name: value for name, value in scale.items() if name in names})
-space["PHANTOMS"] = {"train": dict.fromkeys(script["PLANES"], 4), "patients": 4}
+space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 4), "patients": 4}
 space["PANEL_COUNT"] = 2
 script["main"](script["parse_args"](sys.argv[1:]))
 """

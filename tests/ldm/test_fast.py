@@ -48,9 +48,10 @@ def test_a_compiled_unet_is_one_graph_without_a_break_and_says_the_same_with_bot
     context, negative = torch.randn(2, 5, 12), torch.randn(1, 5, 12)
 
     x, t = torch.randn(4, 4, 4, 6), torch.full((4,), 700.5)
-    texts = unet.read(torch.cat([negative.expand_as(context), context]))
 
+    @torch.no_grad()
     def draw():
+        texts = unet.read(torch.cat([negative.expand_as(context), context]))
         latents = [generate(unet, context, negative, [1, 2], (4, 6), sampler=s, steps=4) for s in ("euler", "unipc")]
         return [unet(x, t, texts).clone(), *latents]
 

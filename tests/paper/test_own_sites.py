@@ -79,6 +79,7 @@ def test_two_folders_of_another_domain_become_a_report_by_one_command(sites, tmp
     shop, shed = sites
     out = tmp_path / "run"
     flags = ["--quick", "--seeds", "0", "--device", "cpu", "--source", shop, "--target", shed, "--out", out]
+    flags += ["--probe", "probe:mobilenet_v2", "knn:mobilenet_v2"]  # frozen, and of random weights
     command = [sys.executable, "-c", TINY, *map(str, flags), "--prompt-template", TEMPLATE]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
@@ -89,6 +90,11 @@ def test_two_folders_of_another_domain_become_a_report_by_one_command(sites, tmp
     assert "FU-LoRA from workshop to shed" in report and "Target has no washer" in report
     assert all(name in report for name in ("bolt", "hex nut"))
     assert {"samples.png", "sources.png", "gain.png"} <= {path.name for path in (out / "figures").iterdir()}
+
+    assert "Frozen vision models" in report and "less it" in report
+    assert all(f"mobilenet_v2 ({what})" in report for what in ("linear probe", "nearest neighbours"))
+    assert len([*(out / "rows").glob("*/*_mobilenet_v2/seed0/metrics.json")]) == 4  # ES and HB, each twice
+    assert "left out, as the second site has no training images" in done.stdout
 
     assert json.loads((out / "lora_r4" / "prompts.json").read_text())["hex nut"] == ["a photograph of a hex nut"]
     for folder, prompts in (("synthetic_r4", {TEMPLATE.replace("{class}", name) for name in CLASSES}),):

@@ -145,7 +145,9 @@ def test_the_base_models_flags_reach_every_stage_that_loads_it(script, tmp_path)
     base = ["--model", "a/b", "--tokenizer", "c/d", "--vae", "e/f", "--prediction-type", "v_prediction", "--ema"]
     commands = []
     experiment = script["Experiment"](
-        script["parse_args"]([*base, "--out", str(tmp_path)]), script["PAPER"], None, None, SimpleNamespace(digest=str)
+        script["parse_args"]([*base, "--out", str(tmp_path)]),
+        script["PAPER"],
+        SimpleNamespace(digest=str, flags=lambda kind: ["--spanish", "s"]),
     )
     experiment.model_hashes = {"model": "1f"}  # of what a hub would have to be asked for
     experiment.stages.run = lambda name, out, *flags, **_: commands.append((name, list(flags))) or out
@@ -178,25 +180,20 @@ def test_weights_that_are_in_the_cache_are_not_missing(tmp_path, monkeypatch):
 def test_selections_follow_the_authors_lists_or_the_same_rule():
     roots = DATA / "FETAL_PLANES_ZENODO", DATA / "Zenodo_dataset"
     lists = {"balanced": DATA / "manifests" / "spain_train_1150_balanced.csv"}
-    theirs = Selections(*roots, lists, {"balanced": 230}, seed=0).spanish("balanced")
-    ours = Selections(*roots, {}, {"balanced": 230}, seed=0).spanish("balanced")
+    theirs = Selections(roots, lists, {"balanced": 230}, seed=0).spanish("balanced")
+    ours = Selections(roots, {}, {"balanced": 230}, seed=0).spanish("balanced")
     assert theirs != ours
     for records in (theirs, ours):
         assert set(Counter(record.plane for record in records).values()) == {230}
         assert all(record.train for record in records)
 
 
-def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path):
+def test_a_plan_counts_phantoms_as_the_writer_makes_them(script, tmp_path, monkeypatch):
     from planes.datasets import read_african
     from planes.phantoms.phantom import write_african_layout
 
-    space = script["parse_args"].__globals__
-    before = space["PHANTOMS"]
-    space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 2), "patients": 3}
-    try:
-        af = next(row.data for row in ROWS if row.data.name == "AF")
-        write_african_layout(tmp_path, patients=3, seed=0)
-        counted = script["EMBEDDED"].phantoms(af)
-    finally:
-        space["PHANTOMS"] = before
+    monkeypatch.setattr("paper.scales.PHANTOMS", {"train": dict.fromkeys(PLANES, 2), "patients": 3})
+    af = next(row.data for row in ROWS if row.data.name == "AF")
+    write_african_layout(tmp_path, patients=3, seed=0)
+    counted = script["EMBEDDED"].phantoms(af)
     assert counted == (0, sum(record.train for record in read_african(tmp_path)))

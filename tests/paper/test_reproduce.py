@@ -24,6 +24,7 @@ import runpy, sys
 from dataclasses import replace
 from functools import partial
 import paper.adapt
+from planes import PLANES
 paper.adapt.generate = partial(paper.adapt.generate, steps=2)  # of the sheets, which are to be looked at alone
 script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["parse_args"].__globals__
@@ -37,7 +38,7 @@ space["EMBEDDED"] = script["Scale"](
     classify="--size 64 --batch-size 6",
     passes=dict.fromkeys(script["CLASSIFIERS"], 15),
 )
-space["PHANTOMS"] = {"train": dict.fromkeys(script["PLANES"], 4), "patients": 4}
+space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 4), "patients": 4}
 space["QUICK"] = replace(space["EMBEDDED"], count=3)
 space["PANEL_COUNT"] = 2
 script["main"](script["parse_args"](sys.argv[1:]))
