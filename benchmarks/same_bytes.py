@@ -26,7 +26,8 @@ HERE = Path(__file__).resolve().parents[1]
 RUN = """
 import dataclasses, runpy, sys
 import ldm.cli
-ldm.cli.MINI = sys.argv.pop(1)from planes import PLANES
+ldm.cli.MINI = sys.argv.pop(1)
+from planes import PLANES
 
 script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["parse_args"].__globals__
