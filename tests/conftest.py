@@ -14,3 +14,19 @@ def pytest_cmdline_main(config):
     free = config.pluginmanager.hasplugin("xdist") and not in_worker and not options.usepdb
     if free and options.numprocesses is None:
         options.numprocesses, options.dist = min(os.cpu_count() or 1, 4), "loadfile"
+        options.loadscopereorder = False  # in the order below, and not the files with the most tests first
+
+
+LONGEST = (
+    "test_reproduce.py",
+    "test_pretrain.py",
+    "test_worlds.py",
+    "test_fuzz.py",
+    "test_own_sites.py",
+    "test_use.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: at the end no process then waits for another that is minutes in one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
