@@ -81,8 +81,8 @@ def test_words_that_were_never_read_are_told_apart_by_an_encoder_that_adds_much_
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_an_uninterrupted_one_and_the_folder_loads(tmp_path, monkeypatch):
     monkeypatch.setattr("ldm.mini.pretrain.generate", partial(generate, steps=1))  # of the sheets, to look at alone
-    monkeypatch.setattr("ldm.mini.pretrain.BATCH", 4)
-    monkeypatch.setattr("ldm.mini.pretrain_vae.BATCH", 4)
+    monkeypatch.setattr("ldm.mini.pretrain.BATCH", 8)
+    monkeypatch.setattr("ldm.mini.pretrain_vae.BATCH", 8)
     tiny = ["--scenes", "64", "--vae-steps", "2", "--decoder-steps", "2", "--unet-decay", "2", "--save-every", "1"]
     tiny += ["--device", "cpu"]
 
