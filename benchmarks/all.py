@@ -112,6 +112,7 @@ def scripts(on_gpu: bool, device: str, folder: Path, budget: Budget, say) -> Non
         kind, scale = state["identity"].get("the optimizer"), state["scaler"].get("scale")
         say(f"  - {finite} of {len(rows)} steps finite; {kind}; loss scale {scale or 'none'}")
 
+    os.environ["OMP_NUM_THREADS"] = "1"  # torchrun's own: on a CPU last bits hang on the number of threads
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *sample[1:]]
     code, seconds, log = run(
         *two, "--count", 4, "--out", folder / "two", *["--no-compile"] * on_gpu, seconds=budget.left()
