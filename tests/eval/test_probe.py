@@ -23,6 +23,7 @@ from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.slow
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 FAMILIES = ("dinov2", "beit", "vit", "clip", "clip_vision")
 

@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_folder_gets_the_probabilities_of_the_test_to_the_bit_and_a_confidence(trained, tmp_path):
     file = trained / "run" / "model.safetensors"
     run("--classifier", file, "--predict", trained / "af", "--out", tmp_path)
@@ -111,6 +112,7 @@ def test_flags_that_do_not_go_together_are_one_line(capsys, flags, words):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_without_images_or_a_file_that_is_no_classifier_is_one_line(trained, tmp_path):
     file = trained / "run" / "model.safetensors"
     (tmp_path / "empty").mkdir()

@@ -303,6 +303,7 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     assert vector.isfinite().all()
 
 
+@pytest.mark.slow
 def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a_run_without_a_stop(tiny, tmp_path):
     write_spanish_layout(tmp_path / "spanish", 3, test=0, seed=0)
     data = ["--spanish", tmp_path / "spanish", "--per-plane", 1, "--repeats", 2]
