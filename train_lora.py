@@ -31,7 +31,7 @@ from lora import training
 from lora.files import save_lora
 from lora.files.metadata import metadata
 from lora.layer import LoRAError
-from lora.losses import Losses, upload
+from lora.losses import Losses, nothing, upload
 from lora.model import TARGETS
 from lora.saving import SaveTimes
 from lora.validation import HeldOut
@@ -195,7 +195,7 @@ def main(args):
     for step in bar:
         # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the step weighing alike
         batches = training.batches_of_step(step, *passes, args.accumulate, args.seed)
-        count, mean_loss = sum(map(len, batches)), torch.zeros((), dtype=torch.float64, device=args.device)
+        count, mean_loss = sum(map(len, batches)), nothing(args.device)
         for index, noise, t, is_held in draws_of_step(step, batches, args.seed, args.batch_size, len(schedule)):
             noise, t = upload(noise, args.device), upload(t, args.device)
             x0 = torch.stack([latents[n] for n in index])

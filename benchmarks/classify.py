@@ -27,7 +27,7 @@ from torchvision.datasets import ImageFolder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
 
-from measure import Rival, bytes_of, dump, machine, report, side_by_side
+from measure import Rival, add_flags, bytes_of, report, side_by_side
 
 from classify.data import RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
 from classify.models import MODELS, build
@@ -42,18 +42,13 @@ RIVALS = ("ours", "ours-compiled", "imagefolder")
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
-    add("--rivals", nargs="+", choices=RIVALS, default=["ours", "imagefolder"], help="the last one is the measure")
+    add_flags(parser, RIVALS, DTYPES, rounds=3, half="bf16")
+    parser.set_defaults(rivals=["ours", "imagefolder"])
     add("--model", choices=MODELS, default="resnet18")
-    add("--size", type=int, default=512, help="px (512)")
     add("--stored", type=int, default=800, help="px of the files (800)")
     add("--images", type=int, default=1200, help="(1200)")
     add("--batch-size", type=int, default=24, help="(24)")
     add("--workers", type=int, default=16 if on_gpu else min(2, os.cpu_count() or 1), help="of the rival")
-    add("--rounds", type=int, default=3, help="(3)")
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="the table goes there too")
     return parser.parse_args(argv)
 
 
@@ -148,8 +143,7 @@ def main(args):
         ]
         side_by_side(rivals, args.rounds, args.device)
     title = f"{args.model}, an epoch of {args.images} images, {args.size} px, batch {args.batch_size}, {args.dtype}"
-    print(machine(args.device))
-    dump(args.json, report(title, rivals, args.images, "image"))
+    report(args, title, rivals, args.images, "image")
 
 
 if __name__ == "__main__":

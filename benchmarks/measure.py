@@ -7,13 +7,14 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from load_checkpoint import Memory
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,7 +93,7 @@ def wait(device: str) -> None:
 
 
 class Peak:
-    """Bytes taken at most above those at the beginning: torch's on a GPU, the process's own memory on a CPU."""
+    """Bytes taken at most above those at the beginning: torch's on a GPU, the process's own memory on a CPU (Linux)."""
 
     def __init__(self, device: str):
         self.on_gpu = device.startswith("cuda")
@@ -105,12 +106,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            if platform.system() == "Linux":
-                ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
-            self.start = self.most = self._now()
-            self.done = threading.Event()
-            self.thread = threading.Thread(target=self._watch, daemon=True)
-            self.thread.start()
+            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
+            self.memory = Memory().__enter__()
         return self
 
     def __exit__(self, *exception):
@@ -118,20 +115,8 @@ class Peak:
             torch.cuda.synchronize()
             self.bytes = torch.cuda.max_memory_allocated() - self.start
         else:
-            self.done.set()
-            self.thread.join()
-            self.bytes = self.most - self.start
-
-    def _watch(self):
-        while not self.done.wait(0.01):
-            self.most = max(self.most, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status")
-        if not status.exists():
-            return 0
-        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssAn"))
+            self.memory.__exit__()
+            self.bytes = self.memory.anonymous
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -155,8 +140,20 @@ def best_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-def report(title: str, rivals: list[Rival], items: float, unit: str, count: float = 0, best: float = 0) -> list[dict]:
-    """Prints a Markdown table, and returns its rows.
+def add_flags(parser: ArgumentParser, rivals: Sequence[str], dtypes: Mapping[str, torch.dtype], rounds: int, half: str):
+    """The flags that every comparison has; `half`: the precision on a GPU."""
+    add, on_gpu = parser.add_argument, torch.cuda.is_available()
+    add("--rivals", nargs="+", choices=rivals, help="the last one is what the others are measured by")
+    add("--size", type=int, default=512, help="px (512)")
+    add("--rounds", type=int, default=rounds, help=f"({rounds})")
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--dtype", choices=dtypes, default=half if on_gpu else "fp32")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="the table goes there too")
+
+
+def report(args, title: str, rivals: list[Rival], items: float, unit: str, count: float = 0, best: float = 0) -> None:
+    """Prints the machine and a Markdown table, whose rows also go to args.json.
 
     items: of `unit` in one piece of work, as images; count: FLOPs of one piece; best: FLOP/s, or 0
     """
@@ -177,11 +174,13 @@ def report(title: str, rivals: list[Rival], items: float, unit: str, count: floa
             }
         )
     heads = [*rows[0]][1:]
+    print(machine(args.device))
     print(f"\n{title}; speed and memory as shares of the last row's\n")
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for row in rows:
         print("| " + " | ".join(row[head] for head in heads) + " |", flush=True)
-    return rows
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def machine(device: str) -> str:
@@ -210,8 +209,3 @@ def run(*command: object, seconds: float) -> tuple[int, float, str]:
     except subprocess.TimeoutExpired as error:
         said = (error.stdout or b"").decode(errors="replace")
         return 124, time.perf_counter() - start, said
-
-
-def dump(path: Path | None, rows: list[dict]) -> None:
-    if path:
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")

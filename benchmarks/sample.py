@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
 
-from measure import UNETS, Rival, best_rate, bytes_of, diffusers_unet, dump, flops, machine, report, side_by_side
+from measure import UNETS, Rival, add_flags, best_rate, bytes_of, diffusers_unet, flops, report, side_by_side
 
 from ldm import fast
 from ldm.cli import DTYPES
@@ -34,16 +34,10 @@ RIVALS = ("ours", "ours-compiled", "ours-bf16", "diffusers", "diffusers-compiled
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
-    add("--rivals", nargs="+", choices=RIVALS, help="the last one is what the others are measured by")
+    add_flags(parser, RIVALS, DTYPES, rounds=5, half="fp16")
     add("--scale", choices=UNETS, default="sd15")
-    add("--size", type=int, default=512, help="px (512)")
     add("--steps", type=int, default=20, help="(20)")
     add("--batch-size", type=int, default=16 if on_gpu else 1)
-    add("--rounds", type=int, default=5, help="(5)")
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="the table goes there too")
     args = parser.parse_args(argv)
     args.rivals = args.rivals or ([r for r in RIVALS if r != "ours-bf16"] if on_gpu else ["ours", "diffusers"])
     return args
@@ -143,8 +137,7 @@ def main(args):
     del unet, vae
     side_by_side(rivals, args.rounds, args.device)
     title = f"sampling, {args.size} px, {args.steps} steps, batch {args.batch_size}, {args.dtype}"
-    print(machine(args.device))
-    dump(args.json, report(title, rivals, args.batch_size, "image", count, count and best_rate(args.device, dtype)))
+    report(args, title, rivals, args.batch_size, "image", count, count and best_rate(args.device, dtype))
 
 
 if __name__ == "__main__":

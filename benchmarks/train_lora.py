@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
 
-from measure import UNETS, Rival, bytes_of, diffusers_unet, dump, machine, report, side_by_side
+from measure import UNETS, Rival, add_flags, bytes_of, diffusers_unet, report, side_by_side
 
 from ldm import fast
 from ldm.cli import DTYPES
 from ldm.unet import UNet
 from lora import training
-from lora.losses import Losses, upload
+from lora.losses import Losses, nothing, upload
 from lora.model import inject, lora_layers, lora_parameters
 from samplers.schedule import NoiseSchedule
 
@@ -36,18 +36,12 @@ IMAGES = 20
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
-    add("--rivals", nargs="+", choices=RIVALS, help="the last one is what the others are measured by")
+    add_flags(parser, RIVALS, DTYPES, rounds=5, half="fp16")
     add("--scale", choices=UNETS, default="sd15")
-    add("--size", type=int, default=512, help="px (512)")
     add("--rank", type=int, default=128, help="(128)")
     add("--batch-size", type=int, default=2, help="(2)")
     add("--steps", type=int, default=20 if on_gpu else 1, help="in a reading")
-    add("--rounds", type=int, default=5, help="(5)")
     add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw", help="(adamw)")
-    add("--device", default="cuda" if on_gpu else "cpu")
-    add("--dtype", choices=DTYPES, default="fp16" if on_gpu else "fp32")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="the table goes there too")
     args = parser.parse_args(argv)
     args.rivals = args.rivals or (["ours", "ours-compiled", "peft"] if on_gpu else ["ours", "peft"])
     return args
@@ -87,7 +81,7 @@ def ours(args, name: str, base: UNet) -> Rival:
     def step() -> torch.Tensor:
         number = next(numbers)
         batches = batches_of_step(number, batch_size=args.batch_size, accumulate=1, seed=args.seed)
-        images, total = sum(map(len, batches)), torch.zeros((), dtype=torch.float64, device=args.device)
+        images, total = sum(map(len, batches)), nothing(args.device)
         for index, noise, t, _ in draws_of_step(number, batches, args.seed, args.batch_size, len(schedule)):
             noise, t = upload(noise, args.device), upload(t, args.device)
             noisy = schedule.add_noise(torch.stack([latents[n] for n in index]), noise, t).to(dtype)
@@ -124,10 +118,9 @@ def theirs(args, name: str, base: UNet) -> Rival:
     inject(copied, args.rank, args.rank, generator=torch.Generator().manual_seed(args.seed))
     for path, layer in lora_layers(copied).items():
         unet.get_submodule(path).lora_A["default"].weight.data = layer.A.data.clone()
-    parameters = [parameter.data.float() for parameter in unet.parameters() if parameter.requires_grad]
-    for parameter, data in zip((p for p in unet.parameters() if p.requires_grad), parameters):
-        parameter.data = data
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
     if args.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
@@ -137,7 +130,7 @@ def theirs(args, name: str, base: UNet) -> Rival:
         unet.compile()
     latents, contexts = material(args, base.config.cross_attention_dim)
     scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scaler, numbers, dataset = scaler_of(args), count(), torch.utils.data.TensorDataset(torch.arange(IMAGES))
+    scaler, numbers = scaler_of(args), count()
     autocast = partial(torch.autocast, args.device, dtype, enabled=dtype != torch.float32)
 
     def step() -> torch.Tensor:
@@ -153,7 +146,7 @@ def theirs(args, name: str, base: UNet) -> Rival:
             args.batch_size,
             len(scheduler),
             latents=latents,
-            buckets=torch.zeros(len(dataset), dtype=torch.long),
+            buckets=torch.zeros(IMAGES, dtype=torch.long),
             held=torch.arange(0),
         )
         ((_, noise, t, _),) = draws
@@ -196,8 +189,7 @@ def main(args):
     del base
     side_by_side(rivals, args.rounds, args.device)
     title = f"LoRA step, {args.size} px, rank {args.rank}, batch {args.batch_size}, {args.dtype}, {args.optimizer}"
-    print(machine(args.device))
-    dump(args.json, report(title, rivals, args.steps, "step"))
+    report(args, title, rivals, args.steps, "step")
 
 
 if __name__ == "__main__":

@@ -27,17 +27,15 @@ def train_epoch(
 ) -> float:
     """Train on every batch once, by cross-entropy; returns the mean loss per image.
 
-    augmentation, contrast: what alters the images (`data.draw_augmentation`, `data.draw_contrast`)
+    augmentation, contrast: what alters the images (`data.draw_augmentation`, `contrast.draw_contrast`)
     rate: the learning rate of the next step, asked before each; None: the optimizer's own
     dtype: autocast to it unless float32; parameters stay float32
-    Raises ClassifyError once the loss is not finite.
+    Raises ClassifyError where the loss was not finite.
     """
     model.train()
     device = next(model.parameters()).device
-    total, count = (
-        torch.zeros((), dtype=torch.float64, device=device),
-        0,
-    )  # read at the end: a GPU need not be waited for
+    kind = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    total, count = torch.zeros((), dtype=kind, device=device), 0  # read at the end: a GPU need not be waited for
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
         inputs = prepare(
@@ -51,7 +49,7 @@ def train_epoch(
         loss.backward()
         optimizer.step()
 
-        total, count = total + loss.detach().double() * len(targets), count + len(targets)
+        total, count = total + loss.detach().to(kind) * len(targets), count + len(targets)
     if not total.isfinite():
         raise ClassifyError("the training loss is no longer finite; lower the learning rate")
     return total.item() / count

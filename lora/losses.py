@@ -22,6 +22,12 @@ def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def nothing(device: torch.device | str) -> Tensor:
+    """A zero to sum losses in: float64, or float32 on Apple's GPUs, which have no other."""
+    kind = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.zeros((), dtype=kind, device=device)
+
+
 class Losses:
     """The table of losses, a row of texts for each step; with a column more where some are validated.
 
@@ -49,21 +55,21 @@ class Losses:
         held_out: Tensor | None = None,
     ) -> None:
         """Of step number `step`: its loss, the norm of its gradient, how many processes were asked to stop, and the
-        loss of held-out images, if it was taken; each a single number on the training's device. Raises LoRAError as
-        `read`."""
-        held_out = torch.full_like(loss, math.nan) if held_out is None else held_out
-        numbers = torch.stack([number.detach().double() for number in (loss, norm, asked, held_out)])
+        loss of held-out images, if it was taken; each a single number on the training's device, the first a sum that
+        began as `nothing`. Raises LoRAError as `read`."""
+        looked, held_out = held_out is not None, loss if held_out is None else held_out
+        numbers = torch.stack([number.detach().to(loss.dtype) for number in (loss, norm, asked, held_out)])
         come = None
         if numbers.is_cuda:
             numbers, come = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             come.record()
-        self.coming.append((step, images, rate, numbers, come))
+        self.coming.append((step, images, rate, looked, numbers, come))
         self.read(keep=0 if come is None else 1)
 
     def read(self, keep: int = 0) -> None:
         """Wait for all steps but the last `keep`. Raises LoRAError where too many in a row were not finite."""
         while len(self.coming) > keep:
-            step, images, rate, numbers, come = self.coming.popleft()
+            step, images, rate, looked, numbers, come = self.coming.popleft()
             if come is not None:
                 come.synchronize()
             self.latest, norm, self.asked, held_out = numbers.tolist()
@@ -72,7 +78,7 @@ class Losses:
                 kept = f"{self.checkpoint} holds the last good state: " * self.checkpoint.exists()
                 advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
                 raise LoRAError(f"step {step}: the loss or its gradient is not finite; {advice}")
-            taken = "" if math.isnan(held_out) else f"{held_out:.6f}"
+            taken = f"{held_out:.6f}" if looked else ""
             self.rows.append((step, images, f"{self.latest:.6f}", f"{norm:.6f}", rate, *[taken] * self.validated))
             self.said["loss"] = f"{self.latest:.4f}"
             self.said |= {"held_out": taken} if taken else {}

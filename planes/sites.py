@@ -4,6 +4,7 @@ The two datasets of the paper have readers of their own (`datasets.py`); here is
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
         if split not in ("", *SPLITS):
             raise DatasetError(f"{where}: split is {split!r}, neither {' nor '.join(SPLITS)}")
         records.append(Record(path, name, owner, SPLITS.get(split, train), source, root.resolve().name))
-    names = [str(record.path) for record in records]
-    if twice := next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None:
-        raise DatasetError(f"{root / TABLE}: {twice} is listed twice; remove one")
+    path, times = Counter(record.path for record in records).most_common(1)[0]
+    if times > 1:
+        raise DatasetError(f"{root / TABLE}: {path} is listed twice; remove one")
     if len(classes_of(records)) < 2:
         raise DatasetError(
             f"{root}: has images of {', '.join(classes_of(records))} alone; a classifier tells two apart"
