@@ -105,9 +105,7 @@ def parse_args(argv=None):
     if args.bucket and args.resize:
         parser.error(f"--resize {args.resize}: makes squares, --bucket does not: give --no-bucket, or no --resize")
     if args.bucket and args.compile:
-        parser.error(
-            "--compile: compiles each shape of images, of which --bucket has many: give --no-bucket, or leave it"
-        )
+        parser.error("--compile: compiles each shape, of which --bucket has many: give --no-bucket, or no --compile")
     args.resize = None if args.bucket else args.resize or "squash"
     counts = ("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every", "validation_every")
     require_at_least(parser, args, 1, *counts)

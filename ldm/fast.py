@@ -39,7 +39,7 @@ def cannot_compile(device: str) -> str | None:
 def arrange(unet: UNet, vae: AutoencoderKL) -> None:
     """For a GPU: channels last, as its convolutions want them, and a decoder in float16 where the U-Net is in half
     precision; elsewhere a float32 decoder. In place."""
-    on_gpu, half = unet.conv_in.weight.is_cuda, unet.conv_in.weight.dtype != torch.float32
+    on_gpu, half = unet.conv_norm_out.weight.is_cuda, unet.conv_norm_out.weight.dtype != torch.float32
     vae.to(torch.float16 if on_gpu and half else torch.float32)
     if on_gpu:
         for network in (unet, vae):

@@ -140,7 +140,7 @@ class UNet(nn.Module):
             raise ValueError(f"latents of {height}x{width}: both sides must be multiples of {self.config.multiple}")
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         temb = self.time_embedding(
-            timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_in.weight.dtype)
+            timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_norm_out.weight.dtype)
         )
 
         texts = iter(context) if isinstance(context, list) else repeat(context)

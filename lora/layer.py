@@ -1,6 +1,6 @@
 """LoRA on a single layer.
 
-Sources: Wang et al. 2024 (FU-LoRA, Eq. 2), Hu et al. 2021 (LoRA), kohya's sd-scripts (Kaiming init).
+Sources: Wang et al. 2024 (FU-LoRA, Eq. 2), Hu et al. 2021 (LoRA), kohya's sd-scripts (Kaiming init, convolutions).
 """
 
 import math
@@ -20,16 +20,16 @@ class LoRALayer(nn.Module):
 
     strength is 1 in training, and in sampling what sample.py calls --lora-weight.
 
-    base: nn.Linear, or an nn.Conv2d that acts on single pixels (1x1, stride 1, no groups); or another LoRALayer, to
-        whose correction this one's is added
+    base: nn.Linear, or an nn.Conv2d without groups, whose A then is a convolution of its kernel, stride and padding,
+        and B one of 1x1 (LoCon); or another LoRALayer, to whose correction this one's is added
     rank: r, at least 1; alpha: positive
     init: A is "gaussian" with standard deviation 1 / r (the paper, diffusers) or "kaiming", uniform within
         1 / sqrt(in) (kohya); B is zero, hence the layer begins as its base
     generator: draws A; None is a generator of its own, seeded with 0: the global one is never touched
     name: tells it from the others around the same layer; they are summed in the order of their names
 
-    A: (r, in) and B: (out, r) are float32 and stay so where the model is cast to half precision, since steps of
-    1e-4 would be lost there. Raises LoRAError.
+    A: (r, in), or (r, in * height * width) with a kernel's, and B: (out, r) are float32 and stay so where the model is
+    cast to half precision, since steps of 1e-4 would be lost there. Raises LoRAError.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class LoRALayer(nn.Module):
             raise LoRAError("the LoRA below is merged: unmerge first")
         self.base = base.requires_grad_(False)
         self.name, self.rank, self.alpha, self.strength = name, rank, float(alpha), 1.0
-        base = self.root
-        out_features, in_features = base.weight.shape[:2]
+        weight = self.root.weight
+        out_features, in_features, device = len(weight), weight[0].numel(), weight.device
         self.original: Tensor | None = None  # W0, while the base's weight is the merged one
 
         generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -59,7 +59,6 @@ class LoRALayer(nn.Module):
             A.normal_(0, 1 / rank, generator=generator)
         else:
             A.uniform_(-(in_features**-0.5), in_features**-0.5, generator=generator)
-        device = base.weight.device
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         self.train(base.training)
@@ -80,8 +79,8 @@ class LoRALayer(nn.Module):
         if self.original is None:
             for lora in self.loras:
                 if lora.strength != 0:  # the scale where the data is narrowest: between A and B
-                    down = lora.strength * lora.alpha / lora.rank * lora._linear(lora._own_type(x), lora.A)
-                    total = total + lora._linear(down, lora.B)
+                    down = lora.strength * lora.alpha / lora.rank * lora.down(lora._own_type(x))
+                    total = total + lora.up(down)
         # a base in half precision: products and sum are float32 and rounded once, or under autocast all half
         return total.to(h.dtype)
 
@@ -101,13 +100,19 @@ class LoRALayer(nn.Module):
         if self.original is not None:
             self.root.weight.data, self.original = self.original, None
 
+    def down(self, x: Tensor) -> Tensor:
+        """A x, a convolution as the base is one."""
+        if not isinstance(self.root, nn.Conv2d):
+            return F.linear(x, self.A)
+        A = self.A.view(self.rank, -1, *self.root.kernel_size)
+        return F.conv2d(x, A, stride=self.root.stride, padding=self.root.padding, dilation=self.root.dilation)
+
+    def up(self, x: Tensor) -> Tensor:
+        """B x, for each pixel where the base is a convolution."""
+        return F.conv2d(x, self.B[:, :, None, None]) if isinstance(self.root, nn.Conv2d) else F.linear(x, self.B)
+
     def _own_type(self, x: Tensor) -> Tensor:
         return x if torch.is_autocast_enabled(x.device.type) else x.to(self.A.dtype)  # autocast casts both to its own
-
-    def _linear(self, x: Tensor, matrix: Tensor) -> Tensor:
-        if isinstance(self.root, nn.Conv2d):
-            return F.conv2d(x, matrix[:, :, None, None])
-        return F.linear(x, matrix)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALayer":
         # .half(), .to(...), .cuda() all pass here: the base takes dtype and device, A and B the device alone
@@ -131,10 +136,9 @@ def unfit(base: nn.Module) -> str | None:
         return None
     if not isinstance(base, nn.Conv2d):
         return f"{type(base).__name__} is neither nn.Linear nor nn.Conv2d"
-    if base.kernel_size == base.stride == (1, 1) and base.padding == (0, 0) and base.groups == 1:
+    if base.groups == 1 and base.padding_mode == "zeros":
         return None
-    size = "x".join(map(str, base.kernel_size))
-    return f"a {size} convolution: only 1x1 with stride 1, no padding and no groups can have a LoRA"
+    return f"a convolution in {base.groups} groups, padded with {base.padding_mode}: only plain ones can have a LoRA"
 
 
 def check_settings(rank: int, alpha: float, init: str) -> None:

@@ -14,14 +14,19 @@ from torch import nn
 
 from lora.layer import LoRAError, LoRALayer, check_settings, unfit
 
+TRANSFORMER = r"attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out)"
+RESNET = r"resnets\.\d+\.(conv[12]|conv_shortcut|time_emb_proj)|(down|up)samplers\.0\.conv"
+
 TARGETS: dict[str, str] = {
     "cross-attention": r"(.*\.)?attn2\.(to_[qkv]|to_out\.0)",
     "attention": r"(.*\.)?attn[12]\.(to_[qkv]|to_out\.0)",
-    "transformer": r"(.*\.)?(attn[12]\.(to_[qkv]|to_out\.0)|ff\.net\.(0\.proj|2)|attentions\.\d+\.proj_(in|out))",
+    "transformer": rf"(.*\.)?({TRANSFORMER})",
+    "locon": rf"(.*\.)?({TRANSFORMER}|{RESNET})",
     "text-encoder": r"(.*\.)?layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
 }
 """Layers by name, as regular expressions for a whole module path: the paper's choice (four layers for each transformer
-block), diffusers' (eight), kohya's for the U-Net (twelve) and kohya's for CLIP (six for each encoder layer)."""
+block), diffusers' (eight), kohya's for the U-Net (twelve), kohya's with conv_dim (ResNet blocks and samplers too, with
+their 3x3 convolutions: LoCon, or LoRA-C3Lier) and kohya's for CLIP (six for each encoder layer)."""
 
 
 def inject(

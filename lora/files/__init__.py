@@ -65,8 +65,8 @@ def save_lora(
                 raise LoRAError(f"{path}: {where} has several LoRAs ({names}): remove all but one")
             if prefix == "lora_te":
                 where = f"text_model.{where.removeprefix('text_model.')}"
-            ones = (1, 1) if isinstance(layer.root, nn.Conv2d) else ()
-            A, B = (matrix.view(*matrix.shape, *ones) for matrix in (layer.A, layer.B))
+            kernel, ones = (layer.root.kernel_size, (1, 1)) if isinstance(layer.root, nn.Conv2d) else ((), ())
+            A, B = layer.A.view(layer.rank, -1, *kernel), layer.B.view(*layer.B.shape, *ones)
             pairs[f"{prefix}.{where}"] = Pair(A, B, layer.alpha)
     write(path, pairs, metadata or {}, layout, dtype)
 
@@ -140,9 +140,10 @@ def convert(source: str | Path, path: str | Path, layout: str) -> None:
 
 def _check_fit(where: str, base: nn.Module, pair: Pair, file: LoRAFile) -> None:
     if reason := unfit(base):
-        raise LoRAError(f"{where}: {reason}: use a plain LoRA, no LoCon")
+        raise LoRAError(f"{where}: {reason}")
     weight = (base.root if isinstance(base, LoRALayer) else base).weight
-    if (pair.up.shape[0], pair.down.shape[1]) != weight.shape[:2]:
+    inputs, wanted = (tuple([*shape[1:], 1, 1][:3]) for shape in (pair.down.shape, weight.shape))
+    if len(pair.up) != len(weight) or inputs != wanted:  # of 1x1 convolutions there are files without the ones
         raise LoRAError(
             f"{where}: lora_down {list(pair.down.shape)} and lora_up {list(pair.up.shape)} for a weight "
             f"{list(weight.shape)}: made for another base model{_made_for(file)}: load it into that one"

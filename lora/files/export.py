@@ -66,12 +66,18 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
     for name, (down, up, alpha) in pairs.items():
         parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
         tensors |= {f"{name.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
-    ranks, alphas = {len(pair.down) for pair in pairs.values()}, {pair.alpha for pair in pairs.values()}
-    return tensors, {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": min(ranks) if len(ranks) == 1 else "Dynamic",  # kohya's word for mixed ones
-        "ss_network_alpha": min(alphas) if len(alphas) == 1 else "Dynamic",
-    }
+    rank, alpha = _one({len(pair.down) for pair in pairs.values()}), _one({pair.alpha for pair in pairs.values()})
+    header = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
+    if kernels := [pair for pair in pairs.values() if pair.down.shape[2:].numel() > 1]:
+        settings = {"conv_dim": _one({len(pair.down) for pair in kernels})}
+        settings["conv_alpha"] = _one({pair.alpha for pair in kernels})
+        header["ss_network_args"] = json.dumps({name: str(value) for name, value in settings.items()})
+    return tensors, header
+
+
+def _one(values: set) -> object:
+    """The only one, or kohya's word for mixed ones."""
+    return min(values) if len(values) == 1 else "Dynamic"
 
 
 def _guessed_base(pairs: Mapping[str, Pair]) -> dict[str, object]:

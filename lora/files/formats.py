@@ -78,7 +78,7 @@ PIECES = rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|m
 
 
 class Pair(NamedTuple):
-    """One layer's LoRA. down: A, (r, in[, 1, 1]); up: B, (out, r[, 1, 1]); alpha: above 0."""
+    """One layer's LoRA. down: A, (r, in[, height, width]); up: B, (out, r[, 1, 1]); alpha: above 0."""
 
     down: Tensor
     up: Tensor
@@ -270,11 +270,13 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
     for tensor in (down, up):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise LoRAError(f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or float32")
-        if tensor.ndim not in (2, 4) or tensor.shape[2:].numel() != 1:
-            raise LoRAError(f"{where}: {shapes}: only 1x1 convolutions can be loaded, no LoCon: use a plain LoRA")
+        if tensor.ndim not in (2, 4):
+            raise LoRAError(f"{where}: {shapes}: neither matrices nor convolutions: the file is damaged, get it again")
     for tensor in parts.values():
         if not tensor.isfinite().all():
             raise LoRAError(f"{where}: a value is not finite ({shapes}): training diverged, use an earlier file")
+    if up.shape[2:].numel() != 1:
+        raise LoRAError(f"{where}: {shapes}: lora_up must be 1x1: use a LoCon as kohya and LyCORIS write it")
     rank = len(down)
     if rank != up.shape[1] or rank == 0:
         raise LoRAError(f"{where}: {shapes}: the ranks differ or are 0: the file is damaged, get it again")

@@ -56,7 +56,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Conv2d(6, 5, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Conv2d(6, 5, 1)], ids=["linear", "1x1"])
 def test_the_layer_is_equation_2(base):
     layer = LoRALayer(base, rank=3, alpha=2.0)
     nn.init.normal_(layer.B)
@@ -69,7 +69,32 @@ def test_the_layer_is_equation_2(base):
     torch.testing.assert_close(h.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("target", ["cross-attention", "attention", "transformer"])
+@pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": (0, 2), "stride": 2}, {"dilation": 2}])
+def test_of_a_convolution_a_is_one_of_its_kind_and_b_acts_on_pixels(settings):
+    layer = LoRALayer(base := nn.Conv2d(6, 5, 3, **settings).double(), rank=3, alpha=2.0)
+    nn.init.normal_(layer.B)
+    x = torch.randn(2, 6, 7, 9, dtype=torch.float64)
+    BA = torch.einsum("or,rikl->oikl", layer.B.double(), layer.A.double().view(3, 6, 3, 3))
+    whole = nn.functional.conv2d(x, base.weight + 2 / 3 * BA, base.bias, **settings)
+    torch.testing.assert_close(layer(x), whole, atol=1e-5, rtol=0)
+    layer.merge()
+    torch.testing.assert_close(layer(x), whole, atol=1e-5, rtol=0)
+
+
+def test_locon_reaches_what_kohyas_network_with_conv_dim_reaches(unet):
+    """sd-scripts' networks/lora.py: linear layers and convolutions inside five classes of module."""
+    classes = {"SpatialTransformer", "ResnetBlock", "Downsample", "Upsample"}
+    inside = [path for path, module in unet.named_modules() if type(module).__name__ in classes]
+    assert {type(unet.get_submodule(path)).__name__ for path in inside} == classes
+    reached = {
+        path
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and any(path.startswith(f"{block}.") for block in inside)
+    }
+    assert set(inject(unet, 2, 2, "locon")) == reached and len(reached) > 20
+
+
+@pytest.mark.parametrize("target", ["cross-attention", "attention", "transformer", "locon"])
 def test_injection_leaves_the_output_bit_equal(unet, inputs, target):
     before = unet(*inputs)
     inject(unet, 4, 4, target)
@@ -203,7 +228,12 @@ def test_under_autocast_the_output_is_the_bases_and_gradients_are_float32(unet, 
 
 @pytest.mark.parametrize(
     ("target", "layers", "parameters"),
-    [("cross-attention", 64, 795_648), ("attention", 128, 1_594_368), ("transformer", 192, 3_391_488)],
+    [
+        ("cross-attention", 64, 795_648),
+        ("attention", 128, 1_594_368),
+        ("transformer", 192, 3_391_488),
+        ("locon", 278, 8_406_528),
+    ],
 )
 def test_the_targets_have_sd_15s_counts_at_rank_8(target, layers, parameters):
     with torch.device("meta"):
@@ -269,7 +299,6 @@ def test_a_depends_on_seed_and_path_alone():
         ({"init": "xavier"}, "init 'xavier': must be 'gaussian' or 'kaiming'"),
         ({"target": "attn3"}, "matches no layer of UNet.*such as conv_in"),
         ({"target": "(attn"}, "nor a regular expression"),
-        ({"target": r".*(attn2\.to_k|conv1)"}, r"resnets\.0\.conv1: a 3x3 convolution"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_changes_nothing(unet, setting, message):
@@ -279,6 +308,19 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(unet, setting, message)
     assert "\n" not in str(error.value)
     assert same_bits(unet.state_dict(), weights)
     assert all(parameter.requires_grad for parameter in unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (nn.Conv2d(6, 6, 3, groups=2), "a convolution in 2 groups"),
+        (nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular"), "padded with circular"),
+        (nn.GroupNorm(2, 6), "GroupNorm is neither"),
+    ],
+)
+def test_a_layer_of_another_kind_is_refused(base, message):
+    with pytest.raises(LoRAError, match=message):
+        LoRALayer(base, 2, 2)
 
 
 def test_a_layer_gets_one_lora_only(unet):

@@ -105,6 +105,23 @@ def test_the_keys_shapes_and_metadata_are_kohyas(trained, tmp_path):
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
 
 
+def test_convolutions_are_written_as_kohyas_with_conv_dim(models, tmp_path):
+    inject(models["lora_unet"], 4, 2, "locon")
+    save_lora(tmp_path / "a.safetensors", {"lora_unet": models["lora_unet"]})
+    tensors, shapes = load_file(tmp_path / "a.safetensors"), {}
+    for name in ("resnets_0_conv1", "resnets_0_conv_shortcut", "resnets_0_time_emb_proj", "upsamplers_0_conv"):
+        parts = (tensors[f"lora_unet_up_blocks_0_{name}.lora_{part}.weight"] for part in ("down", "up"))
+        shapes[name] = [tuple(part.shape) for part in parts]
+    assert shapes == {
+        "resnets_0_conv1": [(4, 128, 3, 3), (64, 4, 1, 1)],
+        "resnets_0_conv_shortcut": [(4, 128, 1, 1), (64, 4, 1, 1)],
+        "resnets_0_time_emb_proj": [(4, 128), (64, 4)],
+        "upsamplers_0_conv": [(4, 64, 3, 3), (64, 4, 1, 1)],
+    }
+    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
+        assert stored.metadata()["ss_network_args"] == '{"conv_dim": "4", "conv_alpha": "2.0"}'
+
+
 def test_saved_in_float32_and_loaded_is_bit_equal_and_can_be_trained_on(models, trained, tmp_path):
     save_lora(tmp_path / "a.safetensors", trained, {"ss_v2": False}, dtype=torch.float32)
     base = copy.deepcopy([model.state_dict() for model in models.values()])
@@ -219,16 +236,12 @@ BAD_FILES = {
         ),
         "ranks differ or are 0",
     ),
-    "3x3 kernel": (_set(f"{PROJ_IN}.lora_down.weight", torch.zeros(4, 64, 3, 3)), r"\[4, 64, 3, 3\].*no LoCon"),
-    "LoCon": (
-        lambda tensors: tensors.update(
-            {
-                "lora_unet_conv_in.lora_down.weight": torch.zeros(4, 4, 3, 3),
-                "lora_unet_conv_in.lora_up.weight": torch.zeros(32, 4, 1, 1),
-            }
-        ),
-        r"conv_in: lora_down \[4, 4, 3, 3\].*no LoCon",
+    "3x3 for 1x1": (
+        _set(f"{PROJ_IN}.lora_down.weight", torch.zeros(4, 64, 3, 3)),
+        r"\[4, 64, 3, 3\].*for a weight \[64, 64, 1, 1\]: made for another base model",
     ),
+    "3x3 up": (_set(f"{PROJ_IN}.lora_up.weight", torch.zeros(64, 4, 3, 3)), r"\[64, 4, 3, 3\]: lora_up must be 1x1"),
+    "vector": (_set(f"{PROJ_IN}.lora_up.weight", torch.zeros(64)), r"\[64\]: neither matrices nor convolutions"),
     "1x1 for 3x3": (
         lambda tensors: tensors.update(
             {
@@ -236,7 +249,7 @@ BAD_FILES = {
                 "lora_unet_conv_in.lora_up.weight": torch.zeros(32, 4),
             }
         ),
-        "conv_in: a 3x3 convolution",
+        r"lora_down \[4, 4\] and lora_up \[32, 4\] for a weight \[32, 4, 3, 3\]: made for another base model",
     ),
     "nan": (lambda tensors: tensors[f"{TO_K}.lora_up.weight"][3].fill_(torch.nan), r"to_k: a value is not finite"),
     "infinite alpha": (lambda tensors: tensors[f"{TO_K}.alpha"].fill_(torch.inf), "not finite"),
@@ -348,9 +361,13 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(models, trained, t
 
 
 @pytest.mark.slow
-def test_diffusers_reads_our_file_to_the_same_weights_and_output(models, trained, tmp_path):
+@pytest.mark.parametrize("target", ["transformer", "locon"])
+def test_diffusers_reads_our_file_to_the_same_weights_and_output(models, tmp_path, target):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
+    inject((trained := copy.deepcopy(models))["lora_unet"], 4, 2, target)
+    for layer in lora_layers(trained["lora_unet"]).values():
+        torch.nn.init.normal_(layer.B, std=0.1)
     theirs = diffusers.UNet2DConditionModel(
         **LEVEL,
         attention_head_dim=4,

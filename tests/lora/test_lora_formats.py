@@ -195,7 +195,8 @@ def test_a_file_in_pefts_layout_has_diffusers_keys_and_configuration(models, tmp
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_a_saved_file_is_the_same_bytes_and_loads_to_the_same_output(models, trained, tmp_path, layout):
+def test_a_saved_file_is_the_same_bytes_and_loads_to_the_same_output(models, tmp_path, layout):
+    trained = train(copy.deepcopy(models), ("lora_unet", 4, 2, "locon"), ("lora_te", 2, 2, "text-encoder"))
     for name in ("a", "b"):
         save_lora(tmp_path / name, trained, {"z": 1, "a": 2}, torch.float32, layout)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -439,16 +440,16 @@ def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout):
+@pytest.mark.parametrize(("layout", "target"), [("kohya", "transformer"), ("kohya", "locon"), ("peft", "locon")])
+def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout, target):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from transformers import CLIPTextConfig, CLIPTextModel
 
     # a rank for each network, and in PEFT's layout a second one, whose alpha diffusers misreads in kohya's
-    targets = [("lora_unet", 4, 2, "transformer"), ("lora_te", 2, 3, "text-encoder")]
+    targets = [("lora_unet", 4, 2, target), ("lora_te", 2, 3, "text-encoder")]
     if layout == "peft":
-        targets.append(("lora_unet", 3, 1, r".*time_emb_proj"))
+        targets.append(("lora_unet", 3, 1, "conv_in|conv_out|time_embedding.*"))
     trained = train(copy.deepcopy(models), *targets)
     save_lora(tmp_path / "ours.safetensors", trained, dtype=torch.float32, layout=layout)
 
