@@ -120,6 +120,7 @@ class Experiment:
         flags = (*self.model, *self.selections.flags("lora"), *self.scale.train_lora.split(), *flags)
         flags += ("--prompt-template", self.args.prompt_template) if self.args.source else ()
         flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
+        flags += ("--lr", self.scale.rates[rank]) if rank in self.scale.rates else ()
         out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
         by = self.owners.setdefault(out, len(self.owners) % ranks.size())
         self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs, by=by)

@@ -1,9 +1,11 @@
-"""What the embedded model can do, measured by a judge: a ResNet18 that has seen phantoms from every kind of probe.
+r"""What the embedded model can do, measured by a judge: a ResNet18 that has seen phantoms from every kind of probe.
 
     python benchmarks/mini.py judge --out runs/judge                                     # minutes; once
     python benchmarks/mini.py round-trip --judge runs/judge/judge.safetensors            # what the autoencoder keeps
     python benchmarks/mini.py recognise --judge runs/judge/judge.safetensors runs/synthetic/manifest.csv
-    python benchmarks/mini.py quality --judge runs/judge/judge.safetensors runs/synthetic/manifest.csv
+    python benchmarks/mini.py quality --judge runs/judge/judge.safetensors --spanish runs/phantoms/spanish \
+        runs/synthetic/manifest.csv
+    python benchmarks/mini.py copyist --judge runs/judge/judge.safetensors --spanish runs/phantoms/spanish
     python benchmarks/mini.py style runs/synthetic_styles/manifest.csv                   # do the style words act?
 
 The judge's probes are drawn from wider ranges than any site's, so that what it knows is the anatomy. No choice is made
@@ -26,13 +28,13 @@ from classify.data import PlaneImages, batches
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.features import classifier, features
-from eval.quality import prdc, two_sample
+from eval.quality import memorisation, pixel_features, prdc, two_sample
 from ldm import MINI
 from ldm.checkpoints import load as load_model
 from ldm.images import decode_images, read_image
 from ldm.mini.scenes import scene
 from planes import PLANES
-from planes.datasets import Record, read_spanish, read_synthetic
+from planes.datasets import Record, balanced, read_spanish, read_synthetic
 from planes.phantoms.phantom import write_spanish_layout
 from planes.phantoms.sites import Site
 from planes.style import BRIGHTNESS, CONTRAST, middle
@@ -65,7 +67,12 @@ def parse_args(argv=None):
     trip.add_argument("--count", type=int, default=60, help="phantoms of each plane (60)")
     known = tasks.add_parser("recognise", help="synthetic images, by plane and sampler")
     near = tasks.add_parser("quality", help="two-sample test, density and coverage against 250 new phantoms of site A")
-    for task in (trip, known, near):
+    copy = tasks.add_parser(
+        "copyist", help="the same measures for LoRA's own training images, as they are and behind the VAE"
+    )
+    for task in (near, copy):
+        task.add_argument("--spanish", type=Path, required=True, help="phantoms of site A, of which LoRA took 100")
+    for task in (trip, known, near, copy):
         task.add_argument("--judge", type=Path, required=True)
     style = tasks.add_parser("style", help="mean grey and contrast of the images of each word, beside the scenes'")
     for task in (known, near, style):
@@ -111,21 +118,26 @@ def round_trip(args) -> None:
     """Recognition of broad phantoms as they are and behind the autoencoder, and the error it makes."""
     records = [record for record in read_spanish(args.judge.parent) if not record.train]
     records = [r for plane in PLANES for r in [x for x in records if x.plane is plane][: args.count]]
-    vae, size = (model := load_model(args.model)).vae, model.sample_size * model.vae.config.downsampling
-    folder = args.judge.parent / "round_trip"
-    folder.mkdir(exist_ok=True)
+    behind, errors, size = behind_autoencoder(records, args.model, args.judge.parent / "round_trip")
+    targets = [PLANES.index(record.plane) for record in records]
+    print_shares("before", recognised(args.judge, records), targets)
+    print_shares("behind the autoencoder", recognised(args.judge, behind), targets)
+    print(f"PSNR {np.mean(-10 * np.log10(errors)):.2f} dB at {size} px")
+
+
+def behind_autoencoder(records: list[Record], folder_of_model: Path, out: Path) -> tuple[list[Record], list, int]:
+    """The images encoded and decoded, written to `out`; the mean squared error of each in [0, 1]; their side in px."""
+    vae, size = (model := load_model(folder_of_model)).vae, model.sample_size * model.vae.config.downsampling
+    out.mkdir(exist_ok=True)
     errors, behind = [], []
     for n, record in enumerate(tqdm(records, "round trip", unit="image")):
         image = read_image(record.path, size)[None]
         with torch.no_grad():
             pixels = decode_images(vae, vae.to_latents(image))[0].numpy()
-        Image.fromarray(pixels).convert("L").save(folder / f"{n}.png")
+        Image.fromarray(pixels).convert("L").save(out / f"{n}.png")
         errors.append(np.square((image[0].permute(1, 2, 0).numpy() + 1) / 2 - pixels / 255).mean())
-        behind.append(Record(folder / f"{n}.png", record.plane, record.patient, False, "synthetic", "vae"))
-    targets = [PLANES.index(record.plane) for record in records]
-    print_shares("before", recognised(args.judge, records), targets)
-    print_shares("behind the autoencoder", recognised(args.judge, behind), targets)
-    print(f"PSNR {np.mean(-10 * np.log10(errors)):.2f} dB at {size} px")
+        behind.append(Record(out / f"{n}.png", record.plane, record.patient, False, "synthetic", "vae"))
+    return behind, errors, size
 
 
 def recognise(args) -> None:
@@ -140,18 +152,50 @@ def recognise(args) -> None:
 
 def quality(args) -> None:
     """How far the images are from 250 phantoms of site A that no LoRA has seen, by the judge's features."""
-    folder = args.judge.parent / "site_a"
+    new, trained_on, extract = new_phantoms(args.judge), pixel_features(taken(args.spanish)), classifier(args.judge)
+    real = features(extract, new)
+    print(f"new phantoms: {nearest_of(trained_on, new)}")
+    for manifest in args.manifests:
+        records = read_synthetic(manifest)
+        print(f"{manifest.parent.name}: {likeness(real, features(extract, records))}", end="  ")
+        print(nearest_of(trained_on, records), flush=True)
+
+
+def copyist(args) -> None:
+    """The same measures for one who knows LoRA's 100 images by heart and no other: 250 of those, three draws."""
+    records, extract = taken(args.spanish), classifier(args.judge)
+    real = features(extract, new_phantoms(args.judge))
+    behind, _, _ = behind_autoencoder(records, MINI, args.judge.parent / "copyist")
+    for label, copies in (("the training images", records), ("behind the autoencoder", behind)):
+        known = features(extract, copies)
+        for seed in range(3):
+            order = np.random.default_rng(seed).permutation(len(known))
+            print(f"{label}: {likeness(real, known[np.resize(order, len(real))])}", flush=True)
+
+
+def new_phantoms(judge: Path) -> list[Record]:
+    """250 phantoms of site A that no LoRA has seen, drawn once."""
+    folder = judge.parent / "site_a"
     if not (folder / "FETAL_PLANES_DB_data.csv").exists():
         write_spanish_layout(folder, train=50, test=0, seed=501)
-    extract = classifier(args.judge)
-    real = features(extract, read_spanish(folder))
-    for manifest in args.manifests:
-        made = features(extract, read_synthetic(manifest))
-        near = prdc(real, made)
-        print(
-            f"{manifest.parent.name}: two-sample {100 * two_sample(real, made).accuracy:.1f} % of {len(made)}", end=""
-        )
-        print(f"  density {near.density:.2f}  coverage {near.coverage:.2f}", flush=True)
+    return read_spanish(folder)
+
+
+def taken(spanish: Path) -> list[Record]:
+    """The images of a site that train_lora.py takes with seed 0."""
+    return balanced([record for record in read_spanish(spanish) if record.train], 20, 0)
+
+
+def likeness(real: np.ndarray, made: np.ndarray) -> str:
+    """Two-sample test, density and coverage of (N, D) and (M, D) features, in words."""
+    near, told = prdc(real, made), two_sample(real, made).accuracy
+    return f"two-sample {100 * told:.1f} % of {len(made)}  density {near.density:.2f}  coverage {near.coverage:.2f}"
+
+
+def nearest_of(trained_on: np.ndarray, records: list[Record]) -> str:
+    """How near images come to those of LoRA's training, of which (N, D) are the pixel features."""
+    found = memorisation(trained_on, pixel_features(records))
+    return f"nearest training image at {np.median(found.ratio):.2f} of the usual distance, {found.copied.sum()} copies"
 
 
 def style(args) -> None:
@@ -182,5 +226,6 @@ def print_moves(label: str, images: list[tuple[str, np.ndarray]]) -> tuple[float
 
 if __name__ == "__main__":
     options = parse_args()
-    tasks = {"judge": train_judge, "round-trip": round_trip, "recognise": recognise, "quality": quality, "style": style}
+    tasks = {"judge": train_judge, "round-trip": round_trip, "recognise": recognise, "quality": quality}
+    tasks |= {"copyist": copyist, "style": style}
     tasks[options.task](options)

@@ -19,6 +19,7 @@ class Scale:
     sample: str
     count: int  # synthetic images per plane and sampler
     classify: str
+    rates: Mapping[int, float] = field(default_factory=dict)  # of LoRAs of a rank, whatever train_lora says
     passes: Mapping[str, int] = field(default_factory=dict)  # of each classifier, whatever its data; else by epochs
     left_out: Mapping[str, str] = field(default_factory=dict)  # classifiers that are in no average, and why
 
@@ -35,10 +36,11 @@ PAPER = Scale(
 )
 EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
     per_plane={"all": None, "balanced": 23, "lora": 20},
-    train_lora="--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
+    train_lora="--target locon --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
     "--guidance-scale 1.5",
-    repeats=200,
+    repeats=140,
     rank=32,
+    rates={128: 5e-4},  # alpha = r adds up r matrices of rank 1: at 2e-3 the loss of 128 goes from 0.04 to 2
     sample="--guidance-scale 1.5 --batch-size 20",
     count=50,
     classify="--size 64 --lr 5e-3 --schedule cosine",
