@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 PERIOD = 300.0  # seconds
+ECHO = 3.0  # seconds
 T = TypeVar("T")
 
 
@@ -22,18 +23,22 @@ class SaveTimes:
     """Says after each step whether to save: every `every` steps, or where that is None every five minutes.
 
     SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it stands: the step is
-    finished, saved, and `leave_if_asked` exits with 130 or 143. A second one ends it as ever. Only the main thread can
-    listen to signals; elsewhere they stay what they were.
+    finished, saved, and `leave_if_asked` exits with 130 or 143. One that comes ECHO seconds later or more ends it as
+    ever; sooner it is the first again, which a scheduler sends to every process of a job and torchrun passes on to its
+    own. Only the main thread can listen to signals; elsewhere they stay what they were.
     """
 
     def __init__(self, every: int | None):
-        self.every, self.last, self.asked, self.before = every, time.monotonic(), 0, {}
+        self.every, self.last, self.asked, self.asked_at, self.before = every, time.monotonic(), 0, 0.0, {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: object) -> None:
-        self.asked = number
-        self.restore()
+        now = time.monotonic()
+        self.asked, self.asked_at = self.asked or number, self.asked_at or now
+        if now - self.asked_at >= ECHO:
+            self.restore()
+            signal.raise_signal(number)
 
     def heed(self, others: float) -> None:
         """How many of the processes that work at one run were asked; each then stops at the same step."""

@@ -369,6 +369,20 @@ def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
     saves.restore()
 
 
+def test_the_echo_of_a_signal_is_the_first_again_and_a_later_one_ends_the_run(monkeypatch):
+    clock = iter([0.0, 10.0, 12.9, 13.0])
+    monkeypatch.setattr("lora.saving.time.monotonic", lambda: next(clock))
+    before, ended = signal.signal(signal.SIGTERM, lambda *_: ended.append(1)), []
+    try:
+        saves = SaveTimes(3)
+        for still_to_be_saved in (True, True, False):
+            signal.raise_signal(signal.SIGTERM)
+            assert ended == ([] if still_to_be_saved else [1]) and saves.asked == signal.SIGTERM
+    finally:
+        saves.restore()
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_where_no_checkpoint_is_yet_a_run_gone_wrong_names_none(tiny, folder, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(LoRAError, match=r"^step \d+: the loss or its gradient is not finite; try a lower --lr"):
