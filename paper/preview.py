@@ -23,7 +23,7 @@ CPU_PASS = {
     "resnet18": 0.0059,
     "vit_b_16": 0.060,
 }
-CPU_LORA, CPU_SAMPLE = 0.025, 0.28
+CPU_LORA, CPU_SAMPLE = 0.03, 0.28
 # Multiply-adds per image, forward: classifiers at 224 pixels, the U-Net of SD 1.5 at 512.
 GMACS = {"densenet169": 3.4, "mobilenet_v2": 0.3, "efficientnet_b0": 0.4, "resnet18": 1.8, "vit_b_16": 17.6}
 UNET_GMACS = 400.0

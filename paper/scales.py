@@ -47,5 +47,5 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
     passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},  # which takes ten times as long as ResNet18
     left_out={"vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"},
 )
-QUICK = replace(EMBEDDED, repeats=50, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
-QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of a quarter of the steps wants more
+QUICK = replace(EMBEDDED, repeats=40, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
+QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of two sevenths of the steps wants more
