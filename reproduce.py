@@ -11,7 +11,7 @@ stage is one run of another script; what is done is not done again. The outcome 
 import argparse
 import sys
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from classify import ClassifyError
@@ -153,6 +153,7 @@ class Experiment:
         flags = ["--prompts", lora.parent / PROMPTS_FILE] if lora else []
         return self.draw("synthetic_without_lora", 10, *flags, needs=(lora.parent,) if lora else ())
 
+    @cache  # the processes of torchrun meet to draw, and would at every row
     def synthetic(self, kind: str) -> Path:
         """The list of synthetic images of this kind (paper.plan.DataModel), made if need be."""
         rank = self.scale.rank
