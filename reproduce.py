@@ -153,7 +153,7 @@ class Experiment:
         flags = ["--prompts", lora.parent / PROMPTS_FILE] if lora else []
         return self.draw("synthetic_without_lora", 10, *flags, needs=(lora.parent,) if lora else ())
 
-    @cache  # the processes of torchrun meet to draw, and would at every row
+    @cache  # noqa: B019 (one Experiment a run): the processes of torchrun meet to draw, and would at every row
     def synthetic(self, kind: str) -> Path:
         """The list of synthetic images of this kind (paper.plan.DataModel), made if need be."""
         rank = self.scale.rank
