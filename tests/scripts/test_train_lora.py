@@ -575,7 +575,7 @@ def test_a_list_of_the_spanish_images_is_refused_beside_a_folder_of_images(capsy
         (["--size", "-64"], "--size -64"),
         (["--preset", "papers"], "papers"),
         (["--images", "z"], "--images: not allowed with argument --spanish"),
-        (["--bucket", "--compile"], "give --no-bucket, or leave it"),
+        (["--bucket", "--compile"], "give --no-bucket, or no --compile"),
         (["--validation", "-1"], "--validation -1: at least 0"),
     ],
 )
