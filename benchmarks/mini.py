@@ -72,6 +72,7 @@ def parse_args(argv=None):
     )
     for task in (near, copy):
         task.add_argument("--spanish", type=Path, required=True, help="phantoms of site A, of which LoRA took 100")
+        task.add_argument("--seed", type=int, default=0, help="of the LoRA's training, which drew them (0)")
     for task in (trip, known, near, copy):
         task.add_argument("--judge", type=Path, required=True)
     style = tasks.add_parser("style", help="mean grey and contrast of the images of each word, beside the scenes'")
@@ -152,7 +153,7 @@ def recognise(args) -> None:
 
 def quality(args) -> None:
     """How far the images are from 250 phantoms of site A that no LoRA has seen, by the judge's features."""
-    new, trained_on, extract = new_phantoms(args.judge), pixel_features(taken(args.spanish)), classifier(args.judge)
+    new, trained_on, extract = new_phantoms(args.judge), pixel_features(taken(args)), classifier(args.judge)
     real = features(extract, new)
     print(f"new phantoms: {nearest_of(trained_on, new)}")
     for manifest in args.manifests:
@@ -163,7 +164,7 @@ def quality(args) -> None:
 
 def copyist(args) -> None:
     """The same measures for one who knows LoRA's 100 images by heart and no other: 250 of those, three draws."""
-    records, extract = taken(args.spanish), classifier(args.judge)
+    records, extract = taken(args), classifier(args.judge)
     real = features(extract, new_phantoms(args.judge))
     behind, _, _ = behind_autoencoder(records, MINI, args.judge.parent / "copyist")
     for label, copies in (("the training images", records), ("behind the autoencoder", behind)):
@@ -181,9 +182,9 @@ def new_phantoms(judge: Path) -> list[Record]:
     return read_spanish(folder)
 
 
-def taken(spanish: Path) -> list[Record]:
-    """The images of a site that train_lora.py takes with seed 0."""
-    return balanced([record for record in read_spanish(spanish) if record.train], 20, 0)
+def taken(args) -> list[Record]:
+    """The images that train_lora.py --spanish draws with this seed."""
+    return balanced([record for record in read_spanish(args.spanish) if record.train], 20, args.seed)
 
 
 def likeness(real: np.ndarray, made: np.ndarray) -> str:

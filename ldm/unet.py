@@ -141,7 +141,7 @@ class UNet(nn.Module):
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         temb = self.time_embedding(
             timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_norm_out.weight.dtype)
-        )
+        )  # of a norm's weight, since a LoRA may stand around any convolution
 
         texts = iter(context) if isinstance(context, list) else repeat(context)
 

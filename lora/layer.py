@@ -52,7 +52,6 @@ class LoRALayer(nn.Module):
         weight = self.root.weight
         out_features, in_features, device = len(weight), weight[0].numel(), weight.device
         self.original: Tensor | None = None  # W0, while the base's weight is the merged one
-
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         A = torch.empty(rank, in_features, dtype=torch.float32, device=generator.device)
         if init == "gaussian":
@@ -138,7 +137,8 @@ def unfit(base: nn.Module) -> str | None:
         return f"{type(base).__name__} is neither nn.Linear nor nn.Conv2d"
     if base.groups == 1 and base.padding_mode == "zeros":
         return None
-    return f"a convolution in {base.groups} groups, padded with {base.padding_mode}: only plain ones can have a LoRA"
+    kind = f"in {base.groups} groups" if base.groups > 1 else f"padded with {base.padding_mode} values"
+    return f"a convolution {kind}: only plain ones, padded with zeros, can have a LoRA"
 
 
 def check_settings(rank: int, alpha: float, init: str) -> None:

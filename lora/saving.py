@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 PERIOD = 300.0  # seconds
-ECHO = 3.0  # seconds
+ECHO = 3.0  # seconds within which a signal that comes again is the same request
 T = TypeVar("T")
 
 

@@ -48,4 +48,4 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
     left_out={"vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"},
 )
 QUICK = replace(EMBEDDED, repeats=40, count=16, passes=dict.fromkeys(CLASSIFIERS, 2000))
-QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a LoRA of two sevenths of the steps wants more
+QUICK = replace(QUICK, sample="--guidance-scale 2 --batch-size 20")  # a shorter LoRA wants more

@@ -82,7 +82,7 @@ def test_of_a_convolution_a_is_one_of_its_kind_and_b_acts_on_pixels(settings):
 
 
 def test_locon_reaches_what_kohyas_network_with_conv_dim_reaches(unet):
-    """sd-scripts' networks/lora.py: linear layers and convolutions inside five classes of module."""
+    """sd-scripts' networks/lora.py: linear layers and convolutions inside four classes of module."""
     classes = {"SpatialTransformer", "ResnetBlock", "Downsample", "Upsample"}
     inside = [path for path, module in unet.named_modules() if type(module).__name__ in classes]
     assert {type(unet.get_submodule(path)).__name__ for path in inside} == classes
