@@ -23,17 +23,17 @@ from classify.contrast import draw_contrast
 from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
 from classify.images import choose_records, find_copies
 from classify.models import MODELS, build, save
+from classify.outcome import outcome
+from classify.predict import temperature, use
+from classify.probe import parts, run_probe
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
-from eval.flags import device_name, require_at_least, seed_number
-from eval.outcome import outcome
-from eval.probe import parts, run_probe
-from eval.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
-from eval.script import alone, progress, run
-from eval.use import temperature, use
+from harness.flags import device_name, require_at_least, seed_number
+from harness.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
+from harness.resume import SaveTimes, read_state, write_state
+from harness.script import alone, progress, run
 from ldm.fast import cannot_compile
-from lora.saving import SaveTimes, read_state, write_state
 from lora.training import rate_share
 from planes.datasets import DatasetError, count
 
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     train = "train on the second site's training images too: no longer zero-shot"
     add("--african-train", "--target-train", action="store_true", help=train)
     add("--validation", type=int, default=0, help="images of the first site held out with all of their patients' (0)")
-    names = f"{', '.join(MODELS)}; or a frozen model, probe:ID, knn:ID, prompts:ID (eval/probe.py) (resnet18)"
+    names = f"{', '.join(MODELS)}; or a frozen model, probe:ID, knn:ID, prompts:ID (classify/probe.py) (resnet18)"
     add("--model", default="resnet18", help=names)
     add("--features", type=Path, help="where a frozen model's features are kept (default: in --out)")
     add("--prompt-template", default="an ultrasound image of {class}", help="of --target's classes, for prompts:ID")

@@ -9,7 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
-from eval.script import run
+from harness.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights

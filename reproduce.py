@@ -16,11 +16,11 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
-from eval import ranks
-from eval.flags import device_name, seed_number
-from eval.probe import parts
-from eval.record import folder_hash, record_environment, sha256
-from eval.script import alone_in, run
+from classify.probe import parts
+from harness import processes
+from harness.flags import device_name, seed_number
+from harness.record import folder_hash, record_environment, sha256
+from harness.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, lora_path, model_flags, model_paths
 from lora import LoRAError
@@ -122,7 +122,7 @@ class Experiment:
         flags += ("--repeats", self.scale.repeats, "--seed", self.args.seed, "--rank", rank, "--resume")
         flags += ("--lr", self.scale.rates[rank]) if rank in self.scale.rates else ()
         out, inputs = self.args.out / f"{name}_r{rank}", {"images": self.digest("lora"), **self.model_hashes}
-        by = self.owners.setdefault(out, len(self.owners) % ranks.size())
+        by = self.owners.setdefault(out, len(self.owners) % processes.size())
         self.stages.run("train_lora", out, *flags, needs=(*needs, *self.phantoms), inputs=inputs, by=by)
         return out / "lora.safetensors"
 
@@ -134,7 +134,7 @@ class Experiment:
     ) -> Path:
         """The folder of the images."""
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
-        ranks.wait()  # for LoRAs that others train
+        processes.wait()  # for LoRAs that others train
         flags, inputs = (*flags, *(["--lora", lora] if lora else [])), dict(self.model_hashes)
         if lora and lora == self.args.lora:
             inputs["lora"] = folder_hash(lora)
@@ -244,12 +244,12 @@ def main(args):
     else:
         with alone_in(args.out, together=True):
             for turn in (True, False):  # the first of several processes makes and fetches, the others find it there
-                if ranks.is_first() is turn and not given[0]:
+                if processes.is_first() is turn and not given[0]:
                     print("phantoms of two sites", flush=True)
                     given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
-                if ranks.is_first() is turn and str(args.synthetic) == "zenodo" and not args.synthetic.exists():
+                if processes.is_first() is turn and str(args.synthetic) == "zenodo" and not args.synthetic.exists():
                     args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
-                ranks.wait()
+                processes.wait()
             reproduce(args, scale, select(given))
 
 
@@ -272,9 +272,9 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     if left_out := [row.name for row in args.rows if row not in rows]:
         print(f"left out, as the second site has no training images: {', '.join(left_out)}")
     runs = [(row, seed) for row in rows for seed in args.seeds]
-    folders = [experiment.classify(*run, by=n % ranks.size()) for n, run in enumerate(runs)]
-    ranks.wait()
-    if not ranks.is_first():
+    folders = [experiment.classify(*run, by=n % processes.size()) for n, run in enumerate(runs)]
+    processes.wait()
+    if not processes.is_first():
         return
     results = [read_result(f, row.table, row.data.name, row.classifier, s) for f, (row, s) in zip(folders, runs)]
     write_report(args, experiment, selections, results, panels, without)

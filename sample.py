@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eval import ranks
 from eval.figures import first_images_figure, save
-from eval.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
-from eval.record import record_run, sha256, write_atomically
-from eval.script import alone_together, progress, run
+from harness import processes
+from harness.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
+from harness.record import record_run, sha256, write_atomically
+from harness.script import alone_together, progress, run
 from ldm import CheckpointError, fast, webui
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
 from ldm.embedding import load_embedding
@@ -199,8 +199,8 @@ def main(args):
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
     left = sum(len(missing) for _, missing in work)
     print(f"{len(shots)} images: {len(shots) - left} are there, {left} to make")
-    ranks.wait()  # of several processes each has seen what is there before the first adds to it
-    work = ranks.share([(rows, missing) for rows, missing in work if missing])
+    processes.wait()  # of several processes each has seen what is there before the first adds to it
+    work = processes.share([(rows, missing) for rows, missing in work if missing])
     fast.arrange(model.unet, model.vae)
     if compiled:
         fast.compile_whole(model.unet, model.vae.decoder)
@@ -228,8 +228,8 @@ def main(args):
                 print(f"the first batch, compiled, took {time.perf_counter() - start:.0f} s")
             saving.save([(args.out / rows[n].image, pixels[n], rows[n], (len(rows), n)) for n in missing])
             bar.update(len(missing))
-    ranks.wait()
-    if not ranks.is_first():
+    processes.wait()
+    if not processes.is_first():
         return
 
     write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from eval import ranks
 from eval.figures import loss_figure, save
-from eval.flags import device_name, plain_text, require_at_least, seed_number
-from eval.record import write_atomically
-from eval.script import alone_together, progress, run
+from harness import processes
+from harness.flags import device_name, plain_text, require_at_least, seed_number
+from harness.record import write_atomically
+from harness.resume import SaveTimes
+from harness.script import alone_together, progress, run
 from ldm import CheckpointError, fast
 from ldm.buckets import read_bucketed
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
@@ -33,7 +34,6 @@ from lora.files.metadata import metadata
 from lora.layer import LoRAError
 from lora.losses import Losses, nothing, upload
 from lora.model import TARGETS
-from lora.saving import SaveTimes
 from lora.validation import HeldOut
 from paper.adapt import Contexts, adapt, captioned_images, default_repeats, material, record, sample_sheet
 from planes.captions import prior_pairs
@@ -161,7 +161,7 @@ def main(args):
     scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
     scaler.scale(torch.zeros((), device=args.device))  # it begins with its first loss, which a process may not have
     behind = len(images) + len(prior)
-    held, mine = torch.arange(len(images), behind), slice(ranks.rank(), None, ranks.size())
+    held, mine = torch.arange(len(images), behind), slice(processes.rank(), None, processes.size())
     draws_of_step = partial(training.draws_of_step, latents=latents, buckets=bucket_of, held=held, mine=mine)
     weights = training.loss_weights(schedule.alphas_cumprod, kind, args.debiased_estimation_loss).to(args.device)
 
@@ -205,7 +205,7 @@ def main(args):
             mean_loss += loss.detach()
 
         # gradients and loss of all processes; and how many of these a SIGTERM has asked to save and leave
-        mean_loss, asked = ranks.add_up(parameters, mean_loss, torch.tensor(bool(saves.asked)))
+        mean_loss, asked = processes.add_up(parameters, mean_loss, torch.tensor(bool(saves.asked)))
         for rate, group in zip(rates, optimizer.param_groups):
             group["lr"] = rate * training.rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
@@ -214,20 +214,20 @@ def main(args):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        held_out = unseen.look(step + 1, predict) if ranks.is_first() else None
+        held_out = unseen.look(step + 1, predict) if processes.is_first() else None
         losses.add(step + 1, count, optimizer.param_groups[0]["lr"], mean_loss, norm, asked, held_out)
         saves.heed(losses.asked)  # of other processes, which stop at the same step
         bar.set_postfix(losses.said, refresh=False)
-        if args.sample_every and (step + 1) % args.sample_every == 0 and ranks.is_first():
+        if args.sample_every and (step + 1) % args.sample_every == 0 and processes.is_first():
             save_sheet(step + 1, shown)
         if saves.due(step + 1):
             losses.read()  # nothing is saved of which it is not known that it is finite
-            if ranks.is_first():
+            if processes.is_first():
                 save_state(step + 1)
             saves.leave_if_asked(f"{checkpoint} has the {step + 1:,} steps that are done; --resume goes on from there")
     losses.read()
     saves.restore()
-    if not ranks.is_first():
+    if not processes.is_first():
         return
 
     # the file that kohya's tools, the webui and load_lora read

@@ -25,9 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
 from classify.data import PlaneImages, batches
+from classify.features import classifier, features
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
-from eval.features import classifier, features
 from eval.quality import memorisation, pixel_features, prdc, two_sample
 from ldm import MINI
 from ldm.checkpoints import load as load_model

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
-from eval.record import write_atomically
+from harness.record import write_atomically
 from paper.gain import Step, measure
 from paper.plan import ROWS
 from paper.report import Context, build

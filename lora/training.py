@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.resume import read_state, write_state
 from lora.layer import LoRAError
-from lora.saving import read_state, write_state
 
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from eval.record import record_run, sha256, write_atomically
+from harness.record import record_run, sha256, write_atomically
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.embedding import add_token, word_embedding

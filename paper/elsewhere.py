@@ -18,8 +18,8 @@ from classify import ClassifyError
 from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
-from eval.record import sha256
-from eval.script import alone, progress, run
+from harness.record import sha256
+from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
 from paper.report import Context, build
 from paper.results import Result, ResultError, read_result

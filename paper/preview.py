@@ -8,7 +8,7 @@ from torchvision.models import get_model_weights
 
 from classify.data import RECIPES
 from classify.models import MODELS
-from eval.record import write_atomically
+from harness.record import write_atomically
 from paper.material import Selections
 from paper.plan import RANKS
 from planes import PLANES

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.figures import save
 from eval.forest import Point, forest_figure
-from eval.record import write_atomically
+from harness.record import write_atomically
 from paper.details import (
     by_classifier,
     by_metric,

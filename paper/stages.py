@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
-from eval import ranks
-from eval.record import sha256_of_all, write_atomically
+from harness import processes
+from harness.record import sha256_of_all, write_atomically
 from planes import PLANES
 from planes.datasets import read_synthetic
 
@@ -50,21 +50,21 @@ class Stages:
         if (script, *argv) in self.seen:
             return out
         self.seen.add((script, *argv))
-        if by not in (None, ranks.rank()):
+        if by not in (None, processes.rank()):
             return out
         self.say(f"\n$ python {script}.py {' '.join(argv)}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
-        with nullcontext() if by is None else ranks.apart():
-            if ranks.from_first(self.is_done(out, args, needs, inputs)):
+        with nullcontext() if by is None else processes.apart():
+            if processes.from_first(self.is_done(out, args, needs, inputs)):
                 self.say("done before")
                 return out
-            if ranks.is_first():
+            if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").unlink(missing_ok=True)
                 write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
             module["main"](args)
-            ranks.wait()  # for the first, which writes
+            processes.wait()  # for the first, which writes
         return out
 
     def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...], inputs: Mapping[str, str]) -> bool:

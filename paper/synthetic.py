@@ -9,9 +9,9 @@ from PIL import Image
 
 from classify import ClassifyError
 from classify.data import PlaneImages, batches
+from classify.features import Extractor, classifier, features, inception
 from classify.models import load
 from classify.train import predict
-from eval.features import Extractor, classifier, features, inception
 from eval.figures import samples_figure, save, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
 from eval.tsne import tsne

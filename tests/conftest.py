@@ -20,7 +20,7 @@ def pytest_cmdline_main(config):
 LONGEST = (
     "test_reproduce.py",
     "test_pretrain.py",
-    "test_worlds.py",
+    "test_processes.py",
     "test_fuzz.py",
     "test_own_sites.py",
     "test_use.py",

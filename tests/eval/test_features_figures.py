@@ -11,9 +11,9 @@ from torch import nn
 
 from classify import ClassifyError
 from classify.data import PlaneImages, prepare
+from classify.features import Extractor, classifier, features, inception
 from classify.models import build, save
 from eval import figures, forest
-from eval.features import Extractor, classifier, features, inception
 from eval.forest import MARKS, Point
 from eval.tsne import tsne
 from planes import PLANES

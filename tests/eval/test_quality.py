@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from torch import nn
 
-from eval.features import Extractor, features
+from classify.features import Extractor, features
 from eval.quality import (
     PRDC,
     closest_pairs_figure,

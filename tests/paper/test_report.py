@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.stats import t
 
 from eval.metrics import bootstrap, confusion, score
-from eval.record import code_version, record_environment
+from harness.record import code_version, record_environment
 from paper import tables
 from paper.details import trained_on
 from paper.document import Beside, Code, Details, Heading, Paragraph, Picture, Table, to_html, to_markdown

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, safe_open
 
+from harness.resume import SaveTimes
 from ldm import MINI
 from ldm.checkpoints import Model, load, save_folder
 from ldm.checkpoints.tokenizer import load_tokenizer
@@ -26,7 +27,6 @@ from ldm.text import TextConfig, TextEncoder, encode_prompts
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora import LoRAError, lora_layers, remove, training
-from lora.saving import SaveTimes
 from lora.training import PRESETS, batches_of_step, batches_per_epoch, cut, loss_weights
 from planes.phantoms.phantom import write_spanish_layout
 from planes.style import style_words
@@ -359,7 +359,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tiny, fo
 
 def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
     clock = iter([0.0, 299.0, 300.0, 301.0, 599.0, 600.0])
-    monkeypatch.setattr("lora.saving.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("harness.resume.time.monotonic", lambda: next(clock))
     saves = SaveTimes(None)
     assert [saves.due(step) for step in range(1, 6)] == [False, True, False, False, True]
     saves.restore()
@@ -371,7 +371,7 @@ def test_a_run_saves_every_five_minutes_or_by_steps(monkeypatch):
 
 def test_the_echo_of_a_signal_is_the_first_again_and_a_later_one_ends_the_run(monkeypatch):
     clock = iter([0.0, 10.0, 12.9, 13.0])
-    monkeypatch.setattr("lora.saving.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("harness.resume.time.monotonic", lambda: next(clock))
     before, ended = signal.signal(signal.SIGTERM, lambda *_: ended.append(1)), []
     try:
         saves = SaveTimes(3)

@@ -17,7 +17,7 @@ from classify.models import load
 from classify.train import predict
 from eval.figures import contact_sheet
 from eval.figures import save as save_figure
-from eval.record import record_run, sha256, whole_files, write_table
+from harness.record import record_run, sha256, whole_files, write_table
 from planes.datasets import Record, require_images
 from planes.folders import TYPES
 from planes.pictures import open_image

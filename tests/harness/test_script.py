@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from eval.record import whole_files
-from eval.script import LOCK, alone, alone_in, progress, run
+from harness.record import whole_files
+from harness.script import LOCK, alone, alone_in, progress, run
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path
-from eval.script import alone_in
+from harness.script import alone_in
 with alone_in(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

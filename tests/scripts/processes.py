@@ -1,6 +1,6 @@
 """Runs scripts in worlds of several processes, as torchrun would, but forked where torch is loaded already.
 
-    python tests/scripts/worlds.py JOBS.json
+    python tests/scripts/processes.py JOBS.json
 
 A job is {"world": 2, "script": "sample", "argv": [..]} with, if it is to be killed, "until": a pattern of files; when
 one is there, all processes get SIGKILL. "tiny" replaces reproduce.py's scale. The exit codes go to JOBS.codes.

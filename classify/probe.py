@@ -26,10 +26,10 @@ from classify import ClassifyError
 from classify.data import INPUT_RANGES, PlaneImages, batches, prepare
 from classify.images import Chosen, choose_records, find_copies
 from classify.models import MODELS, build, find_head
+from classify.outcome import outcome
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
-from eval.outcome import outcome
-from eval.record import json_text, record_run, sha256, whole_files, write_table
+from harness.record import json_text, record_run, sha256, whole_files, write_table
 from planes import PROMPTS
 from planes.datasets import Record, count
 from planes.sites import prompts_of

@@ -12,7 +12,7 @@ from PIL import Image
 
 from classify import ClassifyError
 from classify.models import build, load, save
-from eval.use import export, temperature
+from classify.predict import export, temperature
 from planes import PLANES
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from eval import ranks
-from eval.record import require_folder
+from harness import processes
+from harness.record import require_folder
 
 try:
     import fcntl
@@ -39,13 +39,13 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
 
     warnings.showwarning = show_own_in_a_line
     try:
-        ranks.join()
-        if not ranks.is_first():
+        processes.join()
+        if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, who of many says it does not matter
-        if ranks.size() > 1:
-            sys.stdout.write(f"{ranks.size()} processes share the work; --batch-size is that of all of them\n")
+        if processes.size() > 1:
+            sys.stdout.write(f"{processes.size()} processes share the work; --batch-size is that of all of them\n")
         main(parse_args())
-        ranks.leave()
+        processes.leave()
     except (*mistakes, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room where --out is, and give the same command again" if full else ""
@@ -86,8 +86,8 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     Raises OSError, one line, where it is no folder that can be written to, or where another process holds it, which is
     named. The lock is the system's (POSIX record locks): it ends with the process, however that ends, on NFS too.
     """
-    if together and not ranks.is_first():
-        ranks.wait()
+    if together and not processes.is_first():
+        processes.wait()
         yield
         return
     require_folder(out)
@@ -96,7 +96,7 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     try:
         with _locked(out):
             if together:
-                ranks.wait()
+                processes.wait()
             yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -143,7 +143,7 @@ class LogLines:
 
 def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
     """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes less."""
-    settings |= {} if ranks.is_first() else {"disable": True}
+    settings |= {} if processes.is_first() else {"disable": True}
     if not sys.stderr.isatty():
         settings |= {"file": LogLines(), "mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE}
     return tqdm(iterable, **settings)

@@ -38,7 +38,7 @@ TINY = {
 def run(tmp_path, *jobs):
     """The exit codes of each job's processes."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, str(HERE / "worlds.py"), str(tmp_path / "jobs.json")]
+    command = [sys.executable, str(HERE / "processes.py"), str(tmp_path / "jobs.json")]
     subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=True, timeout=1200)
     return json.loads((tmp_path / "jobs.codes").read_text())
 

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from classify import ClassifyError
-from eval.probe import NEIGHBOURS, features, fit, open_tower, parts
+from classify.probe import NEIGHBOURS, features, fit, open_tower, parts
 from ldm import MINI
 from planes import PLANES
 from planes.datasets import read_african, read_manifest, read_spanish
