@@ -18,23 +18,29 @@ import numpy as np
 import torch
 
 from classify import ClassifyError
-from classify.checkpoint import restore, training_state
-from classify.contrast import draw_contrast
-from classify.data import INPUT_RANGES, MEMORY, RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
+from classify.data import (
+    INPUT_RANGES,
+    MEMORY,
+    RECIPES,
+    PlaneImages,
+    batches,
+    draw_augmentation,
+    draw_contrast,
+    gpu_room,
+)
 from classify.images import choose_records, find_copies
 from classify.models import MODELS, build, save
-from classify.outcome import outcome
-from classify.predict import temperature, use
+from classify.predict import outcome, temperature, use
 from classify.probe import parts, run_probe
-from classify.train import MOMENTUM, predict, train_epoch
+from classify.train import MOMENTUM, predict, restore, train_epoch, training_state
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
+from harness.files import json_text, sha256, sha256_of_all, whole_files, write_table
 from harness.flags import device_name, require_at_least, seed_number
-from harness.record import json_text, record_run, sha256, sha256_of_all, whole_files, write_table
-from harness.resume import SaveTimes, read_state, write_state
+from harness.record import record_run
+from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
 from ldm.fast import cannot_compile
-from lora.training import rate_share
 from planes.datasets import DatasetError, count
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

@@ -18,8 +18,9 @@ from classify import ClassifyError
 from classify.data import RECIPES
 from classify.probe import parts
 from harness import processes
+from harness.files import folder_hash, sha256
 from harness.flags import device_name, seed_number
-from harness.record import folder_hash, record_environment, sha256
+from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, describe_models, lora_path, model_flags, model_paths
@@ -134,7 +135,7 @@ class Experiment:
     ) -> Path:
         """The folder of the images."""
         flags = (*self.model, *self.scale.sample.split(), "--count", count, "--seed", self.args.seed, *flags)
-        processes.wait()  # for LoRAs that others train
+        processes.barrier()  # for LoRAs that others train
         flags, inputs = (*flags, *(["--lora", lora] if lora else [])), dict(self.model_hashes)
         if lora and lora == self.args.lora:
             inputs["lora"] = folder_hash(lora)
@@ -249,7 +250,7 @@ def main(args):
                     given = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
                 if processes.is_first() is turn and str(args.synthetic) == "zenodo" and not args.synthetic.exists():
                     args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
-                processes.wait()
+                processes.barrier()
             reproduce(args, scale, select(given))
 
 
@@ -273,7 +274,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         print(f"left out, as the second site has no training images: {', '.join(left_out)}")
     runs = [(row, seed) for row in rows for seed in args.seeds]
     folders = [experiment.classify(*run, by=n % processes.size()) for n, run in enumerate(runs)]
-    processes.wait()
+    processes.barrier()
     if not processes.is_first():
         return
     results = [read_result(f, row.table, row.data.name, row.classifier, s) for f, (row, s) in zip(folders, runs)]

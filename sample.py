@@ -20,8 +20,9 @@ from PIL import Image
 
 from eval.figures import first_images_figure, save
 from harness import processes
+from harness.files import sha256, write_text
 from harness.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
-from harness.record import record_run, sha256, write_atomically
+from harness.record import record_run
 from harness.script import alone_together, progress, run
 from ldm import CheckpointError, fast, webui
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
@@ -199,7 +200,7 @@ def main(args):
             work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
     left = sum(len(missing) for _, missing in work)
     print(f"{len(shots)} images: {len(shots) - left} are there, {left} to make")
-    processes.wait()  # of several processes each has seen what is there before the first adds to it
+    processes.barrier()  # of several processes each has seen what is there before the first adds to it
     work = processes.share([(rows, missing) for rows, missing in work if missing])
     fast.arrange(model.unet, model.vae)
     if compiled:
@@ -228,11 +229,11 @@ def main(args):
                 print(f"the first batch, compiled, took {time.perf_counter() - start:.0f} s")
             saving.save([(args.out / rows[n].image, pixels[n], rows[n], (len(rows), n)) for n in missing])
             bar.update(len(missing))
-    processes.wait()
+    processes.barrier()
     if not processes.is_first():
         return
 
-    write_atomically(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))
+    write_text(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))
     images = {sampler: {} for sampler in args.samplers}
     for (first, *_), group in zip(groups, groups):
         images[first.sampler][str(first.plane)] = [Image.open(args.out / shot.image) for shot in group[:4]]

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 
 from eval.figures import loss_figure, save
 from harness import processes
+from harness.files import write_text
 from harness.flags import device_name, plain_text, require_at_least, seed_number
-from harness.record import write_atomically
-from harness.resume import SaveTimes
+from harness.resume import SaveTimes, rate_share
 from harness.script import alone_together, progress, run
 from ldm import CheckpointError, fast
 from ldm.buckets import read_bucketed
@@ -187,7 +187,7 @@ def main(args):
     def save_state(step: int) -> None:
         """All that --resume needs, and the losses as a table."""
         training.save_checkpoint(checkpoint, identity, step, losses.rows, **state)
-        write_atomically(args.out / "loss.csv", losses.text())
+        write_text(args.out / "loss.csv", losses.text())
 
     bar = progress(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in bar:
@@ -205,9 +205,9 @@ def main(args):
             mean_loss += loss.detach()
 
         # gradients and loss of all processes; and how many of these a SIGTERM has asked to save and leave
-        mean_loss, asked = processes.add_up(parameters, mean_loss, torch.tensor(bool(saves.asked)))
+        mean_loss, asked = processes.all_reduce(parameters, mean_loss, torch.tensor(bool(saves.asked)))
         for rate, group in zip(rates, optimizer.param_groups):
-            group["lr"] = rate * training.rate_share(args.schedule, step, steps)
+            group["lr"] = rate * rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scaler.step(optimizer)

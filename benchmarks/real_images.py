@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
 
-from harness.record import write_atomically
+from harness.files import write_text
 from paper.gain import Step, measure
 from paper.plan import ROWS
 from paper.report import Context, build
@@ -108,7 +108,7 @@ def main(args):
     fields = ("targets", "predictions", "probabilities", "patients", "centers", "images", "copies")
     distinct = [replace(result, **{name: getattr(result, name)[kept] for name in fields}) for result in results]
     text = "\n".join(differences(some, f"{len(some[0].targets)} images") for some in (results, distinct))
-    write_atomically(args.out / "differences.md", text)
+    write_text(args.out / "differences.md", text)
     print(text)
 
 

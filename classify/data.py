@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from classify.balanced import BalancedSampler
 from planes import PLANES
 from planes.datasets import Record
 from planes.pictures import open_image
@@ -120,6 +119,29 @@ def decode(path: Path, size: int) -> Tensor:
     )
 
 
+class BalancedSampler(Sampler[int]):
+    """Indices of PlaneImages, as many a pass as it has images, every class equally often (a remainder aside).
+
+    Images of a class are drawn with replacement, a function of (seed, pass). One that is drawn again has another of its
+    indices, and so is augmented anew: else a rare class would be seen in fewer forms than a common one.
+    """
+
+    def __init__(self, targets: Sequence[int], seed: int):
+        self.targets, self.seed, self.passes = np.array(targets), seed, 0
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __iter__(self) -> Iterator[int]:
+        rng, count = np.random.default_rng((self.seed, self.passes, 2)), len(self)  # 2: of its own
+        self.passes += 1
+        classes = rng.permutation(np.unique(self.targets))
+        drawn = np.empty(count, dtype=np.int64)
+        for n, target in enumerate(classes):
+            drawn[n :: len(classes)] = rng.choice(np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)]))
+        return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
+
+
 def batches(
     images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed: int | None = None, balanced: bool = False
 ) -> DataLoader:
@@ -173,6 +195,23 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
         if sides.max() <= 1:
             return sides
     return np.ones(2)
+
+
+CONTRAST_GAMMA, CONTRAST_GAIN, CONTRAST_OFFSET = 0.7, (0.7, 1.4), 0.12
+"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to either side."""
+
+
+def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
+    """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index) alone.
+
+    indices: (B,) as `data.PlaneImages` gives them
+    """
+    rows = []
+    for index in indices.tolist():
+        rng = np.random.default_rng((seed, epoch, index, 1))  # 1: other numbers than `data.draw_augmentation`'s
+        gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
+        rows.append((gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)))
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +13,43 @@ from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.data import INPUT_RANGES, PlaneImages, batches
+from classify.images import Chosen
 from classify.models import load
 from classify.train import predict
 from eval.figures import contact_sheet
 from eval.figures import save as save_figure
-from harness.record import record_run, sha256, whole_files, write_table
-from planes.datasets import Record, require_images
-from planes.folders import TYPES
+from eval.metrics import evaluate
+from harness.files import TYPES, images_of, sha256, whole_files, write_table
+from harness.record import record_run
+from planes.datasets import Record, count, require_images
 from planes.pictures import open_image
 
 LEAST_SURE = 20  # thumbnails
 OPSET = 18
 CLOSE = 1e-4  # of the probabilities of ONNX and torch
+
+
+def outcome(
+    chosen: Chosen, copies: set[Record], targets: Sequence[int], probabilities: np.ndarray, training: dict
+) -> tuple[dict, list[dict]]:
+    """(what metrics.json says, the rows of predictions.csv).
+
+    copies: test images that are byte for byte in training, without which there are scores too
+    targets: (N,) class indices of the test images; probabilities: (N, K); training: how many images of what
+    """
+    test, classes = chosen.test, chosen.classes
+    targets, patients = np.array(targets), np.array([record.patient for record in test])
+    result = evaluate(targets, probabilities, patients)
+    result |= {"test": count(test, classes) | {"copies_of_training": len(copies)}, "training": training}
+    if copies:
+        distinct = np.array([record not in copies for record in test])
+        result["without_copies"] = evaluate(targets[distinct], probabilities[distinct], patients[distinct])
+    rows = []
+    for record, p in zip(test, probabilities):
+        row = {"image": record.name, "patient": record.patient, "center": record.center, "target": record.plane}
+        row |= {"prediction": classes[p.argmax()], "copy": int(record in chosen.twice)}
+        rows.append(row | {name: f"{value:.6f}" for name, value in zip(classes, p)})
+    return result, rows
 
 
 def temperature(probabilities: Tensor, targets: Tensor) -> float:
@@ -78,7 +103,7 @@ def predict_folder(model: nn.Module, description: dict, folder: Path, workers: i
     """
     if not folder.is_dir():
         raise ClassifyError(f"{folder}: no such folder; --predict takes one with images in it or below it")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in TYPES and not p.name.startswith("."))
+    paths = images_of(folder, below=True)
     if not paths:
         raise ClassifyError(f"{folder}: no images in it or below it ({', '.join(TYPES)})")
     classes = description["classes"]

@@ -26,10 +26,11 @@ from classify import ClassifyError
 from classify.data import INPUT_RANGES, PlaneImages, batches, prepare
 from classify.images import Chosen, choose_records, find_copies
 from classify.models import MODELS, build, find_head
-from classify.outcome import outcome
+from classify.predict import outcome
 from eval.figures import confusion_figure
 from eval.figures import save as save_figure
-from harness.record import json_text, record_run, sha256, whole_files, write_table
+from harness.files import json_text, sha256, whole_file, whole_files, write_table
+from harness.record import record_run
 from planes import PROMPTS
 from planes.datasets import Record, count
 from planes.sites import prompts_of
@@ -179,11 +180,8 @@ def features(tower: Tower, records: Sequence[Record], kept: Path, device: torch.
     found = torch.cat(found).cpu().numpy()
     if not np.isfinite(found).all():
         raise ClassifyError(f"{tower.name}: its features are not finite; give another model")
-    kept.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    with part.open("wb") as stream:
+    with whole_file(file) as part, part.open("wb") as stream:
         np.save(stream, found)
-    part.replace(file)
     return found
 
 

@@ -8,6 +8,7 @@ above all, of equal numbers of images.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import erfc, nan, sqrt
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,9 +19,9 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from classify.data import decode
 from eval.figures import contact_sheet
 from planes.datasets import Record
+from planes.pictures import open_image
 
 FOLDS = 5
 COPIED = 1 / 3
@@ -189,9 +190,16 @@ def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
     The features for `memorisation`: a copy is one of pixels, and scaling down averages its noise away, while a
     network's pooled features drop the place of things and so draw different images of a plane together.
     """
-    images = np.stack([decode(record.path, size).float().mean(dim=0).flatten().numpy() for record in records])
+    images = np.stack([_grey(record.path, size).flatten() for record in records])
     images = images - images.mean(axis=1, keepdims=True)
     return images / np.maximum(np.linalg.norm(images, axis=1, keepdims=True), 1e-6)
+
+
+def _grey(path: Path, size: int) -> np.ndarray:
+    """(size, size) float32, the mean of the channels."""
+    pixels = open_image(path).resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(pixels, dtype=np.float32)
+    return pixels if pixels.ndim == 2 else pixels.mean(axis=2)
 
 
 def nearest(train: np.ndarray, synthetic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

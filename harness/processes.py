@@ -1,4 +1,4 @@
-"""Several processes at one run, as torchrun starts them: who does what, and what they add up.
+"""Several processes at one run, as torchrun starts them: who does what, and what they sum.
 
 Without torchrun a run is one process, number 0 of 1, and nothing here does anything.
 """
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
@@ -72,13 +72,13 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: size()]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all are here."""
     if _together():
         dist.barrier()
 
 
-def from_first(value: bool) -> bool:
+def broadcast(value: bool) -> bool:
     """What the first process says, on all."""
     if not _together():
         return value
@@ -87,20 +87,18 @@ def from_first(value: bool) -> bool:
     return told[0]
 
 
-def add_up(parameters: Sequence[nn.Parameter], *numbers: Tensor) -> list[Tensor]:
-    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of single numbers, returned
-    on the parameters' device.
+def all_reduce(parameters: Sequence[nn.Parameter], *numbers: float) -> Sequence[float]:
+    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of numbers, returned.
 
     parameters: float32 and on one device; the same, in the same order, in every process
     """
-    device = parameters[0].device
     if not _together():
-        return [number.to(device, non_blocking=True) for number in numbers]
+        return numbers
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    values = torch.stack([number.to(device, torch.float32, non_blocking=True) for number in numbers])
-    flat = torch.cat([tensor.flatten() for tensor in (*gradients, values)])
+    tensors = [*gradients, torch.tensor(numbers, dtype=torch.float32, device=parameters[0].device)]
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in (*gradients, values)])
+    parts = flat.split([tensor.numel() for tensor in tensors])
     for parameter, part in zip(parameters, parts):
         parameter.grad = part.view_as(parameter)
-    return [*parts[-1]]
+    return parts[-1].tolist()

@@ -1,8 +1,6 @@
-"""When a long run saves, from time to time and where it is asked to stop; how it does, and what may go on from it.
+"""When a long run saves, from time to time and where it is asked to stop; how it does, and what may go on from it."""
 
-Of any training: nothing here is LoRA's.
-"""
-
+import math
 import signal
 import sys
 import threading
@@ -14,31 +12,35 @@ from typing import Any, TypeVar
 
 import torch
 
+from harness.files import whole_file
+
 PERIOD = 300.0  # seconds
-ECHO = 3.0  # seconds within which a signal that comes again is the same request
 T = TypeVar("T")
+
+
+def rate_share(schedule: str, step: int, steps: int) -> float:
+    """What is left of a learning rate at a step: all of it, or half a cosine from 1 to 0 (Loshchilov & Hutter 2017)."""
+    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class SaveTimes:
     """Says after each step whether to save: every `every` steps, or where that is None every five minutes.
 
     SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it stands: the step is
-    finished, saved, and `leave_if_asked` exits with 130 or 143. One that comes ECHO seconds later or more ends it as
-    ever; sooner it is the first again, which a scheduler sends to every process of a job and torchrun passes on to its
-    own. Only the main thread can listen to signals; elsewhere they stay what they were.
+    finished, saved, and `leave_if_asked` exits with 130 or 143. They may come twice, since torchrun passes on to its
+    processes what a scheduler sends to every one; SIGQUIT ends at once. Only the main thread can listen to signals;
+    elsewhere they stay what they were.
     """
 
     def __init__(self, every: int | None):
-        self.every, self.last, self.asked, self.asked_at, self.before = every, time.monotonic(), 0, 0.0, {}
+        self.every, self.last, self.asked, self.before = every, time.monotonic(), 0, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        self.asked, self.asked_at = self.asked or number, self.asked_at or now
-        if now - self.asked_at >= ECHO:
-            self.restore()
-            signal.raise_signal(number)
+        if not self.asked:
+            sys.stderr.write("\nstops when this step is saved; Ctrl-\\ (SIGQUIT) stops at once\n")
+        self.asked = self.asked or number
 
     def heed(self, others: float) -> None:
         """How many of the processes that work at one run were asked; each then stops at the same step."""
@@ -65,19 +67,16 @@ class SaveTimes:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """torch.save, replaced in one go: a run killed meanwhile keeps the state before. Raises OSError; leaves no part.
+    """torch.save, whole or not at all. Raises OSError.
 
     Equal states are equal bytes, whether what is in them was made or read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
     try:
-        torch.save(_plain(state), part)
-        part.replace(path)
+        with whole_file(path) as part:
+            torch.save(_plain(state), part)
     except RuntimeError as error:  # torch's word for a disk that is full
-        raise OSError(f"{path}: cannot be written; is the disk full? ({str(error).splitlines()[0]})") from None
-    finally:
-        part.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path}: cannot be written; is the disk full? ({reason})") from None
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness import processes
-from harness.record import require_folder
 
 try:
     import fcntl
@@ -29,7 +28,11 @@ MINUTE = 60.0
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object], *mistakes: type[Exception]) -> None:
+def run(
+    parse_args: Callable[[], Namespace],
+    main: Callable[[Namespace], object],
+    *mistakes: type[Exception],
+) -> None:
     """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2; SIGINT is 130."""
     name, show = Path(sys.argv[0]).name, warnings.showwarning
 
@@ -41,9 +44,9 @@ def run(parse_args: Callable[[], Namespace], main: Callable[[Namespace], object]
     try:
         processes.join()
         if not processes.is_first():
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, who of many says it does not matter
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
         if processes.size() > 1:
-            sys.stdout.write(f"{processes.size()} processes share the work; --batch-size is that of all of them\n")
+            sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
         main(parse_args())
         processes.leave()
     except (*mistakes, OSError) as error:
@@ -84,19 +87,22 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
 
     together: the first of torchrun's processes holds it for all of them, who begin when it does
     Raises OSError, one line, where it is no folder that can be written to, or where another process holds it, which is
-    named. The lock is the system's (POSIX record locks): it ends with the process, however that ends, on NFS too.
+    named. The lock is the system's: it ends with the process, however that ends.
     """
     if together and not processes.is_first():
-        processes.wait()
+        processes.barrier()
         yield
         return
-    require_folder(out)
-    made = [folder for folder in (out.absolute(), *out.absolute().parents) if not folder.exists()]
+    above = [out.absolute(), *out.absolute().parents]
+    made = [folder for folder in above if not folder.exists()]
+    there = above[len(made)]
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise NotADirectoryError(f"--out {out}: {there} is not a folder that can be written to; give another")
     out.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):
             if together:
-                processes.wait()
+                processes.barrier()
             yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty ends it
@@ -106,28 +112,22 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    path = out / LOCK
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                if fcntl:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    file.seek(0)
-                    other = file.read().strip() or "another process"
-                    raise OSError(f"--out {out}: {other} is at work there; wait for it, or give another") from None
-            if not (path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino):
-                continue  # whoever held it has just removed it: what was locked is no longer there
-            try:
-                with contextlib.suppress(OSError):  # of a disk that is full
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})")
-                    file.flush()
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+    with open(out / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            raise OSError(f"--out {out}: {other} is at work there; wait for it, or give another") from None
+        try:
+            with contextlib.suppress(OSError):  # of a disk that is full
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})")
+                file.flush()
+            yield
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
 
 
 class LogLines:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from harness.files import whole_file
 from ldm import CheckpointError
 from ldm.checkpoints.weights import open_weights
 from ldm.text import TextEncoder
@@ -73,12 +74,8 @@ def word_embedding(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, word: st
 
 def save_embedding(path: Path, token: str, vector: Tensor) -> None:
     """Write {token: (1, D)} in float32; the file appears whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         part.write_bytes(save({token: vector.detach()[None].to("cpu", torch.float32)}))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)  # of a disk that was full
 
 
 def load_embedding(

@@ -130,11 +130,6 @@ def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -
     return (snr.rsqrt() if prediction_type == "epsilon" else 1 / (snr + 1)).float()
 
 
-def rate_share(schedule: str, step: int, steps: int) -> float:
-    """What is left of a learning rate at a step: all of it, or half a cosine from 1 to 0 (Loshchilov & Hutter 2017)."""
-    return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
-
-
 def make_optimizer(groups: list[dict], weight_decay: float, eight_bit: bool) -> tuple[torch.optim.Optimizer, str]:
     """AdamW (Loshchilov & Hutter 2019) over groups of {"params", "lr"}: 8-bit where that runs, else torch's.
 

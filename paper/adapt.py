@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from harness.record import record_run, sha256, write_atomically
+from harness.files import sha256, write_text
+from harness.record import record_run
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.embedding import add_token, word_embedding
@@ -163,7 +164,7 @@ def record(args: Namespace, hashes: Mapping[str, str], paths: Sequence[Path], sa
         classes = classes_of(read_site(args.source, "source", train=True))
         prompts = {name: [prompt] for name, prompt in prompts_of(classes, args.prompt_template).items()}
         text = json.dumps(prompts, indent=2, ensure_ascii=False)
-        write_atomically(args.out / PROMPTS_FILE, text + "\n")
+        write_text(args.out / PROMPTS_FILE, text + "\n")
     record_run(args.out, args, {**hashes} | {f"{path.parent.name}/{path.name}": sha256(path) for path in paths})
     if args.device.startswith("cuda"):
         say(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")

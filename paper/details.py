@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from eval.figures import confusion_grid, save
-from eval.forest import Point, interval_figure
+from eval.figures import Point, confusion_grid, interval_figure, save
 from eval.metrics import confusion
 from paper.document import Block, Details, Heading, Paragraph, Picture, Table
 from paper.gain import Cells, Row

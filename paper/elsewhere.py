@@ -18,7 +18,7 @@ from classify import ClassifyError
 from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
-from harness.record import sha256
+from harness.files import sha256
 from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
 from paper.report import Context, build

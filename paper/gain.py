@@ -26,7 +26,7 @@ Cells = Mapping[Row, Sequence[Result]]
 class Step:
     """What is changed from one data model to the other.
 
-    kind: whether synthetic or real images do it, a key of eval.forest.MARKS
+    kind: whether synthetic or real images do it, a key of eval.figures.MARKS
     also: a third data model; only classifiers that it has too count
     """
 

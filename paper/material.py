@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from harness.record import sha256
+from harness.files import sha256
 from paper.plan import MANIFESTS, Row
 from planes import PAPER_COUNTS, PLANES
 from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish

@@ -8,7 +8,7 @@ from torchvision.models import get_model_weights
 
 from classify.data import RECIPES
 from classify.models import MODELS
-from harness.record import write_atomically
+from harness.files import write_text
 from paper.material import Selections
 from paper.plan import RANKS
 from planes import PLANES
@@ -67,7 +67,7 @@ def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> 
         if lost := missing_images(records):
             path = out / f"missing_{name.lower().replace(' ', '_')}.txt"
             out.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(f"{record.path}\n" for record in lost))
+            write_text(path, "".join(f"{record.path}\n" for record in lost))
             first = ", ".join(record.path.name for record in lost[:SHOWN])
             lines.append(
                 f"{name} images: {len(lost):,} of {len(records):,} are missing: {first}{', ...' * (len(lost) > SHOWN)} "

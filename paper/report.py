@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.figures import save
-from eval.forest import Point, forest_figure
-from harness.record import write_atomically
+from eval.figures import Point, forest_figure, save
+from harness.files import write_text
 from paper.details import (
     by_classifier,
     by_metric,
@@ -162,9 +161,9 @@ def build(
     blocks += [Details(title, [Picture(path, caption)]) for title, path, caption in figures[1:]]
     blocks += [] if context.own else [published_numbers(context.phantoms), differences(context.recipe)]
 
-    write_atomically(out / "results.csv", results_csv(results))
-    write_atomically(out / "report.md", to_markdown(blocks, out))
-    write_atomically(out / "report.html", to_html(blocks))
+    write_text(out / "results.csv", results_csv(results))
+    write_text(out / "report.md", to_markdown(blocks, out))
+    write_text(out / "report.html", to_html(blocks))
 
 
 def _place(result: Result) -> tuple:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-from eval.compare import Difference, paired_bootstrap, spread
-from eval.levels import over_both, over_patients
+from eval.compare import Difference, over_both, over_patients, paired_bootstrap, spread
 from eval.metrics import Definition, Scores, _draw, _weighted_scores, confusion
 from paper.plan import Row
 from planes import PLANES

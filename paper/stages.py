@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from harness import processes
-from harness.record import sha256_of_all, write_atomically
+from harness.files import sha256_of_all, write_text
 from planes import PLANES
 from planes.datasets import read_synthetic
 
@@ -56,15 +56,15 @@ class Stages:
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](argv)
         with nullcontext() if by is None else processes.apart():
-            if processes.from_first(self.is_done(out, args, needs, inputs)):
+            if processes.broadcast(self.is_done(out, args, needs, inputs)):
                 self.say("done before")
                 return out
             if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").unlink(missing_ok=True)
-                write_atomically(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
+                write_text(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
             module["main"](args)
-            processes.wait()  # for the first, which writes
+            processes.barrier()  # for the first, which writes
         return out
 
     def is_done(self, out: Path, args: argparse.Namespace, needs: tuple[Path, ...], inputs: Mapping[str, str]) -> bool:

@@ -12,9 +12,8 @@ from classify.data import PlaneImages, batches
 from classify.features import Extractor, classifier, features, inception
 from classify.models import load
 from classify.train import predict
-from eval.figures import samples_figure, save, tsne_grid
+from eval.figures import samples_figure, save, tsne, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
-from eval.tsne import tsne
 from planes import PLANES
 from planes.datasets import Record
 

@@ -5,10 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.files import TYPES, images_of
 from planes.datasets import DatasetError
-
-TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
-"""The endings of image files, in lower case."""
 
 OTHER_TYPES = (
     ".gif",
@@ -61,7 +59,7 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
     if not repeated:
         return _read_flat(folder)
     others = [path for path in entries if path not in dict(repeated)]
-    if strays := [path for path in others if (_images(path) if path in folders else _is_data(path))]:
+    if strays := [path for path in others if (images_of(path) if path in folders else _is_data(path))]:
         raise DatasetError(
             f"{folder}: {len(strays)} images or folders of images lie beside {repeated[0][0].name} and would not be "
             f"trained on, such as {strays[0].name}; put them into folders named repeats_caption, or elsewhere"
@@ -73,7 +71,7 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
     """The images in one folder; class_tokens: the caption of those without their own, if not empty."""
     if (folder / "metadata.jsonl").is_file():
         return _read_metadata(folder / "metadata.jsonl", repeats)
-    images = _images(folder)
+    images = images_of(folder)
     strays = [p for p in sorted(folder.iterdir()) if _is_stray(p)] if images else []
     if strays:
         raise DatasetError(
@@ -95,16 +93,11 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
     return captioned
 
 
-def _images(folder: Path) -> list[Path]:
-    """The image files in a folder, sorted; without hidden ones, such as the "._a.png" that macOS leaves."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in TYPES and not path.name.startswith("."))
-
-
 def _is_stray(path: Path) -> bool:
     """Does a person take it for a part of the images around it, which it is not?"""
     if path.name.startswith("."):
         return False
-    return bool(_images(path)) if path.is_dir() else path.suffix.lower() in OTHER_TYPES
+    return bool(images_of(path)) if path.is_dir() else path.suffix.lower() in OTHER_TYPES
 
 
 def _is_data(path: Path) -> bool:

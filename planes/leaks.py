@@ -1,11 +1,10 @@
 """What leaks from training into test: images of one patient, and files that are byte for byte the same."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
+from harness.files import sha256
 from planes.datasets import Record, require_images
 
 
@@ -32,8 +31,8 @@ def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
     copies = defaultdict(list)
     for record in train:
         if record.path.stat().st_size in sizes:  # files of different sizes differ: no need to read them
-            copies[_sha256(record.path)].append(record)
-    return found + [Leak("file", copy, record) for record in test for copy in copies.get(_sha256(record.path), ())]
+            copies[sha256(record.path)].append(record)
+    return found + [Leak("file", copy, record) for record in test for copy in copies.get(sha256(record.path), ())]
 
 
 def describe_leaks(found: list[Leak]) -> str:
@@ -50,12 +49,8 @@ def repeated(african: list[Record]) -> set[Record]:
     """Test images that are byte for byte an African training image or an earlier test image, whatever is trained on."""
     seen, found = set(), set()
     for record in sorted(african, key=lambda record: not record.train):  # training images first
-        digest = _sha256(record.path)
+        digest = sha256(record.path)
         if not record.train and digest in seen:
             found.add(record)
         seen.add(digest)
     return found
-
-
-def _sha256(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()

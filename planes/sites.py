@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness.files import TYPES, images_of
 from planes.datasets import Record
-from planes.folders import TYPES
 from planes.tables import DatasetError, read_table
 
 TABLE = "images.csv"
@@ -96,7 +96,7 @@ def _from_folders(root: Path) -> list[tuple[str, str, str, str, str]]:
         raise DatasetError(f"{strays[0]}: lies beside the folders of the classes; put it into one, or elsewhere")
     rows = []
     for folder in (path for path in entries if path.is_dir()):
-        images = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in TYPES and not p.name.startswith(".")]
+        images = images_of(folder)
         if not images:
             raise DatasetError(f"{folder}: no images in it ({', '.join(TYPES)}); fill it, or remove it")
         rows += [(str(folder), f"{folder.name}/{path.name}", folder.name, "", "") for path in images]

@@ -1,7 +1,6 @@
 """Stable Diffusion 1 and 2 to and from weight files: a CompVis/webui single file, a diffusers folder."""
 
 import contextlib
-import hashlib
 import re
 import shutil
 from collections import Counter
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from harness.files import sha256
 from ldm import CheckpointError
 from ldm.checkpoints.folder import (
     WEIGHTS,
@@ -68,11 +68,7 @@ class Model:
 
     def sha256(self) -> dict[str, str]:
         """The digest of each weight file, as model pages publish it; reads the files again, so call it once."""
-        digests = {}
-        for name, path in self.files.items():
-            with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        return digests
+        return {name: sha256(path) for name, path in self.files.items()}
 
 
 def load(

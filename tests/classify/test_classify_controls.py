@@ -12,9 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from classify.balanced import BalancedSampler
-from classify.contrast import CONTRAST_GAIN, draw_contrast
-from classify.data import RECIPES, PlaneImages, batches, draw_augmentation, prepare
+from classify.data import (
+    CONTRAST_GAIN,
+    RECIPES,
+    BalancedSampler,
+    PlaneImages,
+    batches,
+    draw_augmentation,
+    draw_contrast,
+    prepare,
+)
 from classify.train import train_epoch
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 

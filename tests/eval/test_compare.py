@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, t, ttest_ind
 
-from eval.compare import Difference, McNemar, by_group, mcnemar, paired_bootstrap, spread
-from eval.levels import over_both, over_patients
+from eval.compare import Difference, McNemar, by_group, mcnemar, over_both, over_patients, paired_bootstrap, spread
 from eval.metrics import Scores, _draw, bootstrap, score
 
 NAMES = list(Scores.__dataclass_fields__)

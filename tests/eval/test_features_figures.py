@@ -14,8 +14,7 @@ from classify.data import PlaneImages, prepare
 from classify.features import Extractor, classifier, features, inception
 from classify.models import build, save
 from eval import figures, forest
-from eval.forest import MARKS, Point
-from eval.tsne import tsne
+from eval.figures import MARKS, Point, tsne
 from planes import PLANES
 from planes.datasets import Record
 

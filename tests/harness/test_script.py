@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.record import whole_files
+from harness.files import whole_files
 from harness.script import LOCK, alone, alone_in, progress, run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from test_checkpoint import random_model
 from test_checkpoint import tokenizer_folder as tokenizer_folder
 from test_checkpoint_families import SD_1
 
-from harness.record import sha256
+from harness.files import sha256
 from ldm.checkpoints import load, save_folder, save_single
 from ldm.webui.shots import lora_hash
 from lora.files import load_lora, save_lora

@@ -1,0 +1,94 @@
+"""Files: written whole or not at all, hashed, found in folders. Once, for all rooms."""
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+"""The endings of image files, in lower case."""
+
+
+def images_of(folder: Path, below: bool = False) -> list[Path]:
+    """The image files in a folder, sorted, or with those in its subfolders; without hidden ones, such as the
+    "._a.png" that macOS leaves."""
+    files = folder.rglob("*") if below else folder.iterdir()
+    return sorted(f for f in files if f.suffix.lower() in TYPES and not f.name.startswith("."))
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """One hash of many files, in order."""
+    return hashlib.sha256("".join(map(sha256, paths)).encode()).hexdigest()
+
+
+def folder_hash(path: Path) -> str:
+    """One hash of a file, or of all files in a folder and of their names; hidden ones do not count."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    lines = (f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that then appears at `path`, whole or not at all: whoever reads it meanwhile, and a run
+    that is killed, finds the one before. Its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # of a disk that was full
+
+
+@contextlib.contextmanager
+def whole_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files into, which move into `folder` when all of them are whole, or are gone."""
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in sorted(part.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of the same columns as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def json_text(value: object) -> str:
+    """A result as JSON, in which what is no number is null: NaN is none of JSON's words."""
+
+    def plain(part: object) -> object:
+        if isinstance(part, Mapping):
+            return {key: plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
