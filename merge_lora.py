@@ -26,19 +26,41 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.usage = "%(prog)s MODEL LORA [LORA ..] --out OUT [flags]"
     add = parser.add_argument
     add_model_arguments(parser, positional=True)
-    add("loras", metavar="LORA", type=lora_path, nargs="+", help="LoRAs of kohya, PEFT or diffusers: files or hub ids")
+    add(
+        "loras",
+        metavar="LORA",
+        type=lora_path,
+        nargs="+",
+        help="LoRAs of kohya, PEFT or diffusers: files or hub ids",
+    )
     add("--out", type=Path, required=True, help="the file or folder to write, which must not exist")
-    add("--strength", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each (1)")
-    add("--to", choices=["single", "folder"], help="webui's file or diffusers' folder (default: by the name of --out)")
+    add(
+        "--strength",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="one of all LoRAs, or one of each (1)",
+    )
+    add(
+        "--to",
+        choices=["single", "folder"],
+        help="webui's file or diffusers' folder (default: by the name of --out)",
+    )
     add("--dtype", choices=DTYPES, help="of the weights that are written (default: the base's own)")
     args = parser.parse_args(argv)
     args.to = args.to or ("single" if args.out.suffix == ".safetensors" else "folder")
     if args.to == "single" and args.out.suffix != ".safetensors":
         parser.error(f"--out {args.out}: give a single file a name in .safetensors")
     if args.to == "folder" and args.out.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
-        parser.error(f"--out {args.out}: give a single file a name in .safetensors, a folder one without such an end")
+        parser.error(
+            f"--out {args.out}: give a single file a name in .safetensors, a folder one without"
+            " such an end"
+        )
     if len(args.strength) not in (1, len(args.loras)):
-        parser.error(f"--strength: {len(args.strength)} numbers for {len(args.loras)} LoRAs; give one, or one of each")
+        parser.error(
+            f"--strength: {len(args.strength)} numbers for {len(args.loras)} LoRAs; give one, or"
+            " one of each"
+        )
     if len({path.resolve() for path in args.loras}) < len(args.loras):
         parser.error("LORA: one file twice; give it once, with its --strength")
     args.strength = args.strength * len(args.loras) if len(args.strength) == 1 else args.strength
@@ -55,7 +77,8 @@ def main(args: argparse.Namespace) -> None:
         load_lora(path, networks, str(path), strength)
         merged.append({"name": path.stem, "strength": strength, "hash": lora_hash(path)})
 
-    own = open_weights(next(iter(model.files.values()))).dtype  # of the first file, which holds the U-Net
+    # of the first file, which holds the U-Net
+    own = open_weights(next(iter(model.files.values()))).dtype
     precision = args.dtype or next((name for name in DTYPES if DTYPES[name] == own), "fp32")
     dtype = DTYPES[precision]
     for prefix, network in networks.items():
@@ -63,7 +86,9 @@ def main(args: argparse.Namespace) -> None:
         for where, layer in lora_layers(network).items():
             if not layer.root.weight.to(dtype).isfinite().all():
                 advice = "give a lower --strength, or --dtype fp32"
-                raise LoRAError(f"{args.out}: {prefix} {where} is not finite in {precision}: {advice}")
+                raise LoRAError(
+                    f"{args.out}: {prefix} {where} is not finite in {precision}: {advice}"
+                )
             network.set_submodule(where, layer.root)  # the merged weight under its plain name
 
     if args.to == "folder":
@@ -72,17 +97,24 @@ def main(args: argparse.Namespace) -> None:
         side = model.sample_size * model.vae.config.downsampling
         facts = {
             "title": args.out.stem,
-            "architecture": ARCHITECTURES.get((model.unet.config.cross_attention_dim, model.prediction_type)),
+            "architecture": ARCHITECTURES.get(
+                (model.unet.config.cross_attention_dim, model.prediction_type)
+            ),
             "resolution": f"{side}x{side}",
-            "base": {"name": Path(args.model).name.removesuffix(".safetensors"), "hash": model_hash(model.sha256())},
+            "base": {
+                "name": Path(args.model).name.removesuffix(".safetensors"),
+                "hash": model_hash(model.sha256()),
+            },
         }
         save_single(args.out, model, dtype, metadata(facts, merged))
 
 
 def metadata(facts: dict, loras: list[dict]) -> dict[str, str]:
-    """What the webui and ComfyUI show of a model: the standard modelspec, and the webui's key for how it was merged.
+    """What the webui and ComfyUI show of a model: the standard modelspec, and the webui's key for
+    how it was merged.
 
-    facts: `title`, `architecture` or None, `resolution`, and of the `base` its name and the webui's hash
+    facts: `title`, `architecture` or None, `resolution`, and of the `base` its name and the webui's
+        hash
     loras: of each its `name`, `strength` and the webui's `hash`
 
     No times and no paths: equal merges say the same.

@@ -3,9 +3,10 @@
     python benchmarks/all.py --out runs/speed              # on a GPU: SD 1.5's size, random weights
     python benchmarks/all.py --device cpu --out runs/speed # a miniature of the same, to see that it runs
 
-First the three comparisons with the peers (those that are installed), then the scripts themselves: sample.py through
-to the files, train_lora.py with `--preset kohya` (8-bit AdamW, float16 with its loss scale) through to the LoRA, and
-two processes at one run. Prints Markdown, also to --out/speed.md; what the time does not suffice for says so.
+First the three comparisons with the peers (those that are installed), then the scripts themselves:
+sample.py through to the files, train_lora.py with `--preset kohya` (8-bit AdamW, float16 with its
+loss scale) through to the LoRA, and two processes at one run. Prints Markdown, also to
+--out/speed.md; what the time does not suffice for says so.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
+# before this folder: classify is the package, not this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from load_checkpoint import write_material
 from measure import machine, run
@@ -31,14 +33,38 @@ from planes.phantoms.phantom import write_spanish_layout
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[1]
 SMALL = {  # what a CPU does of it
-    "sample": ["--scale", "small", "--size", "64", "--steps", "2", "--batch-size", "2", "--rounds", "2"],
+    "sample": [
+        "--scale",
+        "small",
+        "--size",
+        "64",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--rounds",
+        "2",
+    ],
     "train_lora": ["--scale", "small", "--size", "64", "--rank", "8", "--rounds", "2"],
-    "classify": ["--size", "64", "--stored", "100", "--images", "40", "--batch-size", "10", "--workers", "1"],
+    "classify": [
+        "--size",
+        "64",
+        "--stored",
+        "100",
+        "--images",
+        "40",
+        "--batch-size",
+        "10",
+        "--workers",
+        "1",
+    ],
 }
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=8.0, help="at most (8)")
     parser.add_argument("--out", type=Path, required=True)
@@ -65,7 +91,11 @@ def comparisons(on_gpu: bool, peers: bool, device: str) -> list[tuple[str, list[
 
 def facts_of(log: str) -> str:
     """What a script's log says of its speed and memory."""
-    lines = [line for line in log.splitlines() if re.search(r"compiled, took|peak memory|optimizer:|images: ", line)]
+    lines = [
+        line
+        for line in log.splitlines()
+        if re.search(r"compiled, took|peak memory|optimizer:|images: ", line)
+    ]
     return "; ".join(lines) or (log.strip().splitlines() or ["nothing"])[-1]
 
 
@@ -87,43 +117,98 @@ def scripts(on_gpu: bool, device: str, folder: Path, budget: Budget, say) -> Non
         model, count = ["--model", folder / "sd.safetensors", "--tokenizer", tokenizer], 320
     else:
         model, count = ["--model", MINI, "--steps", "2"], 4
-    sample = [sys.executable, ROOT / "sample.py", *model, "--samplers", "euler", "--planes", "brain"]
+    sample = [
+        sys.executable,
+        ROOT / "sample.py",
+        *model,
+        "--samplers",
+        "euler",
+        "--planes",
+        "brain",
+    ]
     sample += ["--device", device, "--batch-size", 16 if on_gpu else 2]
-    code, seconds, log = run(*sample, "--count", count, "--out", folder / "images", seconds=budget.left())
-    say(f"- sample.py, {count} images through to the files: exit code {code}, {seconds:.0f} s; {facts_of(log)}")
+    code, seconds, log = run(
+        *sample, "--count", count, "--out", folder / "images", seconds=budget.left()
+    )
+    say(
+        f"- sample.py, {count} images through to the files: exit code {code}, {seconds:.0f} s;"
+        f" {facts_of(log)}"
+    )
     if code == 0:
         few = count // 4
         flags = ["--count", few, "--out", folder / "few"]
         _, short, _ = run(*sample, *flags, *["--compile"] * on_gpu, seconds=budget.left())
         each = (seconds - short) / (count - few)
         begin, minutes = seconds - count * each, (seconds + (5000 - count) * each) / 60
-        say(f"  - {each:.3f} s an image and {begin:.0f} s to begin: 5,000 images in {minutes:.1f} minutes")
+        say(
+            f"  - {each:.3f} s an image and {begin:.0f} s to begin: 5,000 images in {minutes:.1f}"
+            " minutes"
+        )
 
     write_spanish_layout(folder / "spanish", 2, test=0, seed=0)
     model = [flag for flag in model if flag not in ("--steps", "2")]
-    train = [sys.executable, ROOT / "train_lora.py", *model, "--spanish", folder / "spanish", "--device", device]
+    train = [
+        sys.executable,
+        ROOT / "train_lora.py",
+        *model,
+        "--spanish",
+        folder / "spanish",
+        "--device",
+        device,
+    ]
     train += ["--preset", "kohya", "--per-plane", 2, "--repeats", 4 if on_gpu else 1]
     code, seconds, log = run(*train, "--out", folder / "kohya", seconds=budget.left())
     say(f"- train_lora.py --preset kohya: exit code {code}, {seconds:.0f} s; {facts_of(log)}")
     if code == 0:
-        rows = [line.split(",") for line in (folder / "kohya" / "loss.csv").read_text().splitlines()[1:]]
+        rows = [
+            line.split(",") for line in (folder / "kohya" / "loss.csv").read_text().splitlines()[1:]
+        ]
         finite = sum(row[2] != "nan" and row[3] not in ("nan", "inf") for row in rows)
-        state = torch.load(folder / "kohya" / "checkpoint.pt", weights_only=True, map_location="cpu")
+        state = torch.load(
+            folder / "kohya" / "checkpoint.pt", weights_only=True, map_location="cpu"
+        )
         kind, scale = state["identity"].get("the optimizer"), state["scaler"].get("scale")
         say(f"  - {finite} of {len(rows)} steps finite; {kind}; loss scale {scale or 'none'}")
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # torchrun's own: on a CPU last bits hang on the number of threads
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *sample[1:]]
+    # torchrun's own: on a CPU last bits hang on the number of threads
+    os.environ["OMP_NUM_THREADS"] = "1"
+    two = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        *sample[1:],
+    ]
     code, seconds, log = run(
-        *two, "--count", 4, "--out", folder / "two", *["--no-compile"] * on_gpu, seconds=budget.left()
+        *two,
+        "--count",
+        4,
+        "--out",
+        folder / "two",
+        *["--no-compile"] * on_gpu,
+        seconds=budget.left(),
     )
     one_code, _, _ = run(
-        *sample, "--count", 4, "--out", folder / "one", *["--no-compile"] * on_gpu, seconds=budget.left()
+        *sample,
+        "--count",
+        4,
+        "--out",
+        folder / "one",
+        *["--no-compile"] * on_gpu,
+        seconds=budget.left(),
     )
     if code == one_code == 0:
-        pairs = [(path, folder / "two" / "brain" / path.name) for path in (folder / "one" / "brain").glob("*.png")]
+        pairs = [
+            (path, folder / "two" / "brain" / path.name)
+            for path in (folder / "one" / "brain").glob("*.png")
+        ]
         same = sum(a.read_bytes() == b.read_bytes() for a, b in pairs)
-        say(f"- two processes of torchrun: {same} of {len(pairs)} images the bytes of one's, {seconds:.0f} s")
+        say(
+            f"- two processes of torchrun: {same} of {len(pairs)} images the bytes of one's,"
+            f" {seconds:.0f} s"
+        )
     else:
         say(f"- two processes of torchrun: exit codes {code} and {one_code}; {facts_of(log)}")
 
@@ -144,14 +229,27 @@ def main(args):
     for number, (name, flags) in enumerate(comparisons(on_gpu, peers, args.device)):
         found = args.out / f"{number}_{name}.json"
         code, seconds, log = run(
-            sys.executable, HERE / f"{name}.py", *flags, "--json", found, seconds=min(budget.left(), 200)
+            sys.executable,
+            HERE / f"{name}.py",
+            *flags,
+            "--json",
+            found,
+            seconds=min(budget.left(), 200),
         )
         if code:
-            say(f"{name}.py {' '.join(flags)}: exit code {code} after {seconds:.0f} s; {facts_of(log)}\n")
+            say(
+                f"{name}.py {' '.join(flags)}: exit code {code} after {seconds:.0f} s;"
+                f" {facts_of(log)}\n"
+            )
             continue
         rows = json.loads(found.read_text())
         heads = [*rows[0]][1:]
-        say(f"{rows[0]['work']} ({seconds:.0f} s in all)\n\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+        say(
+            f"{rows[0]['work']} ({seconds:.0f} s in all)\n\n| "
+            + " | ".join(heads)
+            + " |\n|"
+            + " --- |" * len(heads)
+        )
         for row in rows:
             say("| " + " | ".join(row[head] for head in heads) + " |")
         say("")

@@ -1,11 +1,13 @@
-"""An epoch of a classifier's training: this package beside an ImageFolder, a DataLoader and a plain loop.
+"""An epoch of a classifier's training: this package beside an ImageFolder, a DataLoader and a plain
+loop.
 
     python benchmarks/classify.py                                           # on a GPU: 512 px, batch 24, 1,200 images
     python benchmarks/classify.py --device cpu --size 96 --images 60 --model mobilenet_v2 --rounds 3
 
-Both rotate and flip as the paper does, on the same grey PNGs, from the same random weights. Ours are decoded once, on
-all cores, before the first epoch; the seconds of that stand beside the table. The rival is torchvision's reference loop
-without its logging: decoded and augmented anew in every epoch by worker processes.
+Both rotate and flip as the paper does, on the same grey PNGs, from the same random weights. Ours
+are decoded once, on all cores, before the first epoch; the seconds of that stand beside the table.
+The rival is torchvision's reference loop without its logging: decoded and augmented anew in every
+epoch by worker processes.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
+# before this folder: classify is the package, not this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import Rival, add_flags, bytes_of, report, side_by_side
 
@@ -40,7 +43,9 @@ RIVALS = ("ours", "ours-compiled", "imagefolder")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
     add_flags(parser, RIVALS, DTYPES, rounds=3, half="bf16")
     parser.set_defaults(rivals=["ours", "imagefolder"])
@@ -48,7 +53,12 @@ def parse_args(argv=None):
     add("--stored", type=int, default=800, help="px of the files (800)")
     add("--images", type=int, default=1200, help="(1200)")
     add("--batch-size", type=int, default=24, help="(24)")
-    add("--workers", type=int, default=16 if on_gpu else min(2, os.cpu_count() or 1), help="of the rival")
+    add(
+        "--workers",
+        type=int,
+        default=16 if on_gpu else min(2, os.cpu_count() or 1),
+        help="of the rival",
+    )
     return parser.parse_args(argv)
 
 
@@ -59,7 +69,9 @@ def write_images(args, folder: Path) -> None:
         path = folder / str(PLANES[n % len(PLANES)]) / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(rng.integers(0, 255, (args.stored // 8,) * 2, dtype=np.uint8))
-        image = np.array(coarse.resize((args.stored,) * 2, Image.Resampling.BICUBIC)).astype(np.int16)
+        image = np.array(coarse.resize((args.stored,) * 2, Image.Resampling.BICUBIC)).astype(
+            np.int16
+        )
         image += rng.integers(-6, 7, image.shape, dtype=np.int16)
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path, compress_level=1)
 
@@ -83,7 +95,9 @@ def ours(args, name: str, model: nn.Module, folder: Path) -> Rival:
 
     def work() -> torch.Tensor:
         augmentation = partial(draw_augmentation, RECIPES["paper"], args.seed, next(epochs))
-        loss = train_epoch(model, loader, optimizer, "minus-one-one", augmentation, DTYPES[args.dtype])
+        loss = train_epoch(
+            model, loader, optimizer, "minus-one-one", augmentation, DTYPES[args.dtype]
+        )
         return torch.tensor([loss])
 
     kept = images.moved[0].numel() if images.moved else 0
@@ -121,7 +135,10 @@ def theirs(args, name: str, model: nn.Module, folder: Path) -> Rival:
         model.train()
         total = 0.0
         for images, targets in loader:
-            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            images, targets = (
+                images.to(device, non_blocking=True),
+                targets.to(device, non_blocking=True),
+            )
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = nn.functional.cross_entropy(model(images), targets)
             optimizer.zero_grad()
@@ -139,10 +156,14 @@ def main(args):
     with tempfile.TemporaryDirectory(prefix="classify-") as folder:
         write_images(args, Path(folder))
         rivals = [
-            (ours if name.startswith("ours") else theirs)(args, name, model, Path(folder)) for name in args.rivals
+            (ours if name.startswith("ours") else theirs)(args, name, model, Path(folder))
+            for name in args.rivals
         ]
         side_by_side(rivals, args.rounds, args.device)
-    title = f"{args.model}, an epoch of {args.images} images, {args.size} px, batch {args.batch_size}, {args.dtype}"
+    title = (
+        f"{args.model}, an epoch of {args.images} images, {args.size} px, batch {args.batch_size},"
+        f" {args.dtype}"
+    )
     report(args, title, rivals, args.images, "image")
 
 

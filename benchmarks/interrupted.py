@@ -1,13 +1,15 @@
-"""Runs that are killed at any moment, or run out of room, and go on: do they end with the files of a run left alone?
+"""Runs that are killed at any moment, or run out of room, and go on: do they end with the files of
+a run left alone?
 
     python benchmarks/interrupted.py killed                      # 20 times each script, by SIGKILL and SIGTERM in turn
     sudo python benchmarks/interrupted.py full                   # 20 times each, on a small tmpfs (Linux, as root)
 
-Every script runs as a process of its own, forked where torch is loaded already. It is killed at a random time or, every
-second time, the moment it opens a file to write or renames one. Then the same command (with --resume where there is
-one) is given until it ends, and all files of --out are compared, names and bytes, with an uninterrupted run's. A full
-disk must give one line, exit code 2, and no .part; with more room the same command must end alike. Prints a line for
-each script and exits with 1 where a run ended otherwise.
+Every script runs as a process of its own, forked where torch is loaded already. It is killed at a
+random time or, every second time, the moment it opens a file to write or renames one. Then the same
+command (with --resume where there is one) is given until it ends, and all files of --out are
+compared, names and bytes, with an uninterrupted run's. A full disk must give one line, exit code 2,
+and no .part; with more room the same command must end alike. Prints a line for each script and
+exits with 1 where a run ended otherwise.
 """
 
 import argparse
@@ -24,7 +26,8 @@ import time
 import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder, not the repository
+# a script sees its own folder, not the repository
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from planes import PLANES, PROMPTS
 from planes.datasets import read_spanish
@@ -33,7 +36,10 @@ from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 ROOT = Path(__file__).resolve().parents[1]
 LORA = "--images {data}/images --repeats 3 --batch-size 4 --rank 4 --save-every 1 --resume"
 IMAGES = "--planes brain femur --count 2 --steps 2 --batch-size 2"
-ROW = "--spanish {data}/spanish --african {data}/african --model mobilenet_v2 --weights none --size 64 --epochs 6 "
+ROW = (
+    "--spanish {data}/spanish --african {data}/african --model mobilenet_v2 --weights none --size"
+    " 64 --epochs 6 "
+)
 COMMANDS = {
     "train_lora": LORA,
     "sample": IMAGES,
@@ -53,9 +59,13 @@ SCALE = {  # of reproduce.py: seconds
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=("killed", "full"))
-    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="scripts (all four)")
+    parser.add_argument(
+        "--only", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="scripts (all four)"
+    )
     parser.add_argument("--times", type=int, default=20, help="how often each (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and sizes")
     return parser.parse_args(argv)
@@ -69,7 +79,8 @@ class Trial:
         self.argv = [*COMMANDS[script].format(data=data).split(), "--device", "cpu", "--out", "out"]
 
     def start(self, die_at: int | None = None) -> int:
-        """Forks; the child's id. die_at: it kills itself when it touches its files for the n-th time."""
+        """Forks; the child's id. die_at: it kills itself when it touches its files for the n-th
+        time."""
         self.log.write_bytes(b"")
         if pid := os.fork():
             return pid
@@ -96,8 +107,16 @@ class Trial:
         self.touched = 0
 
         def hook(event: str, details: tuple) -> None:
-            writes = event == "open" and isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
-            if (writes or event == "os.rename") and "out" in str(details[0]) and "/log" not in str(details[0]):
+            writes = (
+                event == "open"
+                and isinstance(details[2], int)
+                and details[2] & (os.O_WRONLY | os.O_RDWR)
+            )
+            if (
+                (writes or event == "os.rename")
+                and "out" in str(details[0])
+                and "/log" not in str(details[0])
+            ):
                 self.touched += 1
                 if self.touched == die_at:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -112,7 +131,14 @@ class Trial:
         space = runpy.run_path(path, run_name="reproduce")["parse_args"].__globals__
         space["QUICK"] = space["Scale"](**SCALE)
         space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 3), "patients": 2}
-        names = ("CheckpointError", "ClassifyError", "DatasetError", "LoRAError", "ResultError", "SamplerError")
+        names = (
+            "CheckpointError",
+            "ClassifyError",
+            "DatasetError",
+            "LoRAError",
+            "ResultError",
+            "SamplerError",
+        )
         space["run"](space["parse_args"], space["main"], *(space[name] for name in names))
 
     def finish(self, pid: int) -> int:
@@ -122,7 +148,10 @@ class Trial:
         """Every file of --out and its hash."""
         out = self.work / "out"
         paths = sorted(path for path in out.rglob("*") if path.is_file())
-        return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+        return {
+            str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in paths
+        }
 
 
 def reference(trial: Trial) -> tuple[dict[str, str], float, int, int]:
@@ -137,7 +166,9 @@ def reference(trial: Trial) -> tuple[dict[str, str], float, int, int]:
 
 
 def differences(found: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    return sorted(
+        name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+    )
 
 
 def killed(trial: Trial, times: int, rng: random.Random) -> list[str]:
@@ -161,37 +192,52 @@ def killed(trial: Trial, times: int, rng: random.Random) -> list[str]:
         if code not in (0, -9, -15, 143):
             wrong.append(f"{what}: exit code {code}: {trial.log.read_text()[-300:]}")
         if (code := trial.finish(trial.start())) != 0:
-            wrong.append(f"{what}: does not go on, exit code {code}: {trial.log.read_text()[-300:]}")
+            wrong.append(
+                f"{what}: does not go on, exit code {code}: {trial.log.read_text()[-300:]}"
+            )
         elif other := differences(trial.files(), wanted):
             wrong.append(f"{what}: {', '.join(other[:5])}")
-    print(f"{trial.script}: killed {deaths} of {times} times, {len(wrong)} ended otherwise", flush=True)
+    print(
+        f"{trial.script}: killed {deaths} of {times} times, {len(wrong)} ended otherwise",
+        flush=True,
+    )
     return wrong
 
 
 def full(trial: Trial, times: int, rng: random.Random) -> list[str]:
-    """Runs on a small tmpfs, then with room; a line for each run that was not refused in a line or ended otherwise."""
+    """Runs on a small tmpfs, then with room; a line for each run that was not refused in a line or
+    ended otherwise."""
     wanted, _, _, size = reference(trial)
     shutil.rmtree(trial.work / "out")
     wrong, refused = [], 0
     for _ in range(times):
         room = rng.randint(20_000, size) // 4096 * 4096
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(trial.work)], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(trial.work)], check=True
+        )
         try:
             code, said = trial.finish(trial.start()), trial.log.read_text()
             parts = [path.name for path in trial.work.rglob("*") if ".part" in path.name]
             refused += code == 2
             last = said.rstrip().rpartition("\n")[2]
-            one_line = last.startswith(f"{trial.script}.py: ") and said.count(f"{trial.script}.py: ") == 1
+            one_line = (
+                last.startswith(f"{trial.script}.py: ") and said.count(f"{trial.script}.py: ") == 1
+            )
             if code and (code != 2 or not one_line or "Traceback" in said or parts):
                 wrong.append(f"{room} bytes: exit code {code}, {parts}: {said[-400:]}")
             subprocess.run(["mount", "-o", "remount,size=1g", str(trial.work)], check=True)
             if (code := trial.finish(trial.start())) != 0:
-                wrong.append(f"{room} bytes, then more: exit code {code}: {trial.log.read_text()[-400:]}")
+                wrong.append(
+                    f"{room} bytes, then more: exit code {code}: {trial.log.read_text()[-400:]}"
+                )
             elif other := differences(trial.files(), wanted):
                 wrong.append(f"{room} bytes, then more: {', '.join(other[:5])}")
         finally:
             subprocess.run(["umount", str(trial.work)], check=True)
-    print(f"{trial.script}: {refused} of {times} times without room, {len(wrong)} ended otherwise", flush=True)
+    print(
+        f"{trial.script}: {refused} of {times} times without room, {len(wrong)} ended otherwise",
+        flush=True,
+    )
     return wrong
 
 
@@ -211,7 +257,9 @@ def main(args):
         for script in args.only:
             (data / script).mkdir()
             rng = random.Random(f"{script} {args.seed}")
-            wrong += {"killed": killed, "full": full}[args.task](Trial(script, data, data / script), args.times, rng)
+            wrong += {"killed": killed, "full": full}[args.task](
+                Trial(script, data, data / script), args.times, rng
+            )
     for line in wrong:
         print(line)
     sys.exit(bool(wrong))

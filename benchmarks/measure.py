@@ -1,4 +1,5 @@
-"""Rivals at the same work, in turn, in one process: how long, how much memory, the share of the best rate."""
+"""Rivals at the same work, in turn, in one process: how long, how much memory, the share of the
+best rate."""
 
 import ctypes
 import gc
@@ -20,7 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.unet import UNet, UNetConfig
 
-SMALL = {"block_out_channels": (32, 64), "attention": (True, False), "num_heads": (2, 2), "cross_attention_dim": 32}
+SMALL = {
+    "block_out_channels": (32, 64),
+    "attention": (True, False),
+    "num_heads": (2, 2),
+    "cross_attention_dim": 32,
+}
 UNETS = {"sd15": UNetConfig(), "small": UNetConfig(**SMALL)}
 PEAK_SIDE = {"cuda": 8192, "cpu": 2048}  # of the square matrices whose product tells the best rate
 
@@ -53,8 +59,12 @@ def diffusers_unet(unet: UNet, device: str) -> nn.Module:
             block_out_channels=config.block_out_channels,
             cross_attention_dim=config.cross_attention_dim,
             attention_head_dim=config.num_heads,
-            down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-            up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in config.attention[::-1]),
+            down_block_types=tuple(
+                "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention
+            ),
+            up_block_types=tuple(
+                "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in config.attention[::-1]
+            ),
             layers_per_block=(config.layers_per_block,) * len(config.block_out_channels),
         )
     theirs.load_state_dict(unet.state_dict())
@@ -66,7 +76,8 @@ def bytes_of(*networks: nn.Module) -> int:
 
 
 def side_by_side(rivals: list[Rival], rounds: int, device: str) -> None:
-    """Each works once to compile and warm up, when outcomes and memory are taken, then in turn `rounds` times."""
+    """Each works once to compile and warm up, when outcomes and memory are taken, then in turn
+    `rounds` times."""
     expected = None
     for rival in rivals:
         with Peak(device) as peak:
@@ -93,7 +104,8 @@ def wait(device: str) -> None:
 
 
 class Peak:
-    """Bytes taken at most above those at the beginning: torch's on a GPU, the process's own memory on a CPU (Linux)."""
+    """Bytes taken at most above those at the beginning: torch's on a GPU, the process's own memory
+    on a CPU (Linux)."""
 
     def __init__(self, device: str):
         self.on_gpu = device.startswith("cuda")
@@ -106,7 +118,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that it counts when it is taken again
+            # what is free goes back, so that it counts when it is taken again
+            ctypes.CDLL(None).malloc_trim(0)
             self.memory = Memory().__enter__()
         return self
 
@@ -140,10 +153,21 @@ def best_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-def add_flags(parser: ArgumentParser, rivals: Sequence[str], dtypes: Mapping[str, torch.dtype], rounds: int, half: str):
+def add_flags(
+    parser: ArgumentParser,
+    rivals: Sequence[str],
+    dtypes: Mapping[str, torch.dtype],
+    rounds: int,
+    half: str,
+):
     """The flags that every comparison has; `half`: the precision on a GPU."""
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
-    add("--rivals", nargs="+", choices=rivals, help="the last one is what the others are measured by")
+    add(
+        "--rivals",
+        nargs="+",
+        choices=rivals,
+        help="the last one is what the others are measured by",
+    )
     add("--size", type=int, default=512, help="px (512)")
     add("--rounds", type=int, default=rounds, help=f"({rounds})")
     add("--device", default="cuda" if on_gpu else "cpu")
@@ -152,7 +176,15 @@ def add_flags(parser: ArgumentParser, rivals: Sequence[str], dtypes: Mapping[str
     add("--json", type=Path, help="the table goes there too")
 
 
-def report(args, title: str, rivals: list[Rival], items: float, unit: str, count: float = 0, best: float = 0) -> None:
+def report(
+    args,
+    title: str,
+    rivals: list[Rival],
+    items: float,
+    unit: str,
+    count: float = 0,
+    best: float = 0,
+) -> None:
     """Prints the machine and a Markdown table, whose rows also go to args.json.
 
     items: of `unit` in one piece of work, as images; count: FLOPs of one piece; best: FLOP/s, or 0
@@ -164,7 +196,9 @@ def report(args, title: str, rivals: list[Rival], items: float, unit: str, count
             {
                 "work": title,
                 "who": rival.name,
-                f"s / {unit}": f"{median / items:.4g} ({spread[0] / items:.4g} to {spread[1] / items:.4g})",
+                f"s / {unit}": (
+                    f"{median / items:.4g} ({spread[0] / items:.4g} to {spread[1] / items:.4g})"
+                ),
                 "speed": f"{statistics.median(rivals[-1].seconds) / median:.2f}",
                 "peak, GiB": f"{rival.peak / 2**30:.2f}",
                 "memory": f"{rival.peak / max(rivals[-1].peak, 1):.2f}",
@@ -188,8 +222,13 @@ def machine(device: str) -> str:
     if device.startswith("cuda"):
         name = torch.cuda.get_device_name(device)
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = (
+            Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        )
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
         name += f", {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__}
     for peer in ("diffusers", "peft", "torchvision", "bitsandbytes"):
@@ -201,10 +240,13 @@ def machine(device: str) -> str:
 
 
 def run(*command: object, seconds: float) -> tuple[int, float, str]:
-    """A command's exit code, how long it took, and what it said; 124 where it took longer than `seconds`."""
+    """A command's exit code, how long it took, and what it said; 124 where it took longer than
+    `seconds`."""
     start = time.perf_counter()
     try:
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=max(seconds, 1))
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, timeout=max(seconds, 1)
+        )
         return done.returncode, time.perf_counter() - start, done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         said = (error.stdout or b"").decode(errors="replace")

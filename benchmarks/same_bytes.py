@@ -1,11 +1,13 @@
-"""Does a change of the code change a byte of what comes out? The paper's stages in seconds, by two checkouts.
+"""Does a change of the code change a byte of what comes out? The paper's stages in seconds, by two
+checkouts.
 
     git worktree add ../before COMMIT
     python benchmarks/same_bytes.py ../before
 
-Both run `reproduce.py --quick` at a scale of seconds with the weights of this checkout's embedded model: two LoRAs,
-three sets of images, six classifiers, the report. Compared are the LoRAs' tensors, the pixels of every image,
-metrics.json of every classifier and report.md. Prints a line for each kind and exits with 1 where one differs.
+Both run `reproduce.py --quick` at a scale of seconds with the weights of this checkout's embedded
+model: two LoRAs, three sets of images, six classifiers, the report. Compared are the LoRAs'
+tensors, the pixels of every image, metrics.json of every classifier and report.md. Prints a line
+for each kind and exits with 1 where one differs.
 """
 
 import argparse
@@ -50,13 +52,17 @@ script["main"](script["parse_args"](sys.argv[1:]))
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before", type=Path, help="a checkout of the commit to compare with")
     return parser.parse_args(argv)
 
 
 def tensors(path: Path) -> bytes:
-    return b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(load_file(path).items()))
+    return b"".join(
+        name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(load_file(path).items())
+    )
 
 
 def pixels(path: Path) -> bytes:
@@ -72,16 +78,34 @@ KINDS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
 
 
 def outcome(checkout: Path, work: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each kind and its files -> their hashes. The run's folder is called the same for every checkout."""
+    """Each kind and its files -> their hashes. The run's folder is called the same for every
+    checkout."""
     out = work / "run"
-    command = [sys.executable, "-c", RUN, str(HERE / "ldm" / "mini"), "--quick", "--device", "cpu", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        RUN,
+        str(HERE / "ldm" / "mini"),
+        "--quick",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     # one thread: sums in another order would differ in their last bits
     subprocess.run(
-        command, cwd=checkout, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        cwd=checkout,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     for kind, (pattern, read) in KINDS.items():
         files = sorted(out.glob(pattern))
-        yield kind, {str(path.relative_to(out)): hashlib.sha256(read(path)).hexdigest() for path in files}
+        yield (
+            kind,
+            {str(path.relative_to(out)): hashlib.sha256(read(path)).hexdigest() for path in files},
+        )
     shutil.rmtree(out)
 
 
@@ -90,7 +114,10 @@ def main(args) -> int:
         before, now = (dict(outcome(checkout, Path(work))) for checkout in (args.before, HERE))
     for kind, files in now.items():
         other = [name for name in files | before[kind] if files.get(name) != before[kind].get(name)]
-        print(f"{kind}: {len(files)} files, {', '.join(other) + ' differ' if other or not files else 'the same bytes'}")
+        print(
+            f"{kind}: {len(files)} files,"
+            f" {', '.join(other) + ' differ' if other or not files else 'the same bytes'}"
+        )
     return int(now != before or not all(now.values()))
 
 

@@ -1,11 +1,12 @@
-"""Text to images at SD 1.5's size with random weights: this package beside diffusers, plain and compiled.
+"""Text to images at SD 1.5's size with random weights: this package beside diffusers, plain and
+compiled.
 
     python benchmarks/sample.py                                          # on a GPU: 512 px, 20 steps, fp16, batch 16
     python benchmarks/sample.py --device cpu --size 256 --steps 2 --batch-size 1 --rounds 3
     python benchmarks/sample.py --device cpu --size 256 --steps 2 --batch-size 1 --rivals ours ours-bf16
 
-A piece of work is what lies between text embeddings and pixels in the host's memory: Euler, guidance 7, the decoder.
-All rivals have the same weights and start from the same noise.
+A piece of work is what lies between text embeddings and pixels in the host's memory: Euler,
+guidance 7, the decoder. All rivals have the same weights and start from the same noise.
 """
 
 import argparse
@@ -16,9 +17,20 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
+# before this folder: classify is the package, not this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from measure import UNETS, Rival, add_flags, best_rate, bytes_of, diffusers_unet, flops, report, side_by_side
+from measure import (
+    UNETS,
+    Rival,
+    add_flags,
+    best_rate,
+    bytes_of,
+    diffusers_unet,
+    flops,
+    report,
+    side_by_side,
+)
 
 from ldm import fast
 from ldm.cli import DTYPES
@@ -32,14 +44,18 @@ RIVALS = ("ours", "ours-compiled", "ours-bf16", "diffusers", "diffusers-compiled
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
     add_flags(parser, RIVALS, DTYPES, rounds=5, half="fp16")
     add("--scale", choices=UNETS, default="sd15")
     add("--steps", type=int, default=20, help="(20)")
     add("--batch-size", type=int, default=16 if on_gpu else 1)
     args = parser.parse_args(argv)
-    args.rivals = args.rivals or ([r for r in RIVALS if r != "ours-bf16"] if on_gpu else ["ours", "diffusers"])
+    args.rivals = args.rivals or (
+        [r for r in RIVALS if r != "ours-bf16"] if on_gpu else ["ours", "diffusers"]
+    )
     return args
 
 
@@ -57,11 +73,17 @@ def ours(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -> 
     fast.arrange(unet, vae)
     if name == "ours-compiled":
         fast.compile_whole(unet, vae.decoder)
-    context, negative, side = context.to(dtype), negative.to(dtype), args.size // vae.config.downsampling
+    context, negative, side = (
+        context.to(dtype),
+        negative.to(dtype),
+        args.size // vae.config.downsampling,
+    )
     at_once = fast.decoded_at_once(vae, args.size, args.size, args.batch_size)
 
     def work() -> torch.Tensor:
-        latents = generate(unet, context, negative, range(args.batch_size), (side, side), steps=args.steps)
+        latents = generate(
+            unet, context, negative, range(args.batch_size), (side, side), steps=args.steps
+        )
         return decode_images(vae, latents, at_once)
 
     return Rival(name, work, bytes_of(unet, vae))
@@ -82,7 +104,11 @@ def theirs(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -
         )
     their_vae.load_state_dict(vae.state_dict())
     scheduler = diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="linspace", steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="linspace",
+        steps_offset=1,
     )
     pipe = diffusers.StableDiffusionPipeline(
         vae=their_vae.to(dtype),
@@ -100,7 +126,10 @@ def theirs(args, name: str, unet: UNet, vae: AutoencoderKL, context, negative) -
         pipe.vae.to(memory_format=torch.channels_last)
         pipe.unet.compile(fullgraph=True)
         pipe.vae.decoder.compile(fullgraph=True)
-    context, negative = context.to(dtype), negative.to(dtype).expand(len(context), -1, -1).contiguous()
+    context, negative = (
+        context.to(dtype),
+        negative.to(dtype).expand(len(context), -1, -1).contiguous(),
+    )
     side = args.size // vae.config.downsampling
 
     @torch.no_grad()
@@ -125,7 +154,9 @@ def main(args):
     unet, vae = networks(args)
     draw = torch.Generator().manual_seed(args.seed)
     width = unet.config.cross_attention_dim
-    texts = [torch.randn(n, 77, width, generator=draw).to(args.device) for n in (args.batch_size, 1)]
+    texts = [
+        torch.randn(n, 77, width, generator=draw).to(args.device) for n in (args.batch_size, 1)
+    ]
     rivals = []
     for name in args.rivals:
         make = ours if name.startswith("ours") else theirs
@@ -133,11 +164,23 @@ def main(args):
     side, dtype = args.size // vae.config.downsampling, DTYPES[args.dtype]
     latents = torch.randn(2 * args.batch_size, 4, side, side, device=args.device)
     both = torch.cat([texts[0], texts[0]])
-    count = args.steps * flops(partial(unet, latents, torch.tensor(500.0), both)) if args.scale == "sd15" else 0
+    count = (
+        args.steps * flops(partial(unet, latents, torch.tensor(500.0), both))
+        if args.scale == "sd15"
+        else 0
+    )
     del unet, vae
     side_by_side(rivals, args.rounds, args.device)
     title = f"sampling, {args.size} px, {args.steps} steps, batch {args.batch_size}, {args.dtype}"
-    report(args, title, rivals, args.batch_size, "image", count, count and best_rate(args.device, dtype))
+    report(
+        args,
+        title,
+        rivals,
+        args.batch_size,
+        "image",
+        count,
+        count and best_rate(args.device, dtype),
+    )
 
 
 if __name__ == "__main__":

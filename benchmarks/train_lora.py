@@ -3,8 +3,9 @@
     python benchmarks/train_lora.py                                        # on a GPU: 512 px, rank 128, batch 2, fp16
     python benchmarks/train_lora.py --device cpu --size 256 --batch-size 1 --rounds 3
 
-A step is what train_lora.py's loop does: draws, noise, prediction, loss, gradients, clipping, AdamW, the loss read.
-All rivals have the same base, and an A and B of the same numbers; what is compared is the loss of their first step.
+A step is what train_lora.py's loop does: draws, noise, prediction, loss, gradients, clipping,
+AdamW, the loss read. All rivals have the same base, and an A and B of the same numbers; what is
+compared is the loss of their first step.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder: classify is the package, not this
+# before this folder: classify is the package, not this
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from measure import UNETS, Rival, add_flags, bytes_of, diffusers_unet, report, side_by_side
 
@@ -34,7 +36,9 @@ IMAGES = 20
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add, on_gpu = parser.add_argument, torch.cuda.is_available()
     add_flags(parser, RIVALS, DTYPES, rounds=5, half="fp16")
     add("--scale", choices=UNETS, default="sd15")
@@ -51,7 +55,9 @@ def material(args, width: int):
     """Latents, and contexts of five captions, on the device, as train_lora.py keeps them."""
     draw, side = torch.Generator().manual_seed(args.seed), args.size // 8
     latents = [torch.randn(4, side, side, generator=draw).to(args.device) for _ in range(IMAGES)]
-    contexts = [torch.randn(77, width, generator=draw).to(args.device, DTYPES[args.dtype]) for _ in range(5)]
+    contexts = [
+        torch.randn(77, width, generator=draw).to(args.device, DTYPES[args.dtype]) for _ in range(5)
+    ]
     return latents, contexts
 
 
@@ -69,10 +75,15 @@ def ours(args, name: str, base: UNet) -> Rival:
     latents, contexts = material(args, unet.config.cross_attention_dim)
     schedule, scaler = NoiseSchedule(), scaler_of(args)
     draws_of_step = partial(
-        training.draws_of_step, latents=latents, buckets=torch.zeros(IMAGES, dtype=torch.long), held=torch.arange(0)
+        training.draws_of_step,
+        latents=latents,
+        buckets=torch.zeros(IMAGES, dtype=torch.long),
+        held=torch.arange(0),
     )
     batches_of_step = partial(
-        training.batches_of_step, repeats=torch.full((IMAGES,), 100), buckets=torch.zeros(IMAGES, dtype=torch.long)
+        training.batches_of_step,
+        repeats=torch.full((IMAGES,), 100),
+        buckets=torch.zeros(IMAGES, dtype=torch.long),
     )
     weights = training.loss_weights(schedule.alphas_cumprod, "epsilon", False).to(args.device)
     autocast = partial(torch.autocast, args.device, dtype, enabled=dtype != torch.float32)
@@ -82,7 +93,9 @@ def ours(args, name: str, base: UNet) -> Rival:
         number = next(numbers)
         batches = batches_of_step(number, batch_size=args.batch_size, accumulate=1, seed=args.seed)
         images, total = sum(map(len, batches)), nothing(args.device)
-        for index, noise, t, _ in draws_of_step(number, batches, args.seed, args.batch_size, len(schedule)):
+        for index, noise, t, _ in draws_of_step(
+            number, batches, args.seed, args.batch_size, len(schedule)
+        ):
             noise, t = upload(noise, args.device), upload(t, args.device)
             noisy = schedule.add_noise(torch.stack([latents[n] for n in index]), noise, t).to(dtype)
             context = torch.stack([contexts[n % 5] for n in index])
@@ -112,7 +125,9 @@ def theirs(args, name: str, base: UNet) -> Rival:
     unet.to(dtype).requires_grad_(False)
     targets = r".*attn2\.(to_q|to_k|to_v|to_out\.0)"
     unet.add_adapter(
-        LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets)
+        LoraConfig(
+            r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=targets
+        )
     )
     copied = copy.deepcopy(base)
     inject(copied, args.rank, args.rank, generator=torch.Generator().manual_seed(args.seed))
@@ -129,15 +144,23 @@ def theirs(args, name: str, base: UNet) -> Rival:
     if name == "peft-compiled":
         unet.compile()
     latents, contexts = material(args, base.config.cross_attention_dim)
-    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
     scaler, numbers = scaler_of(args), count()
     autocast = partial(torch.autocast, args.device, dtype, enabled=dtype != torch.float32)
 
     def step() -> torch.Tensor:
-        # as diffusers' train_text_to_image_lora.py does it, but for the draws, which are ours so that the loss is too
+        # as diffusers' train_text_to_image_lora.py does it, but for the draws, which are ours so
+        # that the loss is too
         number = next(numbers)
         index = training.batches_of_step(
-            number, torch.full((IMAGES,), 100), torch.zeros(IMAGES, dtype=torch.long), args.batch_size, 1, args.seed
+            number,
+            torch.full((IMAGES,), 100),
+            torch.zeros(IMAGES, dtype=torch.long),
+            args.batch_size,
+            1,
+            args.seed,
         )[0]
         draws = training.draws_of_step(
             number,
@@ -169,7 +192,9 @@ def theirs(args, name: str, base: UNet) -> Rival:
 
 
 def scaler_of(args) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(args.device, enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
+    return torch.amp.GradScaler(
+        args.device, enabled=args.dtype == "fp16" and args.device.startswith("cuda")
+    )
 
 
 def several(step, steps: int):
@@ -185,10 +210,15 @@ def main(args):
     torch.manual_seed(args.seed)
     with torch.device(args.device):
         base = UNet(UNETS[args.scale]).requires_grad_(False)
-    rivals = [(ours if name.startswith("ours") else theirs)(args, name, base) for name in args.rivals]
+    rivals = [
+        (ours if name.startswith("ours") else theirs)(args, name, base) for name in args.rivals
+    ]
     del base
     side_by_side(rivals, args.rounds, args.device)
-    title = f"LoRA step, {args.size} px, rank {args.rank}, batch {args.batch_size}, {args.dtype}, {args.optimizer}"
+    title = (
+        f"LoRA step, {args.size} px, rank {args.rank}, batch {args.batch_size}, {args.dtype},"
+        f" {args.optimizer}"
+    )
     report(args, title, rivals, args.steps, "step")
 
 

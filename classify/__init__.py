@@ -1,4 +1,5 @@
-"""Zero-shot classification of fetal planes: train on one site and on synthetic images, test on another site.
+"""Zero-shot classification of fetal planes: train on one site and on synthetic images, test on
+another site.
 
 | concept | where |
 |---|---|

@@ -1,4 +1,5 @@
-"""Images for the classifiers: decoded and resized once, augmented anew in every epoch, scaled to an input range."""
+"""Images for the classifiers: decoded and resized once, augmented anew in every epoch, scaled to an
+input range."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,37 +22,47 @@ from planes.pictures import open_image
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "minus-one-one": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # the paper
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # the authors' notebook
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # what ImageNet weights were trained on
+    # what ImageNet weights were trained on
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How images are prepared and augmented: the paper's words, or what the authors' published notebook does."""
+    """How images are prepared and augmented: the paper's words, or what the authors' published
+    notebook does."""
 
     size: int  # square side, px; the aspect ratio is not kept
     input_range: str
     rotation: float  # degrees, to either side
     horizontal_flip: float  # probability
     vertical_flip: float
-    crop: tuple[float, float] | None  # share of the area that a random crop keeps, then stretched to the whole
+    # share of the area that a random crop keeps, then stretched to the whole
+    crop: tuple[float, float] | None
 
 
 RECIPES = {
-    "paper": Recipe(512, "minus-one-one", rotation=25, horizontal_flip=0.5, vertical_flip=0.1, crop=None),
-    "notebook": Recipe(224, "zero-one", rotation=15, horizontal_flip=0.5, vertical_flip=0.0, crop=(0.08, 1.0)),
+    "paper": Recipe(
+        512, "minus-one-one", rotation=25, horizontal_flip=0.5, vertical_flip=0.1, crop=None
+    ),
+    "notebook": Recipe(
+        224, "zero-one", rotation=15, horizontal_flip=0.5, vertical_flip=0.0, crop=(0.08, 1.0)
+    ),
 }
-CROP_ASPECT = (3 / 4, 4 / 3)  # of a random crop, in units of the image's own aspect (Szegedy et al. 2015)
+# of a random crop, in units of the image's own aspect (Szegedy et al. 2015)
+CROP_ASPECT = (3 / 4, 4 / 3)
 
 MEMORY = 4 << 30  # bytes of decoded images that a run keeps: 16,384 grey images of 512 x 512
 
 
 class PlaneImages(Dataset):
-    """Records as (image, target, index): uint8 (1 or 3, size, size), class index, the index that was asked for.
+    """Records as (image, target, index): uint8 (1 or 3, size, size), class index, the index that
+    was asked for.
 
-    `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access. `move` puts them on
-    a GPU. Items carry no randomness: the index is what augmentation derives its own from. It counts on beyond the last
-    record, so that one record has many: record n of N is at n, N + n, 2 N + n, ..
+    `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access.
+    `move` puts them on a GPU. Items carry no randomness: the index is what augmentation derives its
+    own from. It counts on beyond the last record, so that one record has many: record n of N is at
+    n, N + n, 2 N + n, ..
     """
 
     def __init__(self, records: Sequence[Record], size: int, classes: Sequence[str] = PLANES):
@@ -66,36 +77,56 @@ class PlaneImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         n = index % len(self)
-        return self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size), self.targets[n], index
+        return (
+            self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size),
+            self.targets[n],
+            index,
+        )
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on the CPU."""
+        """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on
+        the CPU."""
         asked = torch.tensor(indices)
         if self.moved is not None:
             rows = (asked % len(self)).to(self.moved[0].device, non_blocking=True)
             return self.moved[0][rows], self.moved[1][rows], asked
         images, targets, _ = zip(*map(self.__getitem__, indices))
         channels = max(map(len, images))
-        return torch.stack([image.expand(channels, -1, -1) for image in images]), torch.tensor(targets), asked
+        return (
+            torch.stack([image.expand(channels, -1, -1) for image in images]),
+            torch.tensor(targets),
+            asked,
+        )
 
     def move(self, device: torch.device, room: int) -> None:
-        """All images to a device, for good, if all are kept and take at most `room` bytes; else they stay."""
+        """All images to a device, for good, if all are kept and take at most `room` bytes; else
+        they stay."""
         channels = max(map(len, self.kept), default=1)
-        if self.kept and len(self.kept) == len(self) and len(self) * channels * self.size**2 <= room:
-            images = torch.empty(len(self), channels, self.size, self.size, dtype=torch.uint8, device=device)
+        if (
+            self.kept
+            and len(self.kept) == len(self)
+            and len(self) * channels * self.size**2 <= room
+        ):
+            images = torch.empty(
+                len(self), channels, self.size, self.size, dtype=torch.uint8, device=device
+            )
             for n, image in enumerate(self.kept):
                 images[n] = image.to(device)
             self.moved = images, torch.tensor(self.targets, device=device)
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
-        """Decode images in order until they fill `memory` bytes, yielding each; the rest stays on disk.
+        """Decode images in order until they fill `memory` bytes, yielding each; the rest stays on
+        disk.
 
-        A fixed budget rather than the machine's free memory, so that a run does not depend on its neighbours.
+        A fixed budget rather than the machine's free memory, so that a run does not depend on its
+        neighbours.
         """
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             chunk = 64  # decoded at a time, so that no more than a chunk is ever decoded in vain
             for start in range(len(self.kept), len(self.paths), chunk):
-                for image in pool.map(lambda path: decode(path, self.size), self.paths[start : start + chunk]):
+                for image in pool.map(
+                    lambda path: decode(path, self.size), self.paths[start : start + chunk]
+                ):
                     memory -= image.numel()
                     if memory < 0:
                         return
@@ -105,25 +136,32 @@ class PlaneImages(Dataset):
 
 def gpu_room(device: torch.device) -> int:
     """Bytes of images that a GPU keeps: half of its memory; none elsewhere."""
-    return torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 0
+    return (
+        torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 0
+    )
 
 
 def decode(path: Path, size: int) -> Tensor:
-    """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio is not kept.
+    """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio
+    is not kept.
 
     Raises ImageError as `planes.pictures.open_image`.
     """
     pixels = np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
     return (
-        torch.from_numpy(pixels)[None] if pixels.ndim == 2 else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        torch.from_numpy(pixels)[None]
+        if pixels.ndim == 2
+        else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
     )
 
 
 class BalancedSampler(Sampler[int]):
-    """Indices of PlaneImages, as many a pass as it has images, every class equally often (a remainder aside).
+    """Indices of PlaneImages, as many a pass as it has images, every class equally often (a
+    remainder aside).
 
-    Images of a class are drawn with replacement, a function of (seed, pass). One that is drawn again has another of its
-    indices, and so is augmented anew: else a rare class would be seen in fewer forms than a common one.
+    Images of a class are drawn with replacement, a function of (seed, pass). One that is drawn
+    again has another of its indices, and so is augmented anew: else a rare class would be seen in
+    fewer forms than a common one.
     """
 
     def __init__(self, targets: Sequence[int], seed: int):
@@ -138,14 +176,21 @@ class BalancedSampler(Sampler[int]):
         classes = rng.permutation(np.unique(self.targets))
         drawn = np.empty(count, dtype=np.int64)
         for n, target in enumerate(classes):
-            drawn[n :: len(classes)] = rng.choice(np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)]))
+            drawn[n :: len(classes)] = rng.choice(
+                np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)])
+            )
         return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
 
 
 def batches(
-    images: PlaneImages, batch_size: int, workers: int = 0, shuffle_seed: int | None = None, balanced: bool = False
+    images: PlaneImages,
+    batch_size: int,
+    workers: int = 0,
+    shuffle_seed: int | None = None,
+    balanced: bool = False,
 ) -> DataLoader:
-    """Loader of (images (B, 1 or 3, H, W) uint8, targets (B,), indices (B,)), in order or reshuffled at every pass.
+    """Loader of (images (B, 1 or 3, H, W) uint8, targets (B,), indices (B,)), in order or
+    reshuffled at every pass.
 
     balanced: as BalancedSampler draws them, from `shuffle_seed`
     """
@@ -157,29 +202,40 @@ def batches(
         sampler=BalancedSampler(images.targets, shuffle_seed or 0) if balanced else None,
         generator=generator,
         collate_fn=lambda batch: batch,  # which __getitems__ has made
-        pin_memory=torch.cuda.is_available() and images.moved is None,  # so that a GPU need not be waited for
+        # so that a GPU need not be waited for
+        pin_memory=torch.cuda.is_available() and images.moved is None,
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 
 
 def draw_augmentation(recipe: Recipe, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Random rotation, crop and flips as one affine matrix, a function of (seed, epoch, index) alone.
+    """Random rotation, crop and flips as one affine matrix, a function of (seed, epoch, index)
+    alone.
 
     indices: (B,) as PlaneImages gives them
-    Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them: one interpolation does it all.
+    Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them: one
+    interpolation does it all.
     """
     return torch.tensor(
-        np.stack([_affine(recipe, np.random.default_rng((seed, epoch, index))) for index in indices.tolist()]),
+        np.stack(
+            [
+                _affine(recipe, np.random.default_rng((seed, epoch, index)))
+                for index in indices.tolist()
+            ]
+        ),
         dtype=torch.float32,
     )
 
 
 def _affine(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """(2, 3): input = rotation (crop (flip (output))); coordinates run from -1 to 1 over the image."""
+    """(2, 3): input = rotation (crop (flip (output))); coordinates run from -1 to 1 over the
+    image."""
     turn, flip_x, flip_y = rng.random(3)
     angle = np.deg2rad(recipe.rotation) * (2 * turn - 1)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    flip = np.array([-1 if flip_x < recipe.horizontal_flip else 1, -1 if flip_y < recipe.vertical_flip else 1])
+    flip = np.array(
+        [-1 if flip_x < recipe.horizontal_flip else 1, -1 if flip_y < recipe.vertical_flip else 1]
+    )
     scale, center = np.ones(2), np.zeros(2)
     if recipe.crop:
         scale = _crop_sides(recipe.crop, rng)
@@ -188,8 +244,10 @@ def _affine(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
 
 
 def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
-    """Width and height of a random crop in units of the image's: an area from `share`, a logarithmic aspect ratio."""
-    for _ in range(10):  # an aspect that does not fit is drawn anew, as torchvision's RandomResizedCrop does
+    """Width and height of a random crop in units of the image's: an area from `share`, a
+    logarithmic aspect ratio."""
+    # an aspect that does not fit is drawn anew, as torchvision's RandomResizedCrop does
+    for _ in range(10):
         area, aspect = rng.uniform(*share), np.exp(rng.uniform(*np.log(CROP_ASPECT)))
         sides = np.sqrt([area * aspect, area / aspect])
         if sides.max() <= 1:
@@ -198,35 +256,49 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
 
 
 CONTRAST_GAMMA, CONTRAST_GAIN, CONTRAST_OFFSET = 0.7, (0.7, 1.4), 0.12
-"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to either side."""
+"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to
+either side."""
 
 
 def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index) alone.
+    """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index)
+    alone.
 
     indices: (B,) as `data.PlaneImages` gives them
     """
     rows = []
     for index in indices.tolist():
-        rng = np.random.default_rng((seed, epoch, index, 1))  # 1: other numbers than `data.draw_augmentation`'s
+        # 1: other numbers than `data.draw_augmentation`'s
+        rng = np.random.default_rng((seed, epoch, index, 1))
         gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
-        rows.append((gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)))
+        rows.append(
+            (gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET))
+        )
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None) -> Tensor:
-    """Images as a network takes them: float, altered by the augmentations, scaled to the input range.
+def prepare(
+    images: Tensor, input_range: str, affine: Tensor | None = None, contrast: Tensor | None = None
+) -> Tensor:
+    """Images as a network takes them: float, altered by the augmentations, scaled to the input
+    range.
 
     images: (B, 1 or 3, H, W) uint8; of a grey one come three equal channels
-    affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is black
-    contrast: (B, 3) from `contrast.draw_contrast`, or None: gain x^gamma + offset of x in [0, 1], clipped to [0, 1]
+    affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is
+        black
+    contrast: (B, 3) from `contrast.draw_contrast`, or None: gain x^gamma + offset of x in [0, 1],
+        clipped to [0, 1]
     """
     x = images.float() / 255
     if contrast is not None:
-        gamma, gain, offset = contrast.to(x.device, non_blocking=True)[:, :, None, None, None].unbind(dim=1)
+        gamma, gain, offset = contrast.to(x.device, non_blocking=True)[
+            :, :, None, None, None
+        ].unbind(dim=1)
         x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
-        grid = F.affine_grid(affine.to(x.device, non_blocking=True), list(x.shape), align_corners=False)
+        grid = F.affine_grid(
+            affine.to(x.device, non_blocking=True), list(x.shape), align_corners=False
+        )
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     mean, std = _mean_std(input_range, x.device)
     return (x - mean) / std
@@ -234,8 +306,11 @@ def prepare(images: Tensor, input_range: str, affine: Tensor | None = None, cont
 
 @cache
 def _mean_std(input_range: str, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(torch.tensor(value, device=device)[:, None, None] for value in INPUT_RANGES[input_range])
+    return tuple(
+        torch.tensor(value, device=device)[:, None, None] for value in INPUT_RANGES[input_range]
+    )
 
 
 Augmentation = Callable[[Tensor], Tensor]
-"""indices (B,) -> affine (B, 2, 3) or contrast (B, 3): a drawing function with all else filled in."""
+"""indices (B,) -> affine (B, 2, 3) or contrast (B, 3): a drawing function with all else filled
+in."""

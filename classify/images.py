@@ -1,4 +1,5 @@
-"""Which images a classifier is trained, validated and tested on, as the flags of classify.py choose them."""
+"""Which images a classifier is trained, validated and tested on, as the flags of classify.py choose
+them."""
 
 from argparse import Namespace
 from collections import Counter
@@ -37,7 +38,8 @@ class Chosen:
 
 
 def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
-    """The paper's datasets where --spanish and --african name them, or any two sites by --source and --target.
+    """The paper's datasets where --spanish and --african name them, or any two sites by --source
+    and --target.
 
     say: is told where a site names no patients
 
@@ -45,14 +47,18 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     """
     first = read_site(args.source, "source", train=True) if args.source else []
     first = read_spanish(args.spanish) if args.spanish else first
-    second = read_site(args.target, "target", train=False) if args.target else read_african(args.african)
+    second = (
+        read_site(args.target, "target", train=False) if args.target else read_african(args.african)
+    )
     classes = PLANES if args.african else classes_of(first or second)
     for site, records in ((args.source, first), (args.target, second)):
         if site and not has_patients(records):
             say(f"{site}: names no patients, so each image counts as one of its own")
     if unknown := [name for name in classes_of(second) if name not in classes]:
         has = f"{args.source} has images of {', '.join(classes)} alone"
-        raise ClassifyError(f"{args.target}: nobody can learn {', '.join(unknown)}, as {has}; take these images out")
+        raise ClassifyError(
+            f"{args.target}: nobody can learn {', '.join(unknown)}, as {has}; take these images out"
+        )
 
     training, validation = [record for record in first if record.train], []
     if args.manifest:
@@ -67,26 +73,37 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     test = [record for record in second if not record.train]
 
     if not training:
-        raise ClassifyError("there is nothing to train on; give --spanish, --source, --synthetic or --african-train")
+        raise ClassifyError(
+            "there is nothing to train on; give --spanish, --source, --synthetic or --african-train"
+        )
     if not test:
         raise ClassifyError(f"{args.target or args.african}: has no test images")
     path, times = Counter(record.path for record in training).most_common(1)[0]
     if times > 1:
-        raise ClassifyError(f"{path}: is among the training images {times} times; give each list once")
+        raise ClassifyError(
+            f"{path}: is among the training images {times} times; give each list once"
+        )
     require_images(training + validation + second)
     return Chosen(training, validation, test, repeated(second), classes)
 
 
-def find_copies(training: list[Record], test: list[Record], say: Callable[[str], object]) -> set[Record]:
+def find_copies(
+    training: list[Record], test: list[Record], say: Callable[[str], object]
+) -> set[Record]:
     """Test images with the same bytes as a training image; a shared patient is an error.
 
     say: is told what was found
     """
     found = leaks(training, test)
     if shared := [leak.test for leak in found if leak.kind == "patient"]:
-        raise ClassifyError(f"{shared[0].patient} is in training and in test, as {len(shared)} test images are")
+        raise ClassifyError(
+            f"{shared[0].patient} is in training and in test, as {len(shared)} test images are"
+        )
     copies = {leak.test for leak in found}
     say(f"leak check: {describe_leaks(found)}")
     if copies:
-        say(f"warning: {len(copies)} test images are byte for byte in training; metrics.json also has scores without")
+        say(
+            f"warning: {len(copies)} test images are byte for byte in training; metrics.json also"
+            " has scores without"
+        )
     return copies

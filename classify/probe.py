@@ -1,10 +1,12 @@
-"""What a frozen vision model does by itself: a linear probe, k nearest neighbours, or the prompts it was trained with.
+"""What a frozen vision model does by itself: a linear probe, k nearest neighbours, or the prompts
+it was trained with.
 
     python classify.py --model probe:facebook/dinov2-base --spanish FETAL_PLANES_ZENODO --african Zenodo_dataset --out p
 
-probe: logistic regression on its features; knn: the nearest training images; prompts: no training at all, the text
-nearest to an image, by a model with a text tower such as CLIP. A model is a hub id or a folder that transformers opens,
-or one of the five classifiers with --weights. Nothing of it is trained; features are taken once and kept.
+probe: logistic regression on its features; knn: the nearest training images; prompts: no training
+at all, the text nearest to an image, by a model with a text tower such as CLIP. A model is a hub id
+or a folder that transformers opens, or one of the five classifiers with --weights. Nothing of it is
+trained; features are taken once and kept.
 """
 
 import hashlib
@@ -38,7 +40,8 @@ from planes.sites import prompts_of
 HEADS = ("probe", "knn", "prompts")
 NEIGHBOURS = 20
 BATCH = 32
-NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # ImageNet's mean and spread: what most models were trained on
+# ImageNet's mean and spread: what most models were trained on
+NORMAL = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Tower:
 
     forward: (B, 3, size, size) normalised -> (B, D) features
     name: words for a table; digest: of its weights, so that kept features are nobody else's
-    texts: prompts -> (K, D) in the images' space, where there is a text tower; scale: of their cosines
+    texts: prompts -> (K, D) in the images' space, where there is a text tower; scale: of their
+        cosines
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -65,11 +69,13 @@ def parts(model: str) -> tuple[str, str]:
     return (head, name) if colon and head in HEADS and name else ("", model)
 
 
-def open_tower(name: str, weights: str, size: int, device: torch.device, *, with_text: bool = False) -> Tower:
+def open_tower(
+    name: str, weights: str, size: int, device: torch.device, *, with_text: bool = False
+) -> Tower:
     """A model by a hub id or folder, or one of MODELS with `weights` at `size` px.
 
-    with_text: the images' features are to lie where its texts do. Raises ClassifyError, one line, for what cannot be
-    opened, is no vision model, or has no text tower where one is asked for.
+    with_text: the images' features are to lie where its texts do. Raises ClassifyError, one line,
+    for what cannot be opened, is no vision model, or has no text tower where one is asked for.
     """
     if name in MODELS:
         if with_text:
@@ -83,11 +89,15 @@ def open_tower(name: str, weights: str, size: int, device: torch.device, *, with
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **source).eval().to(device)
     except Exception as error:  # of the hub, of files, of formats
         reason = " ".join(str(error).split())[:200]
-        raise ClassifyError(f"{name}: cannot be opened by transformers ({reason}); give its folder or hub id") from None
+        raise ClassifyError(
+            f"{name}: cannot be opened by transformers ({reason}); give its folder or hub id"
+        ) from None
     vision = getattr(model, "vision_model", model)
     if getattr(vision, "main_input_name", "") != "pixel_values":
         kind = getattr(config, "model_type", type(model).__name__)
-        raise ClassifyError(f"{name}: {kind} is no vision model; give one that takes images: DINOv2, BEiT, CLIP, ..")
+        raise ClassifyError(
+            f"{name}: {kind} is no vision model; give one that takes images: DINOv2, BEiT, CLIP, .."
+        )
     model.requires_grad_(False)
     own = getattr(config, "vision_config", config)
     side, normal = _preprocessing(name, getattr(own, "image_size", None) or 224)
@@ -116,24 +126,32 @@ def _own(name: str, weights: str, size: int, device: torch.device) -> Tower:
 
 
 def _preprocessing(name: str, side: int) -> tuple[int, tuple[Sequence[float], Sequence[float]]]:
-    """Side in px and normalisation, as the model's own preprocessor_config.json has them where there is one.
+    """Side in px and normalisation, as the model's own preprocessor_config.json has them where
+    there is one.
 
-    Whole images are squashed to a square, as for the classifiers: cropping would cut off what a scan shows.
+    Whole images are squashed to a square, as for the classifiers: cropping would cut off what a
+    scan shows.
     """
     from transformers.utils import cached_file
 
     try:
-        file = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        file = cached_file(
+            name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+        )
         said = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
         said = {}
     sizes = [said.get("crop_size"), said.get("size")]
     sizes = [s.get("height", s.get("shortest_edge")) if isinstance(s, dict) else s for s in sizes]
-    side = next((s for s in sizes if isinstance(s, int)), side if isinstance(side, int) else side[0])
+    side = next(
+        (s for s in sizes if isinstance(s, int)), side if isinstance(side, int) else side[0]
+    )
     return side, (said.get("image_mean") or NORMAL[0], said.get("image_std") or NORMAL[1])
 
 
-def _texts(name: str, model: nn.Module, device: torch.device, source: dict) -> Callable[[Sequence[str]], Tensor]:
+def _texts(
+    name: str, model: nn.Module, device: torch.device, source: dict
+) -> Callable[[Sequence[str]], Tensor]:
     from transformers import AutoTokenizer
 
     if not hasattr(model, "get_text_features"):
@@ -146,7 +164,11 @@ def _texts(name: str, model: nn.Module, device: torch.device, source: dict) -> C
 
     def texts(prompts: Sequence[str]) -> Tensor:
         tokens = tokenizer(list(prompts), padding=True, return_tensors="pt").to(device)
-        return _plain(model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask))
+        return _plain(
+            model.get_text_features(
+                input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+            )
+        )
 
     return texts
 
@@ -160,18 +182,28 @@ def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def features(tower: Tower, records: Sequence[Record], kept: Path, device: torch.device, workers: int) -> np.ndarray:
-    """(N, D) float32 features of the records' images, read from the folder `kept` where they are there already."""
+def features(
+    tower: Tower, records: Sequence[Record], kept: Path, device: torch.device, workers: int
+) -> np.ndarray:
+    """(N, D) float32 features of the records' images, read from the folder `kept` where they are
+    there already."""
     hashes = "".join(sha256(record.path) for record in records)
-    file = kept / f"{hashlib.sha256(f'{tower.digest}{tower.size}{tower.normal}{hashes}'.encode()).hexdigest()[:24]}.npy"
+    file = (
+        kept
+        / f"{hashlib.sha256(f'{tower.digest}{tower.size}{tower.normal}{hashes}'.encode()).hexdigest()[:24]}.npy"
+    )
     if file.is_file():
         return np.load(file)
-    images = PlaneImages(records, tower.size, tuple(dict.fromkeys(record.plane for record in records)))
+    images = PlaneImages(
+        records, tower.size, tuple(dict.fromkeys(record.plane for record in records))
+    )
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in tower.normal)
     found = [
         tower.forward((prepare(pixels.to(device), "zero-one") - mean) / std).float()
@@ -185,13 +217,18 @@ def features(tower: Tower, records: Sequence[Record], kept: Path, device: torch.
     return found
 
 
-def fit(head: str, train: np.ndarray, targets: np.ndarray, classes: int) -> Callable[[np.ndarray], np.ndarray]:
-    """(N, D) features -> (N, classes) probabilities, by scikit-learn: "probe", logistic regression on standardised
-    features with its default penalty; "knn", the NEIGHBOURS nearest by cosine, each weighing by its nearness."""
+def fit(
+    head: str, train: np.ndarray, targets: np.ndarray, classes: int
+) -> Callable[[np.ndarray], np.ndarray]:
+    """(N, D) features -> (N, classes) probabilities, by scikit-learn: "probe", logistic regression
+    on standardised features with its default penalty; "knn", the NEIGHBOURS nearest by cosine, each
+    weighing by its nearness."""
     if head == "probe":
         model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
     else:
-        model = KNeighborsClassifier(min(NEIGHBOURS, len(train)), metric="cosine", weights="distance")
+        model = KNeighborsClassifier(
+            min(NEIGHBOURS, len(train)), metric="cosine", weights="distance"
+        )
     if len(np.unique(targets)) < 2:
         raise ClassifyError("the training images are all of one class; a probe tells two apart")
     model.fit(train, targets)
@@ -205,7 +242,8 @@ def fit(head: str, train: np.ndarray, targets: np.ndarray, classes: int) -> Call
 
 
 def by_prompts(tower: Tower, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """(N, K) softmax of the scaled cosines between images and texts (Radford et al. 2021, figure 3)."""
+    """(N, K) softmax of the scaled cosines between images and texts (Radford et al. 2021, figure
+    3)."""
     with torch.no_grad():
         texts = torch.nn.functional.normalize(tower.texts(prompts).float().cpu(), dim=1)
     cosines = torch.nn.functional.normalize(torch.from_numpy(images), dim=1) @ texts.T
@@ -213,9 +251,13 @@ def by_prompts(tower: Tower, images: np.ndarray, prompts: Sequence[str]) -> np.n
 
 
 def run_probe(args: Namespace, say: Callable[[str], object]) -> dict:
-    """classify.py with such a --model: the same tables and scores, without training. Raises ClassifyError."""
+    """classify.py with such a --model: the same tables and scores, without training. Raises
+    ClassifyError."""
     if args.augment or args.contrast or args.balanced_sampling:
-        raise ClassifyError(f"--model {args.model}: is frozen; leave --augment, --contrast and --balanced-sampling out")
+        raise ClassifyError(
+            f"--model {args.model}: is frozen; leave --augment, --contrast and"
+            " --balanced-sampling out"
+        )
     head, name = parts(args.model)
     chosen: Chosen = choose_records(args, say)
     copies, device = find_copies(chosen.training, chosen.test, say), torch.device(args.device)
@@ -235,7 +277,13 @@ def run_probe(args: Namespace, say: Callable[[str], object]) -> dict:
         write_table(part / "predictions.csv", predictions)
         (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
         title = f"{len(chosen.test)} test images, {head} of {tower.name}"
-        save_figure(confusion_figure(np.array(result["confusion"]), chosen.classes, title), part / "confusion.png")
+        save_figure(
+            confusion_figure(np.array(result["confusion"]), chosen.classes, title),
+            part / "confusion.png",
+        )
     record_run(args.out, args, {tower.name: tower.digest})
-    say(f"{args.model}: accuracy {100 * result['scores']['notebook']['accuracy']:.2f} on {len(chosen.test)} images")
+    say(
+        f"{args.model}: accuracy {100 * result['scores']['notebook']['accuracy']:.2f} on"
+        f" {len(chosen.test)} images"
+    )
     return result

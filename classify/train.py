@@ -1,4 +1,5 @@
-"""One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum 0.9, batch 24)."""
+"""One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum
+0.9, batch 24)."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -29,19 +30,25 @@ def train_epoch(
 ) -> float:
     """Train on every batch once, by cross-entropy; returns the mean loss per image.
 
-    augmentation, contrast: what alters the images (`data.draw_augmentation`, `contrast.draw_contrast`)
+    augmentation, contrast: what alters the images (`data.draw_augmentation`,
+        `contrast.draw_contrast`)
     rate: the learning rate of the next step, asked before each; None: the optimizer's own
     dtype: autocast to it unless float32; parameters stay float32
     Raises ClassifyError where the loss was not finite.
     """
     model.train()
     device = next(model.parameters()).device
-    kind = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    total, count = torch.zeros((), dtype=kind, device=device), 0  # read at the end: a GPU need not be waited for
+    # which Apple's GPUs do not have
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    # read at the end: a GPU need not be waited for
+    total, count = torch.zeros((), dtype=kind, device=device), 0
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
         inputs = prepare(
-            images.to(device, non_blocking=True), input_range, affine, contrast(indices) if contrast else None
+            images.to(device, non_blocking=True),
+            input_range,
+            affine,
+            contrast(indices) if contrast else None,
         )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(inputs), targets.to(device, non_blocking=True))
@@ -58,8 +65,11 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Class probabilities (N, K), float32 on the CPU, in the loader's order. ClassifyError where one is not finite."""
+def predict(
+    model: nn.Module, loader: Batches, input_range: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Class probabilities (N, K), float32 on the CPU, in the loader's order. ClassifyError where
+    one is not finite."""
     model.eval()
     device = next(model.parameters()).device
     probabilities = []
@@ -70,7 +80,9 @@ def predict(model: nn.Module, loader: Batches, input_range: str, dtype: torch.dt
         probabilities.append(logits.float().softmax(dim=1))
     found = torch.cat(probabilities).cpu()
     if not found.isfinite().all():
-        raise ClassifyError("what the network says is not finite; lower the learning rate, or take other weights")
+        raise ClassifyError(
+            "what the network says is not finite; lower the learning rate, or take other weights"
+        )
     return found
 
 
@@ -82,7 +94,11 @@ def training_state(
     history: a row for each epoch that is done
     """
     state = {"history": history, "loader": loader.generator.get_state()}
-    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+    state |= {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
     return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 

@@ -1,4 +1,5 @@
-"""The pictures of docs/walkthrough.md, drawn from the package itself: two minutes on one CPU core, no download.
+"""The pictures of docs/walkthrough.md, drawn from the package itself: two minutes on one CPU core,
+no download.
 
     python docs/pictures.py              # writes docs/walkthrough/*.png and prints the numbers that the text quotes
 
@@ -30,11 +31,22 @@ from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
 from planes.phantoms.phantom import phantom  # noqa: E402
 from planes.phantoms.sites import SITE_A  # noqa: E402
-from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes  # noqa: E402
+from samplers import (
+    Denoiser,
+    Nodes,
+    NoiseSchedule,
+    euler_nodes,
+    sample_euler,
+    sample_unipc,
+    unipc_nodes,
+)
 
 SCHEDULE = NoiseSchedule()
 # in the words of the scenes that it has seen
-CAPTION = "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal contrast"
+CAPTION = (
+    "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal"
+    " contrast"
+)
 GUIDANCE_SCALE = 4.0
 RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)
@@ -60,7 +72,9 @@ def to_bytes(image: Tensor) -> np.ndarray:
 def plot(axes, lines: dict[str, tuple], **labels) -> None:
     """Lines in eval.figures' colours, with a marker for each so that colour is not alone."""
     for (label, (x, y)), colour, marker in zip(lines.items(), LINES, "os^Dv"):
-        axes.plot(x, y, color=colour, label=label, marker=marker if len(x) < 50 else None, ms=4, lw=1.5)
+        axes.plot(
+            x, y, color=colour, label=label, marker=marker if len(x) < 50 else None, ms=4, lw=1.5
+        )
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.6)
@@ -71,12 +85,16 @@ def plot(axes, lines: dict[str, tuple], **labels) -> None:
 
 
 def noise_schedule() -> Figure:
-    """What is left of x_0 and how much noise there is at time t; sigma(t) with the nodes of both samplers."""
+    """What is left of x_0 and how much noise there is at time t; sigma(t) with the nodes of both
+    samplers."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     t, alphas_cumprod = np.arange(len(SCHEDULE)), SCHEDULE.alphas_cumprod.numpy()
     signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
-    weights = {r"signal $\sqrt{\bar\alpha_t}$": (t, signal), r"noise $\sqrt{1-\bar\alpha_t}$": (t, noise)}
+    weights = {
+        r"signal $\sqrt{\bar\alpha_t}$": (t, signal),
+        r"noise $\sqrt{1-\bar\alpha_t}$": (t, noise),
+    }
     plot(left, weights | {r"$\bar\alpha_t$": (t, alphas_cumprod)}, xlabel="t", ylabel="weight")
 
     right.plot(t, SCHEDULE.sigma(t), color="0.6", lw=1, zorder=0)
@@ -92,7 +110,8 @@ def noise_schedule() -> Figure:
 
 
 def forward_process() -> Figure:
-    """One phantom at six times: the formula applied to pixels, and to latents, as Stable Diffusion does it."""
+    """One phantom at six times: the formula applied to pixels, and to latents, as Stable Diffusion
+    does it."""
     times = torch.tensor([0, 100, 250, 500, 750, 999])
     image, vae = phantom_image(64).expand(1, 3, -1, -1), mini().vae
     with torch.no_grad():
@@ -104,15 +123,20 @@ def forward_process() -> Figure:
 
     pixels = [to_bytes(x) for x in noisy(image[:, :1], 1)[:, 0]]
     decoded = list(decode_images(vae, noisy(latents, 2)))
-    return contact_sheet([pixels, decoded], ["in pixels", "in latents,\ndecoded"], [f"t = {t}" for t in times])
+    return contact_sheet(
+        [pixels, decoded], ["in pixels", "in latents,\ndecoded"], [f"t = {t}" for t in times]
+    )
 
 
 def denoising() -> Figure:
-    """Euler from noise to an image: the noisy latents and the denoiser's estimate of x_0 at six of twenty nodes."""
+    """Euler from noise to an image: the noisy latents and the denoiser's estimate of x_0 at six of
+    twenty nodes."""
     model, nodes, seen = mini(), euler_nodes(SCHEDULE, 20), {}
     side = model.sample_size
     with torch.no_grad():
-        context, negative = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""]).split(1)
+        context, negative = encode_prompts(
+            model.tokenizer, model.text_encoder, [CAPTION, ""]
+        ).split(1)
         denoise = Denoiser(model.unet, nodes, context, negative, GUIDANCE_SCALE)
         x = nodes.init_scale * seeded_noise([3], (4, side, side))
         sample_euler(denoise, x, nodes.sigmas, callback=lambda i, x, x0: seen.update({i: (x, x0)}))
@@ -126,9 +150,11 @@ def denoising() -> Figure:
 
 @cache
 def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
-    """A weight's true update (64, 64), a phantom's picture, and rank -> the B A that a LoRALayer learns of it.
+    """A weight's true update (64, 64), a phantom's picture, and rank -> the B A that a LoRALayer
+    learns of it.
 
-    The task is linear regression: y = (W0 + dW) x for random x, of which the layer knows W0 and sees x and y.
+    The task is linear regression: y = (W0 + dW) x for random x, of which the layer knows W0 and
+    sees x and y.
     """
     torch.manual_seed(0)  # of nn.Linear's W0
     truth = (phantom_image(64) + 1) / 2
@@ -151,7 +177,8 @@ def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
 
 
 def update_errors() -> dict[int, tuple[float, float]]:
-    """Rank -> relative error of B A, and that of the best matrix of this rank (Eckart and Young 1936)."""
+    """Rank -> relative error of B A, and that of the best matrix of this rank (Eckart and Young
+    1936)."""
     truth, learned = lora_updates()
     squares = torch.linalg.svdvals(truth).square()
     best = {rank: (squares[rank:].sum() / squares.sum()).sqrt().item() for rank in RANKS}
@@ -164,16 +191,23 @@ def lora_rank() -> Figure:
     errors, _ = update_errors()
     titles = ["true ΔW\n4096 numbers"]
     titles += [f"B A, r = {r}\n{128 * r} numbers, error {100 * errors[r]:.0f} %" for r in RANKS]
-    return contact_sheet([[to_bytes(2 * m - 1) for m in (truth, *learned.values())]], column_labels=titles, cell=2)
+    return contact_sheet(
+        [[to_bytes(2 * m - 1) for m in (truth, *learned.values())]], column_labels=titles, cell=2
+    )
 
 
 class Mixture:
     """Data sum_i w_i N(mu_i, s^2), whose denoiser and whose flow are known exactly.
 
-    The probability-flow ODE of one variable keeps the value of the cumulative distribution; bisection inverts it.
+    The probability-flow ODE of one variable keeps the value of the cumulative distribution;
+    bisection inverts it.
     """
 
-    w, mu, s = torch.tensor([0.3, 0.45, 0.25]).double(), torch.tensor([-1.2, 0.4, 1.6]).double(), 0.35
+    w, mu, s = (
+        torch.tensor([0.3, 0.45, 0.25]).double(),
+        torch.tensor([-1.2, 0.4, 1.6]).double(),
+        0.35,
+    )
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """The mean of x0 given x."""
@@ -190,19 +224,24 @@ class Mixture:
         return (low + high) / 2
 
     def _cdf(self, x: Tensor, sigma: float) -> Tensor:
-        return (self.w * torch.special.ndtr((x[:, None] - self.mu) / math.hypot(self.s, sigma))).sum(1)
+        return (
+            self.w * torch.special.ndtr((x[:, None] - self.mu) / math.hypot(self.s, sigma))
+        ).sum(1)
 
 
 def even_log_sigmas(steps: int) -> list[float]:
     return np.geomspace(SCHEDULE.sigma_max, SCHEDULE.sigma_min, steps + 1).tolist()
 
 
-SOLVERS = {"Euler": sample_euler} | {f"UniPC-{p}": partial(sample_unipc, order=p) for p in (1, 2, 3)}
+SOLVERS = {"Euler": sample_euler} | {
+    f"UniPC-{p}": partial(sample_unipc, order=p) for p in (1, 2, 3)
+}
 
 
 @cache
 def mixture_errors(even: str, steps: int) -> dict[str, float]:
-    """Solver -> mean distance from the exact flow, for 1001 starts. even: what nodes are even in, "t" or "log σ"."""
+    """Solver -> mean distance from the exact flow, for 1001 starts. even: what nodes are even in,
+    "t" or "log σ"."""
     data, errors = Mixture(), {}
     unit = torch.special.ndtri((torch.arange(1001, dtype=torch.float64) + 0.5) / 1001)
     for name, sample in SOLVERS.items():
@@ -216,19 +255,27 @@ def mixture_errors(even: str, steps: int) -> dict[str, float]:
 
 @cache
 def network_errors() -> dict[str, list[float]]:
-    """Solver -> for each of STEPS the relative rms distance of four images' latents from those of 640 even steps."""
+    """Solver -> for each of STEPS the relative rms distance of four images' latents from those of
+    640 even steps."""
     model = mini()
     side = model.sample_size
     sigmas = even_log_sigmas(640)
     nodes = Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0])
     with torch.no_grad():
-        context, negative = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""]).split(1)
-        denoise = Denoiser(model.unet, nodes, context.expand(4, -1, -1), negative.expand(4, -1, -1), GUIDANCE_SCALE)
+        context, negative = encode_prompts(
+            model.tokenizer, model.text_encoder, [CAPTION, ""]
+        ).split(1)
+        denoise = Denoiser(
+            model.unet, nodes, context.expand(4, -1, -1), negative.expand(4, -1, -1), GUIDANCE_SCALE
+        )
         x = sigmas[0] * seeded_noise(range(4), (4, side, side))
         exact = sample_unipc(denoise, x, sigmas)
         exact = {sigmas[-1]: exact, 0.0: denoise(exact, sigmas[-1])}
         errors = {}
-        for name, sample, make_nodes in (("Euler", sample_euler, euler_nodes), ("UniPC-3", sample_unipc, unipc_nodes)):
+        for name, sample, make_nodes in (
+            ("Euler", sample_euler, euler_nodes),
+            ("UniPC-3", sample_unipc, unipc_nodes),
+        ):
             errors[name] = []
             for steps in STEPS:
                 path = make_nodes(SCHEDULE, steps).sigmas
@@ -270,19 +317,27 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         save(draw(), folder / name, dpi=110)
-        with Image.open(folder / name) as picture:  # nearly all grey: 64 colours lose nothing that the eye sees
+        # nearly all grey: 64 colours lose nothing that the eye sees
+        with Image.open(folder / name) as picture:
             small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
         small.save(folder / name, optimize=True)
 
     errors, best = update_errors()
     for rank in RANKS:
-        print(f"LoRA of rank {rank}: error {100 * errors[rank]:.1f} %, the best of this rank {100 * best[rank]:.1f} %")
+        print(
+            f"LoRA of rank {rank}: error {100 * errors[rank]:.1f} %, the best of this rank"
+            f" {100 * best[rank]:.1f} %"
+        )
     for even in ("t", "log σ"):
         for steps in STEPS:
-            row = "  ".join(f"{name} {error:.2g}" for name, error in mixture_errors(even, steps).items())
+            row = "  ".join(
+                f"{name} {error:.2g}" for name, error in mixture_errors(even, steps).items()
+            )
             print(f"mixture, nodes even in {even}, {steps} steps: {row}")
     for name, values in network_errors().items():
-        print(f"network, {name}: " + "  ".join(f"{n} {value:.3f}" for n, value in zip(STEPS, values)))
+        print(
+            f"network, {name}: " + "  ".join(f"{n} {value:.3f}" for n, value in zip(STEPS, values))
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Two classifiers, or two data models, on the same test images: is the difference more than chance? And groups of one.
+"""Two classifiers, or two data models, on the same test images: is the difference more than chance?
+And groups of one.
 
-McNemar's test counts images as if they were independent. The bootstrap draws patients, as `eval.metrics.bootstrap`
-does, and reckons with the seeds of the training; so it serves averages over classifiers, the F-score and the AUC too.
+McNemar's test counts images as if they were independent. The bootstrap draws patients, as
+`eval.metrics.bootstrap` does, and reckons with the seeds of the training; so it serves averages
+over classifiers, the F-score and the AUC too.
 """
 
 import math
@@ -19,7 +21,8 @@ Over = Literal["patients", "patients and seeds"]
 
 @dataclass(frozen=True)
 class McNemar:
-    """Images that only the first or only the second classifier reads right, and how surprising their ratio is."""
+    """Images that only the first or only the second classifier reads right, and how surprising
+    their ratio is."""
 
     only_first: int
     only_second: int
@@ -28,10 +31,12 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first, as a fraction, with its interval and two-sided p-value. nan where the metric is undefined.
+    """Second minus first, as a fraction, with its interval and two-sided p-value. nan where the
+    metric is undefined.
 
-    over: what else might have come up, for the interval and the p-value. Over patients alone they speak of these
-        trained networks and say nothing of the data that trained them: another seed may turn the sign.
+    over: what else might have come up, for the interval and the p-value. Over patients alone they
+        speak of these trained networks and say nothing of the data that trained them: another seed
+        may turn the sign.
     """
 
     value: float
@@ -42,14 +47,19 @@ class Difference:
 
 
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemar:
-    """Exact two-sided test that two classifiers are right equally often (McNemar 1947, with binomial probabilities).
+    """Exact two-sided test that two classifiers are right equally often (McNemar 1947, with
+    binomial probabilities).
 
     targets, first, second: (N,) class indices
-    Given n discordant images, each is the first's or the second's with probability 1/2 if the two are equally good.
+    Given n discordant images, each is the first's or the second's with probability 1/2 if the two
+    are equally good.
     """
-    right_first, right_second = (np.equal(*_indices(targets, predictions, None)) for predictions in (first, second))
+    right_first, right_second = (
+        np.equal(*_indices(targets, predictions, None)) for predictions in (first, second)
+    )
     b, c = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
-    at_most = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))  # of the 2^n outcomes, an exact integer
+    # of the 2^n outcomes, an exact integer
+    at_most = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     return McNemar(b, c, min(1.0, 2 * at_most / 2 ** (b + c)))
 
 
@@ -64,22 +74,31 @@ def paired_bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Differences of averages over classifiers, with intervals: metric's name -> second minus first.
+    """Differences of averages over classifiers, with intervals: metric's name -> second minus
+    first.
 
     targets: (N,) class indices
-    first, second: predictions of a run, (N,); or for each classifier those of a run, (N,), or of its seeds, (M, N).
-        Seeds are averaged, then classifiers, each weighing the same
+    first, second: predictions of a run, (N,); or for each classifier those of a run, (N,), or of
+        its seeds, (M, N). Seeds are averaged, then classifiers, each weighing the same
     patients: (N,) whose image it is; every replicate draws the same ones for all runs
     definition: of the AUC, from the labels, as for `score`
-    Where every classifier has several seeds, the interval is over patients and seeds (`over_both`), else
-    over patients alone (`over_patients`).
+    Where every classifier has several seeds, the interval is over patients and seeds (`over_both`),
+    else over patients alone (`over_patients`).
     """
-    sides = [[np.atleast_2d(runs) for runs in (side if np.ndim(side[0]) else [side])] for side in (first, second)]
+    sides = [
+        [np.atleast_2d(runs) for runs in (side if np.ndim(side[0]) else [side])]
+        for side in (first, second)
+    ]
     weights, clusters = _draw(patients, len(targets), replicates, seed)
     weights = np.concatenate([np.ones((1, len(targets))), weights])  # row 0: the observed data
 
     def scores(runs: np.ndarray) -> np.ndarray:
-        return np.stack([_weighted_scores(weights, *_indices(targets, run, None), definition, None) for run in runs])
+        return np.stack(
+            [
+                _weighted_scores(weights, *_indices(targets, run, None), definition, None)
+                for run in runs
+            ]
+        )
 
     cells = [scores(runs) for side in sides for runs in side]
     coefficients = [sign / len(side) for sign, side in zip((-1, 1), sides) for _ in side]
@@ -87,7 +106,9 @@ def paired_bootstrap(
     if min(map(len, cells)) > 1:
         over, found = "patients and seeds", over_both(cells, coefficients, clusters, level)
     else:
-        total = sum(coefficient * cell.mean(axis=0) for coefficient, cell in zip(coefficients, cells))
+        total = sum(
+            coefficient * cell.mean(axis=0) for coefficient, cell in zip(coefficients, cells)
+        )
         # rounded, for ties to be ties in whatever order the runs were summed
         found = over_patients(np.round(total, 12), clusters, level)
     columns = zip(fields(Scores), *(column.tolist() for column in found))
@@ -95,16 +116,18 @@ def paired_bootstrap(
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""Value, low and high end of its interval, two-sided p-value of its being zero; nan where it is undefined."""
+"""Value, low and high end of its interval, two-sided p-value of its being zero; nan where it is
+undefined."""
 
 
 def over_patients(scores: np.ndarray, clusters: int, level: float = 0.95) -> Found:
-    """Expanded percentile interval of a value over the test's patients, for the runs that it was computed from.
+    """Expanded percentile interval of a value over the test's patients, for the runs that it was
+    computed from.
 
     scores: (1 + R, ...) the value on the test itself, then in R draws of patients
     clusters: number of patients
-    The p-value is that of the level at which the interval would end at zero, and never 0 (Davison and Hinkley 1997,
-    Eq. 4.11: the observed data count as one more replicate).
+    The p-value is that of the level at which the interval would end at zero, and never 0 (Davison
+    and Hinkley 1997, Eq. 4.11: the observed data count as one more replicate).
     """
     value, replicas = scores[0], scores[1:]
     low, high = _interval(replicas, clusters, level)
@@ -112,27 +135,35 @@ def over_patients(scores: np.ndarray, clusters: int, level: float = 0.95) -> Fou
     beyond = np.minimum((replicas <= 0).sum(axis=0), (replicas >= 0).sum(axis=0))
     tail = np.minimum((1 + beyond) / (1 + defined), 0.5)
     freedom = max(clusters - 1, 1)  # undo what _interval does to a tail
-    p_value = np.where(np.isnan(value), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters)))
+    p_value = np.where(
+        np.isnan(value), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters))
+    )
     return value, low, high, p_value
 
 
-def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], clusters: int, level: float = 0.95) -> Found:
-    """t interval of a sum of cells' means over other patients and other seeds. A cell: the runs of one row of a table.
+def over_both(
+    cells: Sequence[np.ndarray], coefficients: Sequence[float], clusters: int, level: float = 0.95
+) -> Found:
+    """t interval of a sum of cells' means over other patients and other seeds. A cell: the runs of
+    one row of a table.
 
-    cells: for each, (M, 1 + R, ...) scores of M >= 2 runs: on the test itself, then in R draws of patients, the same
-        draws in all cells
-    coefficients: of each cell's mean, such as 1 for the mean itself, or 1/C and -1/C for the difference of two data
-        models over C classifiers, which are thus taken as they are and not as a sample of classifiers
+    cells: for each, (M, 1 + R, ...) scores of M >= 2 runs: on the test itself, then in R draws of
+        patients, the same draws in all cells
+    coefficients: of each cell's mean, such as 1 for the mean itself, or 1/C and -1/C for the
+        difference of two data models over C classifiers, which are thus taken as they are and not
+        as a sample of classifiers
     clusters: number of patients
 
-    The seeds' variance is that of a mean of M numbers, cell by cell. It is not found by drawing the M seeds again: that
-    gives (M - 1) / M of it, and of three seeds there are but ten different draws. Two data models' runs are not paired
-    by seed, since another training set makes another training; if sharing a seed makes runs alike, the interval is too
-    wide, never too narrow. The patients' variance is the bootstrap's. Each of the two holds the variance of what a run
-    does on these patients in particular, so that is taken off once (Owen 2007, The pigeonhole bootstrap, section 3).
-    Degrees of freedom: Satterthwaite (1946), from patients - 1 and, for each cell, M - 1. Measured in
-    tests/eval/test_compare.py: differences over several classifiers with 3 or 5 seeds hold the truth in 95 to 97 of 100
-    studies, a single cell of 3 seeds in 93 to 94; of 2 seeds, not tested there, in 89 where seeds spread by 8 points.
+    The seeds' variance is that of a mean of M numbers, cell by cell. It is not found by drawing the
+    M seeds again: that gives (M - 1) / M of it, and of three seeds there are but ten different
+    draws. Two data models' runs are not paired by seed, since another training set makes another
+    training; if sharing a seed makes runs alike, the interval is too wide, never too narrow. The
+    patients' variance is the bootstrap's. Each of the two holds the variance of what a run does on
+    these patients in particular, so that is taken off once (Owen 2007, The pigeonhole bootstrap,
+    section 3). Degrees of freedom: Satterthwaite (1946), from patients - 1 and, for each cell, M -
+    1. Measured in tests/eval/test_compare.py: differences over several classifiers with 3 or 5
+    seeds hold the truth in 95 to 97 of 100 studies, a single cell of 3 seeds in 93 to 94; of 2
+    seeds, not tested there, in 89 where seeds spread by 8 points.
     """
     freedom = max(clusters - 1, 1)
     correction = (freedom + 1) / freedom  # a bootstrap's variance divides by the number of patients
@@ -141,23 +172,28 @@ def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], cluste
         runs, mean = len(scores), scores.mean(axis=0)
         total = total + coefficient * mean
         of_seeds.append(coefficient**2 * scores[:, 0].var(axis=0, ddof=1) / runs)
-        own = np.nanvar((scores - mean)[:, 1:], axis=1).sum(axis=0) / (runs - 1)  # of one run, on these patients
+        # of one run, on these patients
+        own = np.nanvar((scores - mean)[:, 1:], axis=1).sum(axis=0) / (runs - 1)
         shared = shared + coefficient**2 * correction * own / runs
     total = np.round(total, 12)  # for equal sums to be equal in whatever order the runs come
 
     value, of_patients = total[0], correction * np.nanvar(total[1:], axis=0)
     variance = of_patients + np.maximum(sum(of_seeds) - shared, 0)
-    spread = of_patients**2 / freedom + sum(v**2 / (len(runs) - 1) for v, runs in zip(of_seeds, cells))
+    spread = of_patients**2 / freedom + sum(
+        v**2 / (len(runs) - 1) for v, runs in zip(of_seeds, cells)
+    )
     degrees = np.maximum(variance**2 / np.where(spread > 0, spread, 1), 1)
     error = np.sqrt(variance)
     half = stdtrit(degrees, (1 + level) / 2) * error
-    with np.errstate(divide="ignore", invalid="ignore"):  # no error at all: all runs and patients agree
+    # no error at all: all runs and patients agree
+    with np.errstate(divide="ignore", invalid="ignore"):
         p_value = np.where(value == 0, 1, 2 * stdtr(degrees, -np.abs(value) / error))
     return value, value - half, value + half, p_value
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, of a metric over seeds say; the latter is nan for a single value."""
+    """Mean and sample standard deviation, of a metric over seeds say; the latter is nan for a
+    single value."""
     if not len(values):
         raise ValueError("no values to average")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
@@ -166,14 +202,17 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def by_group(
     targets: np.ndarray, predictions: np.ndarray, groups: Sequence[Hashable]
 ) -> dict[Hashable, tuple[int, int]]:
-    """(images read right, images) of each group, such as a plane or a country, in order of first appearance.
+    """(images read right, images) of each group, such as a plane or a country, in order of first
+    appearance.
 
     targets, predictions: (N,) class indices
     groups: (N,) the group of each image
     """
     targets, predictions = _indices(targets, predictions, None)
     if len(groups) != len(targets):
-        raise ValueError(f"{len(groups)} groups for {len(targets)} images; name the group of each image")
+        raise ValueError(
+            f"{len(groups)} groups for {len(targets)} images; name the group of each image"
+        )
     counts: dict[Hashable, tuple[int, int]] = {}
     for group, right in zip(groups, (targets == predictions).tolist()):
         correct, total = counts.get(group, (0, 0))

@@ -1,6 +1,8 @@
-"""The figures: image sheets, confusion matrices, t-SNE panels, losses. Equal input gives equal PNG bytes.
+"""The figures: image sheets, confusion matrices, t-SNE panels, losses. Equal input gives equal PNG
+bytes.
 
-Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched; `save` writes it.
+Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched;
+`save` writes it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,8 @@ from sklearn.manifold import TSNE
 
 from planes import PLANES
 
-# Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as well.
+# Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as
+# well.
 SOURCES: dict[str, tuple[str, str]] = {
     "spain": ("#0072B2", "o"),
     "africa": ("#D55E00", "s"),
@@ -38,7 +41,8 @@ def contact_sheet(
 ) -> Figure:
     """Images in a grid, with a label before each row and above each column.
 
-    rows: images as anything numpy takes (PIL images too), uint8, (H, W) or (H, W, 3); None leaves a cell empty
+    rows: images as anything numpy takes (PIL images too), uint8, (H, W) or (H, W, 3); None leaves a
+        cell empty
     cell: inches of a cell's side
     """
     columns = max(len(row) for row in rows)
@@ -51,25 +55,34 @@ def contact_sheet(
             axes.spines[:].set_visible(False)
             if j < len(row) and row[j] is not None:
                 axes.imshow(np.asarray(row[j]), cmap="gray", vmin=0, vmax=255)
-            axes.set_adjustable("datalim")  # square cells keep the labels in line whatever the images' shapes
+            # square cells keep the labels in line whatever the images' shapes
+            axes.set_adjustable("datalim")
             axes.set_box_aspect(1)
             if i == 0 and j < len(column_labels):
                 axes.set_title(column_labels[j], fontsize=9)
             if j == 0 and i < len(row_labels):
-                axes.set_ylabel(row_labels[i], fontsize=9, rotation=0, ha="right", va="center", labelpad=6)
+                axes.set_ylabel(
+                    row_labels[i], fontsize=9, rotation=0, ha="right", va="center", labelpad=6
+                )
     return figure
 
 
-def samples_figure(rows: Mapping[str, Mapping[str, object]], classes: Sequence[str] = PLANES) -> Figure:
+def samples_figure(
+    rows: Mapping[str, Mapping[str, object]], classes: Sequence[str] = PLANES
+) -> Figure:
     """Figure 2: a row for each sampler and each site, a column for each plane.
 
-    rows: label, such as "UniPC" or "Africa" -> plane -> image as for `contact_sheet`; a plane left out stays empty
+    rows: label, such as "UniPC" or "Africa" -> plane -> image as for `contact_sheet`; a plane left
+        out stays empty
     """
-    return contact_sheet([[images.get(name) for name in classes] for images in rows.values()], list(rows), classes)
+    return contact_sheet(
+        [[images.get(name) for name in classes] for images in rows.values()], list(rows), classes
+    )
 
 
 def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
-    """A column for each prompt, and for each sampler a row of its first image of each, one of its second, ..
+    """A column for each prompt, and for each sampler a row of its first image of each, one of its
+    second, ..
 
     images: sampler -> prompt or plane -> images as for `contact_sheet`, equally many everywhere
     """
@@ -87,11 +100,20 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = ""
     """
     matrix = np.asarray(matrix)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(1.6 + 0.75 * len(classes), 1.1 + 0.75 * len(classes)), layout="constrained")
+    figure = Figure(
+        figsize=(1.6 + 0.75 * len(classes), 1.1 + 0.75 * len(classes)), layout="constrained"
+    )
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(matrix):
-        axes.text(j, i, str(count), ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
+        axes.text(
+            j,
+            i,
+            str(count),
+            ha="center",
+            va="center",
+            color="white" if share[i, j] > 0.5 else "black",
+        )
     axes.set_xticks(range(len(classes)), classes, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="prediction", ylabel="target", title=title)
@@ -101,21 +123,30 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], title: str = ""
 
 
 def confusion_grid(
-    matrices: Mapping[tuple[str, str], np.ndarray], rows: Sequence[str], columns: Sequence[str], classes: Sequence[str]
+    matrices: Mapping[tuple[str, str], np.ndarray],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    classes: Sequence[str],
 ) -> Figure:
-    """Confusion matrices side by side: the share of each row (a true class) in percent, as number and as shade.
+    """Confusion matrices side by side: the share of each row (a true class) in percent, as number
+    and as shade.
 
-    matrices: (row, column) -> (K, K) counts, row = target, column = prediction; one left out leaves its place empty
+    matrices: (row, column) -> (K, K) counts, row = target, column = prediction; one left out leaves
+        its place empty
     classes: names of the K classes; a class that no target has is left out of the matrices' rows
     """
-    figure = Figure(figsize=(1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained")
+    figure = Figure(
+        figsize=(1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)), layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
     seen = sum(np.asarray(matrix).sum(axis=1) for matrix in matrices.values()) > 0
     present = [name for name, is_seen in zip(classes, seen) if is_seen]
     for i, j in np.ndindex(grid.shape):
         axes = grid[i, j]
-        axes.set_xticks(range(len(classes)), classes if i == len(rows) - 1 else [], rotation=90, fontsize=7)
+        axes.set_xticks(
+            range(len(classes)), classes if i == len(rows) - 1 else [], rotation=90, fontsize=7
+        )
         axes.set_yticks(range(len(present)), present if j == 0 else [], fontsize=7)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -124,7 +155,15 @@ def confusion_grid(
         if i == 0:
             axes.set_title(columns[j], fontsize=9)
         if j == 0:
-            axes.set_ylabel(rows[i], fontsize=9, fontweight="bold", rotation=0, ha="right", va="center", labelpad=8)
+            axes.set_ylabel(
+                rows[i],
+                fontsize=9,
+                fontweight="bold",
+                rotation=0,
+                ha="right",
+                va="center",
+                labelpad=8,
+            )
         if (rows[i], columns[j]) not in matrices:
             continue
         counts = np.asarray(matrices[rows[i], columns[j]])[seen]
@@ -132,7 +171,9 @@ def confusion_grid(
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (y, x), value in np.ndenumerate(share):
             colour = "white" if value > 0.6 else "black"
-            axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            axes.text(
+                x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour
+            )
     figure.supxlabel("prediction", fontsize=9)
     return figure
 
@@ -144,11 +185,14 @@ Points = tuple[np.ndarray, Sequence[str]]
 def tsne_grid(rows: Mapping[str, Mapping[str, Points]], caption: str = "") -> Figure:
     """Figure 3: scatter plots in a grid, points marked by where the image comes from.
 
-    rows: row label, such as "r = 8" -> column title, a plane -> its points; every row has the same columns
+    rows: row label, such as "r = 8" -> column title, a plane -> its points; every row has the same
+        columns
     caption: one line under the panels; say which features were embedded
     """
     titles = list(next(iter(rows.values())))
-    figure = Figure(figsize=(max(2.3 * len(titles), 5), 2.2 * len(rows) + 1.0), layout="constrained")
+    figure = Figure(
+        figsize=(max(2.3 * len(titles), 5), 2.2 * len(rows) + 1.0), layout="constrained"
+    )
     grid = figure.subplots(len(rows), len(titles), squeeze=False)
     marks = {}
     for (label, panels), line in zip(rows.items(), grid):
@@ -160,7 +204,9 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]], caption: str = "") -> Fi
     for axes in grid.ravel():
         axes.label_outer()
     marks = {source: marks[source] for source in SOURCES if source in marks}
-    figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=len(marks), frameon=False)
+    figure.legend(
+        marks.values(), marks.keys(), loc="outside upper center", ncols=len(marks), frameon=False
+    )
     figure.supxlabel(caption, fontsize=9)
     return figure
 
@@ -171,7 +217,9 @@ def _scatter(axes: Axes, points: np.ndarray, sources: Sequence[str]) -> dict[str
     for source, (colour, marker) in SOURCES.items():
         chosen = np.asarray(points)[[name == source for name in sources]]
         if len(chosen):
-            marks[source] = axes.scatter(*chosen.T, s=16, color=colour, marker=marker, alpha=0.8, linewidths=0)
+            marks[source] = axes.scatter(
+                *chosen.T, s=16, color=colour, marker=marker, alpha=0.8, linewidths=0
+            )
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
     axes.set_box_aspect(1)
     return marks
@@ -180,7 +228,8 @@ def _scatter(axes: Axes, points: np.ndarray, sources: Sequence[str]) -> dict[str
 def loss_figure(
     losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str = "epoch", ylabel: str = "loss"
 ) -> Figure:
-    """Curves over epochs or steps, labelled in a legend above the axes; a label without values is left out.
+    """Curves over epochs or steps, labelled in a legend above the axes; a label without values is
+    left out.
 
     losses: label -> (epoch, value) pairs; at most as many labels as LINES has colours
     """
@@ -190,7 +239,9 @@ def loss_figure(
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.subplots()
     for colour, (label, values) in zip(LINES, losses.items()):
-        axes.plot(*zip(*values), color=colour, label=label, marker="." if len(values) < 50 else None)
+        axes.plot(
+            *zip(*values), color=colour, label=label, marker="." if len(values) < 50 else None
+        )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -204,8 +255,8 @@ MARKS: dict[str, tuple[str, str]] = {
     "real": (LINES[1], "s"),
     "both": (LINES[2], "^"),
 }
-"""Colour and shape of each kind of value: a row's; what synthetic images add; what real ones alone do; one against the
-other."""
+"""Colour and shape of each kind of value: a row's; what synthetic images add; what real ones alone
+do; one against the other."""
 LEGEND = {
     "rows": "here, with 95 % interval",
     "synthetic": "synthetic images",
@@ -285,7 +336,9 @@ def _draw(axes: Axes, heights: Sequence[float], points: Sequence[Point], xlabel:
         if not point.seeds:
             axes.plot([], [], "o", color="0.3", mfc="white", ms=5, label=ONE_SEED)
         if point.published is not None and not np.isnan(point.published):
-            axes.plot(point.published, y, "D", mfc="none", mec="black", ms=5, mew=1.3, label=PUBLISHED)
+            axes.plot(
+                point.published, y, "D", mfc="none", mec="black", ms=5, mew=1.3, label=PUBLISHED
+            )
     axes.set_xlabel(xlabel)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9")
@@ -293,7 +346,9 @@ def _draw(axes: Axes, heights: Sequence[float], points: Sequence[Point], xlabel:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _right_labels(axes: Axes, heights: Sequence[float], labels: Sequence[str], **font: object) -> None:
+def _right_labels(
+    axes: Axes, heights: Sequence[float], labels: Sequence[str], **font: object
+) -> None:
     names = axes.secondary_yaxis("right")
     names.set_yticks(heights, labels, **font)
     names.tick_params(length=0)
@@ -319,8 +374,8 @@ def tsne(features: np.ndarray, perplexity: float = 30.0, seed: int = 0) -> np.nd
     """Two-dimensional embedding of features, each axis scaled to [0, 1].
 
     features: (N, D)
-    perplexity: clipped to (N - 1) / 3, since a point is compared with about three times as many neighbours
-    Returns (N, 2). ValueError for fewer than four images.
+    perplexity: clipped to (N - 1) / 3, since a point is compared with about three times as many
+    neighbours Returns (N, 2). ValueError for fewer than four images.
     """
     if len(features) < 4:
         raise ValueError(f"t-SNE needs at least 4 images, not {len(features)}")

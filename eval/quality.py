@@ -1,8 +1,8 @@
 """Quality of a synthetic set: FID, KID, PRDC, a two-sample test, and what was copied from training.
 
-All of it works on feature matrices, (N, D), an image a row, whatever made them: Inception's 2048 pooled features are
-usual for the distances; for copies take `pixel_features`. Values compare only between sets of equal features and, FID
-above all, of equal numbers of images.
+All of it works on feature matrices, (N, D), an image a row, whatever made them: Inception's 2048
+pooled features are usual for the distances; for copies take `pixel_features`. Values compare only
+between sets of equal features and, FID above all, of equal numbers of images.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,17 @@ from planes.pictures import open_image
 
 FOLDS = 5
 COPIED = 1 / 3
-"""Ratio below which an image is taken for a copy. In `pixel_features` of the real datasets and the phantoms, images of
-different patients stay above 0.5, and copies with noise of 20 grey levels below 0.2."""
+"""Ratio below which an image is taken for a copy. In `pixel_features` of the real datasets and the
+phantoms, images of different patients stay above 0.5, and copies with noise of 20 grey levels below
+0.2."""
 
 
 # --- distances between distributions ---
 
 
 def fid(real: np.ndarray, synthetic: np.ndarray) -> float:
-    """Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6).
+    """Frechet distance of two Gaussians: |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al.
+    2017, eq. 6).
 
     real, synthetic: (N, D), (M, D) features; means and unbiased covariances are taken of them
     Few images bias it upwards; fewer than features will do. ValueError below 2.
@@ -41,8 +43,8 @@ def fid(real: np.ndarray, synthetic: np.ndarray) -> float:
     real, synthetic = _matrices(real, synthetic, least=2)
     shift = real.mean(axis=0) - synthetic.mean(axis=0)
     a, b = _covariance_factor(real), _covariance_factor(synthetic)
-    # C1 C2 = A'A B'B has the nonzero eigenvalues of (AB')(AB')', whose roots are the singular values of AB': no root
-    # of a nearly singular D x D matrix is needed.
+    # C1 C2 = A'A B'B has the nonzero eigenvalues of (AB')(AB')', whose roots are the singular
+    # values of AB': no root of a nearly singular D x D matrix is needed.
     root_trace = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return float(shift @ shift + (a**2).sum() + (b**2).sum() - 2 * root_trace)
 
@@ -54,13 +56,19 @@ def _covariance_factor(features: np.ndarray) -> np.ndarray:
 
 
 def kid(real: np.ndarray, synthetic: np.ndarray) -> float:
-    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), which may be negative.
+    """Unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018), which may be
+    negative.
 
     real, synthetic: (N, D), (M, D) features
-    The estimate uses all pairs at once: no random subsets, hence no seed and no spread. ValueError below 2 images.
+    The estimate uses all pairs at once: no random subsets, hence no seed and no spread. ValueError
+    below 2 images.
     """
     real, synthetic = _matrices(real, synthetic, least=2)
-    return _mean_of_pairs(real) + _mean_of_pairs(synthetic) - 2 * float(_cubic_kernel(real, synthetic).mean())
+    return (
+        _mean_of_pairs(real)
+        + _mean_of_pairs(synthetic)
+        - 2 * float(_cubic_kernel(real, synthetic).mean())
+    )
 
 
 def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -84,12 +92,15 @@ class PRDC:
 
 
 def prdc(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> PRDC:
-    """Precision and recall (Kynkaanniemi et al. 2019, eq. 2), density and coverage (Naeem et al. 2020, eqs. 5 and 6).
+    """Precision and recall (Kynkaanniemi et al. 2019, eq. 2), density and coverage (Naeem et al.
+    2020, eqs. 5 and 6).
 
     real, synthetic: (N, D), (M, D) features
-    k: an image's ball reaches to its k-th nearest neighbour of its own set; ValueError below k + 1 images
-    precision: synthetic images in a ball of a real one; recall: real ones in a ball of a synthetic one; density: balls
-    of real images that a synthetic one is in, / k; coverage: real images with a synthetic one in their ball.
+    k: an image's ball reaches to its k-th nearest neighbour of its own set; ValueError below k + 1
+        images
+    precision: synthetic images in a ball of a real one; recall: real ones in a ball of a synthetic
+    one; density: balls of real images that a synthetic one is in, / k; coverage: real images with a
+    synthetic one in their ball.
     """
     if k < 1:
         raise ValueError(f"the k-th nearest neighbour needs k of at least 1, not {k}")
@@ -114,20 +125,22 @@ def _kth_neighbour(features: np.ndarray, k: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TwoSample:
-    """accuracy: fraction of held-out images told apart, chance is 0.5; p_value: of this or more by chance."""
+    """accuracy: fraction of held-out images told apart, chance is 0.5; p_value: of this or more by
+    chance."""
 
     accuracy: float
     p_value: float
 
 
 def two_sample(real: np.ndarray, synthetic: np.ndarray, seed: int = 0) -> TwoSample:
-    """Classifier two-sample test (Lopez-Paz and Oquab 2017): can logistic regression tell real from synthetic?
+    """Classifier two-sample test (Lopez-Paz and Oquab 2017): can logistic regression tell real from
+    synthetic?
 
-    real, synthetic: (N, D), (M, D) features, standardised within each fold; the larger set is reduced to the size of
-        the smaller at random, so that chance is 0.5
+    real, synthetic: (N, D), (M, D) features, standardised within each fold; the larger set is
+        reduced to the size of the smaller at random, so that chance is 0.5
     seed: of that choice and of the five folds
-    p_value: one-sided, accuracy being N(1/2, 1/4n) under the hypothesis for the n images, each held out once; folds
-    share training images, which makes it approximate. ValueError below 5 images.
+    p_value: one-sided, accuracy being N(1/2, 1/4n) under the hypothesis for the n images, each held
+    out once; folds share training images, which makes it approximate. ValueError below 5 images.
     """
     real, synthetic = _matrices(real, synthetic, least=FOLDS)
     rng, size = np.random.default_rng(seed), min(len(real), len(synthetic))
@@ -149,16 +162,22 @@ def quality_table(
     k: int = 5,
     seed: int = 0,
 ) -> list[dict[str, str | int | float]]:
-    """Every measure for each plane and sampler, and for "all" planes and, if there are several, "all" samplers.
+    """Every measure for each plane and sampler, and for "all" planes and, if there are several,
+    "all" samplers.
 
     real, synthetic: (N, D), (M, D) features
     real_planes: (N,); synthetic_planes, samplers: (M,) labels
-    Rows have plane, sampler, images (synthetic ones), real (images), fid, kid, precision, recall, density, coverage,
-    two_sample (accuracy) and p_value; the measures are nan where either set has no more than max(k, 4) images.
+    Rows have plane, sampler, images (synthetic ones), real (images), fid, kid, precision, recall,
+    density, coverage, two_sample (accuracy) and p_value; the measures are nan where either set has
+    no more than max(k, 4) images.
     """
     real, synthetic = _matrices(real, synthetic, least=1)
-    real_planes, synthetic_planes, samplers = map(np.asarray, (real_planes, synthetic_planes, samplers))
-    if len(real_planes) != len(real) or not len(synthetic_planes) == len(samplers) == len(synthetic):
+    real_planes, synthetic_planes, samplers = map(
+        np.asarray, (real_planes, synthetic_planes, samplers)
+    )
+    if len(real_planes) != len(real) or not len(synthetic_planes) == len(samplers) == len(
+        synthetic
+    ):
         raise ValueError("the planes and samplers are not one label per image each")
     sampler_names = list(dict.fromkeys(samplers.tolist()))
     rows = []
@@ -178,17 +197,26 @@ def _measures(real: np.ndarray, synthetic: np.ndarray, k: int, seed: int) -> dic
         return dict.fromkeys(names, nan)
     test = two_sample(real, synthetic, seed)
     distances = {"fid": fid(real, synthetic), "kid": kid(real, synthetic)}
-    return distances | asdict(prdc(real, synthetic, k)) | {"two_sample": test.accuracy, "p_value": test.p_value}
+    return (
+        distances
+        | asdict(prdc(real, synthetic, k))
+        | {
+            "two_sample": test.accuracy,
+            "p_value": test.p_value,
+        }
+    )
 
 
 # --- copies of training images ---
 
 
 def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
-    """The images at size x size pixels, each with mean 0 and norm 1: (N, size^2), distance^2 = 2 (1 - correlation).
+    """The images at size x size pixels, each with mean 0 and norm 1: (N, size^2), distance^2 = 2 (1
+    - correlation).
 
-    The features for `memorisation`: a copy is one of pixels, and scaling down averages its noise away, while a
-    network's pooled features drop the place of things and so draw different images of a plane together.
+    The features for `memorisation`: a copy is one of pixels, and scaling down averages its noise
+    away, while a network's pooled features drop the place of things and so draw different images of
+    a plane together.
     """
     images = np.stack([_grey(record.path, size).flatten() for record in records])
     images = images - images.mean(axis=1, keepdims=True)
@@ -203,13 +231,15 @@ def _grey(path: Path, size: int) -> np.ndarray:
 
 
 def nearest(train: np.ndarray, synthetic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest training image of each synthetic one: its index (M,) and its Euclidean distance (M,).
+    """The nearest training image of each synthetic one: its index (M,) and its Euclidean distance
+    (M,).
 
     train, synthetic: (N, D), (M, D) features
     """
     train, synthetic = _matrices(train, synthetic, least=1)
     index = pairwise_distances_argmin(synthetic, train)
-    # Computed anew: the fast way to all distances loses half the digits of those that matter here, and a copy's is 0.
+    # Computed anew: the fast way to all distances loses half the digits of those that matter here,
+    # and a copy's is 0.
     return index, np.linalg.norm(synthetic - train[index], axis=1)
 
 
@@ -224,18 +254,23 @@ class Memorisation:
 
 
 def memorisation(train: np.ndarray, synthetic: np.ndarray) -> Memorisation:
-    """Which synthetic images are copies: much nearer to a training image than training images are to each other.
+    """Which synthetic images are copies: much nearer to a training image than training images are
+    to each other.
 
-    train: (N, D) features of the images that the generator was trained on; those of `pixel_features` are meant
+    train: (N, D) features of the images that the generator was trained on; those of
+        `pixel_features` are meant
     synthetic: (M, D)
-    The yardstick is the median distance of a training image to its nearest other one. A low quantile would look
-    stricter, but the datasets repeat images, which makes it 0. ValueError below 2 training images, or if the yardstick
-    is 0 all the same.
+    The yardstick is the median distance of a training image to its nearest other one. A low
+    quantile would look stricter, but the datasets repeat images, which makes it 0. ValueError below
+    2 training images, or if the yardstick is 0 all the same.
     """
     train = _matrices(train, train, least=2)[0]
     usual = float(np.median(_kth_neighbour(train, 1)))
     if usual == 0:
-        raise ValueError("half of the training images are copies of others: distances between them measure nothing")
+        raise ValueError(
+            "half of the training images are copies of others: distances between them measure"
+            " nothing"
+        )
     index, distance = nearest(train, synthetic)
     return Memorisation(index, distance, distance / usual, distance < COPIED * usual)
 
@@ -243,23 +278,31 @@ def memorisation(train: np.ndarray, synthetic: np.ndarray) -> Memorisation:
 def closest_pairs_figure(
     found: Memorisation, train: Sequence[Record], synthetic: Sequence[Record], pairs: int = 8
 ) -> Figure:
-    """The synthetic images nearest to training, above what they are nearest to, labelled with the ratio.
+    """The synthetic images nearest to training, above what they are nearest to, labelled with the
+    ratio.
 
     train, synthetic: whose features `found` was made of, in the same order
     """
     closest = np.argsort(found.ratio, kind="stable")[:pairs]
     rows = [[synthetic[n] for n in closest], [train[found.index[n]] for n in closest]]
     images = [[Image.open(record.path).convert("L") for record in row] for row in rows]
-    return contact_sheet(images, ("synthetic", "training"), [f"{found.ratio[n]:.2f}" for n in closest])
+    return contact_sheet(
+        images, ("synthetic", "training"), [f"{found.ratio[n]:.2f}" for n in closest]
+    )
 
 
 def _matrices(real: np.ndarray, synthetic: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Both in float64, which the differences of large sums above need."""
     real, synthetic = np.asarray(real, np.float64), np.asarray(synthetic, np.float64)
     if real.ndim != 2 or synthetic.ndim != 2 or real.shape[1] != synthetic.shape[1]:
-        raise ValueError(f"features {real.shape} and {synthetic.shape} are not two matrices of equally many columns")
+        raise ValueError(
+            f"features {real.shape} and {synthetic.shape} are not two matrices of equally many"
+            " columns"
+        )
     if min(len(real), len(synthetic)) < least:
-        raise ValueError(f"{len(real)} and {len(synthetic)} images, but at least {least} of each are needed")
+        raise ValueError(
+            f"{len(real)} and {len(synthetic)} images, but at least {least} of each are needed"
+        )
     if not (np.isfinite(real).all() and np.isfinite(synthetic).all()):
         raise ValueError("the features hold nan or infinity; was the network's output finite?")
     return real, synthetic

@@ -1,4 +1,5 @@
-"""What every script is wrapped in: files, flags, records of runs, resuming, several processes. Nothing of diffusion.
+"""What every script is wrapped in: files, flags, records of runs, resuming, several processes.
+Nothing of diffusion.
 
 | concept | where |
 |---|---|

@@ -14,8 +14,8 @@ TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def images_of(folder: Path, below: bool = False) -> list[Path]:
-    """The image files in a folder, sorted, or with those in its subfolders; without hidden ones, such as the
-    "._a.png" that macOS leaves."""
+    """The image files in a folder, sorted, or with those in its subfolders; without hidden ones,
+    such as the "._a.png" that macOS leaves."""
     files = folder.rglob("*") if below else folder.iterdir()
     return sorted(f for f in files if f.suffix.lower() in TYPES and not f.name.startswith("."))
 
@@ -32,7 +32,8 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
 
 
 def folder_hash(path: Path) -> str:
-    """One hash of a file, or of all files in a folder and of their names; hidden ones do not count."""
+    """One hash of a file, or of all files in a folder and of their names; hidden ones do not
+    count."""
     if path.is_file():
         return sha256(path)
     files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
@@ -42,8 +43,8 @@ def folder_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that then appears at `path`, whole or not at all: whoever reads it meanwhile, and a run
-    that is killed, finds the one before. Its folder is made."""
+    """Where to write a file that then appears at `path`, whole or not at all: whoever reads it
+    meanwhile, and a run that is killed, finds the one before. Its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -55,7 +56,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_files(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which move into `folder` when all of them are whole, or are gone."""
+    """A folder to write files into, which move into `folder` when all of them are whole, or are
+    gone."""
     part = folder / ".part"
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed
     part.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Types of flags that every script has: a device that is here, a seed that every generator takes."""
+"""Types of flags that every script has: a device that is here, a seed that every generator
+takes."""
 
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -13,25 +14,30 @@ def device_name(text: str) -> str:
     """The name of a device on which a number can be had."""
     try:
         torch.zeros(1, device=text).item()  # of "meta" none can
-    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for one that is unknown or absent
+    # what torch raises for one that is unknown or absent
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ArgumentTypeError(f"{text}: not here ({reason}); cpu always is") from None
     return text
 
 
 def require_at_least(parser: ArgumentParser, args: Namespace, least: float, *names: str) -> None:
-    """Ends the script with a line unless each argument that was given is finite and at least this."""
+    """Ends the script with a line unless each argument that was given is finite and at least
+    this."""
     for name in names:
         if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
 
 
 def plain_text(text: str) -> str:
-    """What can be written in UTF-8: bytes of another encoding reach a script as halves of characters."""
+    """What can be written in UTF-8: bytes of another encoding reach a script as halves of
+    characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ArgumentTypeError(f"{text!r}: no text in this terminal's encoding; type it in UTF-8") from None
+        raise ArgumentTypeError(
+            f"{text!r}: no text in this terminal's encoding; type it in UTF-8"
+        ) from None
     return text
 
 

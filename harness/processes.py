@@ -19,7 +19,8 @@ _apart = False
 
 
 def join() -> None:
-    """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's own, if they last.
+    """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's
+    own, if they last.
 
     NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo.
     """
@@ -88,7 +89,8 @@ def broadcast(value: bool) -> bool:
 
 
 def all_reduce(parameters: Sequence[nn.Parameter], *numbers: float) -> Sequence[float]:
-    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of numbers, returned.
+    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of
+    numbers, returned.
 
     parameters: float32 and on one device; the same, in the same order, in every process
     """

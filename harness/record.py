@@ -1,4 +1,5 @@
-"""What a run was: its arguments, the versions it ran on, the hashes of what it read; written beside its outputs."""
+"""What a run was: its arguments, the versions it ran on, the hashes of what it read; written beside
+its outputs."""
 
 import argparse
 import json
@@ -12,16 +13,27 @@ import torch
 
 from harness.files import write_text
 
-PACKAGES = ("torch", "torchvision", "transformers", "safetensors", "numpy", "pillow", "scikit-learn", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "bitsandbytes",
+)
 
 
 def record_run(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
-    """Write folder/args.json. inputs: what was read -> its hash; no times in it, so equal runs leave equal files."""
+    """Write folder/args.json. inputs: what was read -> its hash; no times in it, so equal runs
+    leave equal files."""
     _write_json(folder / "args.json", _describe(args, inputs))
 
 
 def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
-    """Write folder/environment.json: what record_run writes, the machine, and the commit of this code.
+    """Write folder/environment.json: what record_run writes, the machine, and the commit of this
+    code.
 
     inputs: data, weights and manifests that were read -> their hashes
     """
@@ -32,11 +44,14 @@ def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str,
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
     code = code_version(Path(__file__).resolve().parents[1])
-    _write_json(folder / "environment.json", _describe(args, inputs) | {"machine": machine, "code": code})
+    _write_json(
+        folder / "environment.json", _describe(args, inputs) | {"machine": machine, "code": code}
+    )
 
 
 def code_version(checkout: Path) -> dict[str, str | bool] | None:
-    """The commit of a git checkout, and whether tracked files differ from it; None if it is none."""
+    """The commit of a git checkout, and whether tracked files differ from it; None if it is
+    none."""
 
     def git(*command: str) -> str:
         return subprocess.run(
@@ -50,7 +65,8 @@ def code_version(checkout: Path) -> dict[str, str | bool] | None:
             "commit": git("rev-parse", "HEAD"),
             "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
         }
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a repository without a commit
+    # no git here, or a repository without a commit
+    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -61,7 +77,10 @@ def _describe(args: argparse.Namespace, inputs: dict[str, str]) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
+    arguments = {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in sorted(vars(args).items())
+    }
     return {"arguments": arguments, "versions": versions, "inputs": inputs}
 
 

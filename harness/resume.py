@@ -1,4 +1,5 @@
-"""When a long run saves, from time to time and where it is asked to stop; how it does, and what may go on from it."""
+"""When a long run saves, from time to time and where it is asked to stop; how it does, and what may
+go on from it."""
 
 import math
 import signal
@@ -19,17 +20,19 @@ T = TypeVar("T")
 
 
 def rate_share(schedule: str, step: int, steps: int) -> float:
-    """What is left of a learning rate at a step: all of it, or half a cosine from 1 to 0 (Loshchilov & Hutter 2017)."""
+    """What is left of a learning rate at a step: all of it, or half a cosine from 1 to 0
+    (Loshchilov & Hutter 2017)."""
     return 1.0 if schedule == "constant" else (1 + math.cos(math.pi * step / steps)) / 2
 
 
 class SaveTimes:
-    """Says after each step whether to save: every `every` steps, or where that is None every five minutes.
+    """Says after each step whether to save: every `every` steps, or where that is None every five
+    minutes.
 
-    SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it stands: the step is
-    finished, saved, and `leave_if_asked` exits with 130 or 143. They may come twice, since torchrun passes on to its
-    processes what a scheduler sends to every one; SIGQUIT ends at once. Only the main thread can listen to signals;
-    elsewhere they stay what they were.
+    SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it
+    stands: the step is finished, saved, and `leave_if_asked` exits with 130 or 143. They may come
+    twice, since torchrun passes on to its processes what a scheduler sends to every one; SIGQUIT
+    ends at once. Only the main thread can listen to signals; elsewhere they stay what they were.
     """
 
     def __init__(self, every: int | None):
@@ -43,13 +46,16 @@ class SaveTimes:
         self.asked = self.asked or number
 
     def heed(self, others: float) -> None:
-        """How many of the processes that work at one run were asked; each then stops at the same step."""
+        """How many of the processes that work at one run were asked; each then stops at the same
+        step."""
         self.asked = self.asked or int(signal.SIGTERM) * (others > 0)
 
     def due(self, step: int) -> bool:
         """Save now? step: how many are done."""
         now = time.monotonic()
-        due = bool(self.asked) or (step % self.every == 0 if self.every else now - self.last >= PERIOD)
+        due = bool(self.asked) or (
+            step % self.every == 0 if self.every else now - self.last >= PERIOD
+        )
         self.last = now if due else self.last
         return due
 
@@ -80,7 +86,8 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same in containers of its own, equal texts one object: pickle writes down which objects are the same one."""
+    """The same in containers of its own, equal texts one object: pickle writes down which objects
+    are the same one."""
     if isinstance(value, str):
         return sys.intern(value)
     if isinstance(value, Mapping):
@@ -96,14 +103,16 @@ def read_state(
     restore: Callable[[dict[str, Any]], T],
     device: torch.device | str = "cpu",
 ) -> T:
-    """Gives `restore` what `write_state` wrote, if its "identity" (what a run that goes on must share) is this one.
+    """Gives `restore` what `write_state` wrote, if its "identity" (what a run that goes on must
+    share) is this one.
 
-    Raises `error`, one line, for a file that is none of `script`'s or is damaged, and where something was otherwise,
-    which it names.
+    Raises `error`, one line, for a file that is none of `script`'s or is damaged, and where
+    something was otherwise, which it names.
     """
     damaged = error(f"{path}: no checkpoint of {script}, or a damaged one: remove it to begin anew")
     try:
-        with zipfile.ZipFile(path) as file:  # its sums, and its marks of folders, which torch would read as it likes
+        # its sums, and its marks of folders, which torch would read as it likes
+        with zipfile.ZipFile(path) as file:
             if file.testzip() or any(entry.external_attr for entry in file.infolist()):
                 raise damaged
         state = torch.load(path, weights_only=True, map_location=device)
@@ -111,8 +120,11 @@ def read_state(
     except Exception:  # a broken or foreign file may make the unpickler raise anything
         raise damaged from None
     keys = [key for key in before | identity if before.get(key) != identity.get(key)]
-    names = [f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys]  # a flag, or a file's name
-    if changed := [f"{name} was {before.get(key)}, is {identity.get(key)}" for name, key in zip(names, keys)]:
+    # a flag, or a file's name
+    names = [f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys]
+    if changed := [
+        f"{name} was {before.get(key)}, is {identity.get(key)}" for name, key in zip(names, keys)
+    ]:
         raise error(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
     try:
         return restore(state)

@@ -1,4 +1,5 @@
-"""What every script is wrapped in: alone in its --out, a mistake told in one line, progress that a log can hold."""
+"""What every script is wrapped in: alone in its --out, a mistake told in one line, progress that a
+log can hold."""
 
 import contextlib
 import errno
@@ -33,12 +34,15 @@ def run(
     main: Callable[[Namespace], object],
     *mistakes: type[Exception],
 ) -> None:
-    """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2; SIGINT is 130."""
+    """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2;
+    SIGINT is 130."""
     name, show = Path(sys.argv[0]).name, warnings.showwarning
 
     def show_own_in_a_line(message, category, filename, *where):
         own = Path(filename).is_relative_to(ROOT) and "site-packages" not in filename
-        sys.stderr.write(f"{name}: {message}\n") if own else show(message, category, filename, *where)
+        sys.stderr.write(f"{name}: {message}\n") if own else show(
+            message, category, filename, *where
+        )
 
     warnings.showwarning = show_own_in_a_line
     try:
@@ -59,8 +63,11 @@ def run(
         sys.exit(130)
 
 
-def alone(main: Callable[[Namespace], object], together: bool = False) -> Callable[[Namespace], object]:
-    """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as they were."""
+def alone(
+    main: Callable[[Namespace], object], together: bool = False
+) -> Callable[[Namespace], object]:
+    """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as
+    they were."""
 
     @functools.wraps(main)
     def _held(args: Namespace) -> object:
@@ -86,8 +93,8 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     """Holds a folder, made if need be; it goes again where nothing was written into it.
 
     together: the first of torchrun's processes holds it for all of them, who begin when it does
-    Raises OSError, one line, where it is no folder that can be written to, or where another process holds it, which is
-    named. The lock is the system's: it ends with the process, however that ends.
+    Raises OSError, one line, where it is no folder that can be written to, or where another process
+    holds it, which is named. The lock is the system's: it ends with the process, however that ends.
     """
     if together and not processes.is_first():
         processes.barrier()
@@ -97,7 +104,9 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     made = [folder for folder in above if not folder.exists()]
     there = above[len(made)]
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise NotADirectoryError(f"--out {out}: {there} is not a folder that can be written to; give another")
+        raise NotADirectoryError(
+            f"--out {out}: {there} is not a folder that can be written to; give another"
+        )
     out.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):
@@ -119,7 +128,9 @@ def _locked(out: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             other = file.read().strip() or "another process"
-            raise OSError(f"--out {out}: {other} is at work there; wait for it, or give another") from None
+            raise OSError(
+                f"--out {out}: {other} is at work there; wait for it, or give another"
+            ) from None
         try:
             with contextlib.suppress(OSError):  # of a disk that is full
                 file.truncate(0)
@@ -131,7 +142,8 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 class LogLines:
-    """A stream for tqdm that is no terminal's: each state of a bar a line of its own, none overwritten."""
+    """A stream for tqdm that is no terminal's: each state of a bar a line of its own, none
+    overwritten."""
 
     def write(self, text: str) -> None:
         if line := text.strip():
@@ -142,8 +154,14 @@ class LogLines:
 
 
 def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
-    """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes less."""
+    """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes
+    less."""
     settings |= {} if processes.is_first() else {"disable": True}
     if not sys.stderr.isatty():
-        settings |= {"file": LogLines(), "mininterval": MINUTE, "maxinterval": MINUTE, "delay": MINUTE}
+        settings |= {
+            "file": LogLines(),
+            "mininterval": MINUTE,
+            "maxinterval": MINUTE,
+            "delay": MINUTE,
+        }
     return tqdm(iterable, **settings)

@@ -20,7 +20,8 @@
 from pathlib import Path
 
 MINI = Path(__file__).parent / "mini"
-"""The embedded miniature model, a diffusers folder; what the scripts take where no other is named."""
+"""The embedded miniature model, a diffusers folder; what the scripts take where no other is
+named."""
 
 
 class CheckpointError(ValueError):

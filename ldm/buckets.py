@@ -1,4 +1,5 @@
-"""Aspect-ratio buckets: images keep their shape and train at the size nearest to it in steps of 64 px, as in kohya."""
+"""Aspect-ratio buckets: images keep their shape and train at the size nearest to it in steps of 64
+px, as in kohya."""
 
 import math
 from pathlib import Path
@@ -10,29 +11,39 @@ from ldm.images import to_tensor
 from planes.pictures import ImageError, open_image
 
 
-def choose_bucket(width: int, height: int, size: int = 512, step: int = 64) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(w, h) that an image is resized to, and (w, h) of its middle that is kept, by kohya's bucket_no_upscale.
+def choose_bucket(
+    width: int, height: int, size: int = 512, step: int = 64
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(w, h) that an image is resized to, and (w, h) of its middle that is kept, by kohya's
+    bucket_no_upscale.
 
-    An image of at most size * size pixels keeps its size. A larger one shrinks to about that area, so that one side is
-    a multiple of `step`: of the two sides the one by which the bucket is closer to the image's aspect ratio. The
-    bucket is what remains where both are cut to multiples of `step`. Sides are rounded to whole pixels before they are
-    cut, so a bucket may exceed size * size by less than a pixel a side: 40x104 for size 64 in steps of 8.
-    Raises ImageError where a side would be shorter than one step.
+    An image of at most size * size pixels keeps its size. A larger one shrinks to about that area,
+    so that one side is a multiple of `step`: of the two sides the one by which the bucket is closer
+    to the image's aspect ratio. The bucket is what remains where both are cut to multiples of
+    `step`. Sides are rounded to whole pixels before they are cut, so a bucket may exceed size *
+    size by less than a pixel a side: 40x104 for size 64 in steps of 8. Raises ImageError where a
+    side would be shorter than one step.
     """
     candidates = [(width, height)]
     if width * height > size * size:
         aspect = width / height
-        wide, high = (_floor(math.sqrt(size * size * ratio), step) for ratio in (aspect, 1 / aspect))
+        wide, high = (
+            _floor(math.sqrt(size * size * ratio), step) for ratio in (aspect, 1 / aspect)
+        )
         candidates = [(int(high * aspect + 0.5), high), (wide, int(wide / aspect + 0.5))]
     pairs = [((w, h), (_floor(w, step), _floor(h, step))) for w, h in candidates]
     pairs = [(resized, bucket) for resized, bucket in pairs if min(bucket) > 0]
     if not pairs:
-        raise ImageError(f"{width}x{height} px: too small or narrow for {size}x{size} px of area in steps of {step}")
+        raise ImageError(
+            f"{width}x{height} px: too small or narrow for {size}x{size} px of area in steps of"
+            f" {step}"
+        )
     return min(pairs, key=lambda pair: abs(pair[1][0] / pair[1][1] - width / height))
 
 
 def read_bucketed(path: Path, size: int, step: int = 64) -> Tensor:
-    """An image file as (3, h, w) in [-1, 1]: resized, and its middle cut out, as choose_bucket says.
+    """An image file as (3, h, w) in [-1, 1]: resized, and its middle cut out, as choose_bucket
+    says.
 
     Raises ImageError as `planes.pictures.open_image`, and for an image too narrow for a bucket.
     """
@@ -54,9 +65,11 @@ def _floor(length: float, step: int) -> int:
 
 
 def _area_weights(source: int, target: int) -> Tensor:
-    """(target, source) what each of `source` px in a row contributes to each of fewer: how much of it that one covers.
+    """(target, source) what each of `source` px in a row contributes to each of fewer: how much of
+    it that one covers.
 
-    Each new pixel is the mean of its area in the old image, as in OpenCV's INTER_AREA; PIL's BOX takes whole pixels.
+    Each new pixel is the mean of its area in the old image, as in OpenCV's INTER_AREA; PIL's BOX
+    takes whole pixels.
     """
     scale = source / target
     start = torch.arange(target, dtype=torch.float64)[:, None] * scale

@@ -13,31 +13,53 @@ from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.checkpoints.tokenizer import CLIP_REPOSITORY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # and behind it /v1-5-pruned.safetensors, the paper's own file
+# and behind it /v1-5-pruned.safetensors, the paper's own file
+SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> None:
-    """--model, --tokenizer, --vae, --ema and --prediction-type; `positional`: MODEL, without a default, for --model."""
-    add, forms = parser.add_argument, "a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]"
+    """--model, --tokenizer, --vae, --ema and --prediction-type; `positional`: MODEL, without a
+    default, for --model."""
+    add, forms = (
+        parser.add_argument,
+        "a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]",
+    )
     if positional:
         add("model", metavar="MODEL", help=forms)
     else:
         add("--model", default=str(MINI), help=f"{forms}; default: the embedded one")
-    add("--tokenizer", help=f"where --model is a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}")
+    add(
+        "--tokenizer",
+        help=f"where --model is a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}",
+    )
     add("--vae", help="a VAE's file, folder or hub id, instead of the one in --model")
-    add("--ema", action="store_true", help="the running average of the U-Net, where the single file keeps one")
-    add("--prediction-type", choices=PREDICTION_TYPES, help="of the U-Net (default: what the checkpoint says)")
+    add(
+        "--ema",
+        action="store_true",
+        help="the running average of the U-Net, where the single file keeps one",
+    )
+    add(
+        "--prediction-type",
+        choices=PREDICTION_TYPES,
+        help="of the U-Net (default: what the checkpoint says)",
+    )
 
 
-def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-    """The model that the flags of `add_model_arguments` name; what is not here is downloaded from the hub.
+def load_model(
+    args: Namespace, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Model:
+    """The model that the flags of `add_model_arguments` name; what is not here is downloaded from
+    the hub.
 
-    Warns where a CPU has no bfloat16 and is asked for it. Raises CheckpointError, also for a weight that is not finite:
-    it is named here, before a picture is black by it.
+    Warns where a CPU has no bfloat16 and is asked for it. Raises CheckpointError, also for a weight
+    that is not finite: it is named here, before a picture is black by it.
     """
     asked = getattr(args, "dtype", None), getattr(args, "device", None)
     if asked == ("bf16", "cpu") and not _has_bfloat16():
-        warnings.warn("this CPU has no bfloat16 and imitates it, some thirty times slower than fp32", stacklevel=2)
+        warnings.warn(
+            "this CPU has no bfloat16 and imitates it, some thirty times slower than fp32",
+            stacklevel=2,
+        )
     model = load(
         resolve_model(args.model),
         device=device,
@@ -50,15 +72,21 @@ def load_model(args: Namespace, *, device: torch.device | str = "cpu", dtype: to
     for name in NETWORKS:
         for key, weight in getattr(model, name).state_dict().items():
             if not weight.isfinite().all():
-                advice = "fetch or train it again" if dtype == torch.float32 else "try --dtype fp32, or fetch it again"
+                advice = (
+                    "fetch or train it again"
+                    if dtype == torch.float32
+                    else "try --dtype fp32, or fetch it again"
+                )
                 raise CheckpointError(
-                    f"{args.model}: {name}.{key} is not finite in {str(weight.dtype).removeprefix('torch.')}; {advice}"
+                    f"{args.model}: {name}.{key} is not finite in"
+                    f" {str(weight.dtype).removeprefix('torch.')}; {advice}"
                 )
     return model
 
 
 def lora_path(text: str) -> Path:
-    """A LoRA's file or folder: a path, or a hub id, owner/name/file.safetensors[@revision], downloaded if need be."""
+    """A LoRA's file or folder: a path, or a hub id, owner/name/file.safetensors[@revision],
+    downloaded if need be."""
     path = Path(text)
     if path.exists() or len(path.parts) < 3 or path.is_absolute() or text.startswith("."):
         return path  # where nothing is there, the one who opens it says so
@@ -78,42 +106,62 @@ def _has_bfloat16() -> bool:
 def image_size(text: str) -> tuple[int, int]:
     """(width, height) in px: "512", a square's side, or "576x384"."""
     if not (found := re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)):
-        raise ArgumentTypeError(f"{text}: give the side of a square, such as 512, or both, such as 576x384")
+        raise ArgumentTypeError(
+            f"{text}: give the side of a square, such as 512, or both, such as 576x384"
+        )
     return int(found[1]), int(found[2] or found[1])
 
 
 def fitting_size(model: Model, size: tuple[int, int] | int | None) -> tuple[int, int]:
-    """(width, height) in px of the --size that was asked for, a square where it is one number, the model's own where
-    it is None. Raises CheckpointError where the U-Net cannot halve the latents as often as it does."""
+    """(width, height) in px of the --size that was asked for, a square where it is one number, the
+    model's own where it is None. Raises CheckpointError where the U-Net cannot halve the latents as
+    often as it does."""
     factor = model.vae.config.downsampling
     size = model.sample_size * factor if size is None else size
     width, height = (size, size) if isinstance(size, int) else size
-    if width % (factor * model.unet.config.multiple) or height % (factor * model.unet.config.multiple):
+    if width % (factor * model.unet.config.multiple) or height % (
+        factor * model.unet.config.multiple
+    ):
         asked = f"{width}x{height}" if width != height else f"{width}"
-        raise CheckpointError(f"--size {asked}: must be a multiple of {factor * model.unet.config.multiple}")
+        raise CheckpointError(
+            f"--size {asked}: must be a multiple of {factor * model.unet.config.multiple}"
+        )
     return width, height
 
 
 def model_flags(args: Namespace) -> list[str]:
     """The flags that give another script the same model."""
-    names = [name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)]
-    flags = [flag for name in names for flag in (f"--{name.replace('_', '-')}", getattr(args, name))]
+    names = [
+        name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)
+    ]
+    flags = [
+        flag for name in names for flag in (f"--{name.replace('_', '-')}", getattr(args, name))
+    ]
     return flags + ["--ema"] * args.ema
 
 
 def model_paths(args: Namespace) -> dict[str, Path]:
-    """The files and folders of --model, or the embedded one, and of --vae and --tokenizer, fetched if need be."""
-    given = {part: getattr(args, part) for part in ("model", "vae", "tokenizer") if getattr(args, part)}
-    return {part: Path(resolve_model(name, part)) for part, name in ({"model": str(MINI)} | given).items()}
+    """The files and folders of --model, or the embedded one, and of --vae and --tokenizer, fetched
+    if need be."""
+    given = {
+        part: getattr(args, part) for part in ("model", "vae", "tokenizer") if getattr(args, part)
+    }
+    return {
+        part: Path(resolve_model(name, part))
+        for part, name in ({"model": str(MINI)} | given).items()
+    }
 
 
 def describe_models(args: Namespace) -> list[str]:
-    """A line for each of --model, --vae and --tokenizer: is it on this machine? Asks nothing of the hub."""
+    """A line for each of --model, --vae and --tokenizer: is it on this machine? Asks nothing of the
+    hub."""
     lines = []
     for part in ("model", "vae", "tokenizer"):
         if source := getattr(args, part):
             try:
-                state = "there" if find_model(source, part) else "downloaded from the hub when needed"
+                state = (
+                    "there" if find_model(source, part) else "downloaded from the hub when needed"
+                )
             except CheckpointError:
                 state = f"missing; SD 1.5 is {SD_1_5} on the hub" if part == "model" else "missing"
             lines.append(f"{source}: {state}")

@@ -1,6 +1,8 @@
-"""What makes the networks faster and changes no more than last bits: memory layout, compilation, batches to decode.
+"""What makes the networks faster and changes no more than last bits: memory layout, compilation,
+batches to decode.
 
-Without `--compile` on a CPU nothing here does anything, and images are those of the plain code to the bit.
+Without `--compile` on a CPU nothing here does anything, and images are those of the plain code to
+the bit.
 """
 
 import torch
@@ -13,12 +15,14 @@ from ldm.vae import AutoencoderKL
 
 ENOUGH = 256  # images or steps that pay for the minute or so which compiling for a GPU takes
 FORMS = 256
-"""Compiled forms of one piece of code that torch is to keep, one for each shape that it meets: the residual blocks of
-SD 1.5 meet 14, and beyond its own limit of 8 torch would give up on all of them."""
+"""Compiled forms of one piece of code that torch is to keep, one for each shape that it meets: the
+residual blocks of SD 1.5 meet 14, and beyond its own limit of 8 torch would give up on all of
+them."""
 
 
 def wants_compiling(asked: bool | None, device: str, work: int) -> bool:
-    """--compile as it was asked for; where it was not, on a GPU that has `work` enough for it and can compile."""
+    """--compile as it was asked for; where it was not, on a GPU that has `work` enough for it and
+    can compile."""
     if asked is None:
         return device.startswith("cuda") and work >= ENOUGH and cannot_compile(device) is None
     if asked and (reason := cannot_compile(device)):
@@ -27,19 +31,26 @@ def wants_compiling(asked: bool | None, device: str, work: int) -> bool:
 
 
 def cannot_compile(device: str) -> str | None:
-    """Why torch.compile cannot work for this device on this machine, or None; found out on a sum, in seconds."""
+    """Why torch.compile cannot work for this device on this machine, or None; found out on a sum,
+    in seconds."""
     try:
-        torch.compile(lambda x: (x + 1).square().sum(), fullgraph=True)(torch.ones(64, device=device))
-    except Exception as error:  # whatever it lacks: triton, a C++ compiler, Python's headers, a newer GPU
+        torch.compile(lambda x: (x + 1).square().sum(), fullgraph=True)(
+            torch.ones(64, device=device)
+        )
+    # whatever it lacks: triton, a C++ compiler, Python's headers, a newer GPU
+    except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return (lines or [type(error).__name__])[0][:200]
     return None
 
 
 def arrange(unet: UNet, vae: AutoencoderKL) -> None:
-    """For a GPU: channels last, as its convolutions want them, and a decoder in float16 where the U-Net is in half
-    precision; elsewhere a float32 decoder. In place."""
-    on_gpu, half = unet.conv_norm_out.weight.is_cuda, unet.conv_norm_out.weight.dtype != torch.float32
+    """For a GPU: channels last, as its convolutions want them, and a decoder in float16 where the
+    U-Net is in half precision; elsewhere a float32 decoder. In place."""
+    on_gpu, half = (
+        unet.conv_norm_out.weight.is_cuda,
+        unet.conv_norm_out.weight.dtype != torch.float32,
+    )
     vae.to(torch.float16 if on_gpu and half else torch.float32)
     if on_gpu:
         for network in (unet, vae):
@@ -49,8 +60,9 @@ def arrange(unet: UNet, vae: AutoencoderKL) -> None:
 def compile_whole(*networks: nn.Module) -> None:
     """Compile each network as one graph, in place, which its first call at each shape does.
 
-    A part that cannot be in the graph is an error, and never run uncompiled in silence. On a GPU the whole becomes a
-    CUDA graph, a single launch; the next call overwrites what the last one returned.
+    A part that cannot be in the graph is an error, and never run uncompiled in silence. On a GPU
+    the whole becomes a CUDA graph, a single launch; the next call overwrites what the last one
+    returned.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     for network in networks:
@@ -59,8 +71,9 @@ def compile_whole(*networks: nn.Module) -> None:
 
 
 def compile_blocks(unet: UNet) -> None:
-    """Compile each residual block and each transformer by itself, in place, for training: what is recomputed by
-    gradient checkpointing is then a compiled block, and blocks of the same shapes share a graph."""
+    """Compile each residual block and each transformer by itself, in place, for training: what is
+    recomputed by gradient checkpointing is then a compiled block, and blocks of the same shapes
+    share a graph."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     for block in unet.modules():
         if isinstance(block, ResnetBlock | SpatialTransformer):
@@ -68,10 +81,12 @@ def compile_blocks(unet: UNet) -> None:
 
 
 def decoded_at_once(vae: AutoencoderKL, width: int, height: int, batch_size: int) -> int:
-    """How many images of width x height px the decoder is given at once: on a GPU as many as a quarter of its memory
-    holds, a divisor of batch_size, since each other number would be compiled anew; elsewhere one.
+    """How many images of width x height px the decoder is given at once: on a GPU as many as a
+    quarter of its memory holds, a divisor of batch_size, since each other number would be compiled
+    anew; elsewhere one.
 
-    The most memory is taken at the finest level, where about four maps of the second width are alive at once.
+    The most memory is taken at the finest level, where about four maps of the second width are
+    alive at once.
     """
     weight = vae.post_quant_conv.weight
     if not weight.is_cuda:

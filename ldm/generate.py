@@ -1,4 +1,5 @@
-"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image that exists."""
+"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image that
+exists."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,20 +13,27 @@ from samplers.schedule import Nodes, NoiseSchedule, SamplerError, euler_nodes, u
 from samplers.unipc import sample_unipc
 
 SAMPLERS = {"euler": (euler_nodes, sample_euler), "unipc": (unipc_nodes, sample_unipc)}
-"""Name -> (schedule of nodes, sampler), both with the settings of the authors' webui. Their number and order
-decide which seeds sample.py gives to a plane: a third one would move them."""
+"""Name -> (schedule of nodes, sampler), both with the settings of the authors' webui. Their number
+and order decide which seeds sample.py gives to a plane: a third one would move them."""
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Unit normal float32 noise (B, *shape); row k is drawn from seeds[k] alone, on the CPU, on whatever device it
-    is used: an image then depends on its seed and not on its batch."""
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    """Unit normal float32 noise (B, *shape); row k is drawn from seeds[k] alone, on the CPU, on
+    whatever device it is used: an image then depends on its seed and not on its batch."""
+    return torch.stack(
+        [torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
 
 
 def make_nodes(
-    sampler: str, steps: int, spacing: str | None = None, order: int | None = None, strength: float = 1.0
+    sampler: str,
+    steps: int,
+    spacing: str | None = None,
+    order: int | None = None,
+    strength: float = 1.0,
 ) -> Nodes:
-    """The noise levels that a sampler of SAMPLERS visits: all, or for image-to-image the last int(steps * strength).
+    """The noise levels that a sampler of SAMPLERS visits: all, or for image-to-image the last
+    int(steps * strength).
 
     Raises SamplerError for a setting that the sampler does not have, or where no step is left.
     """
@@ -35,9 +43,12 @@ def make_nodes(
         raise SamplerError(f"UniPC of order {order}: choose 1, 2 or 3")
     if not 0 < strength <= 1:
         raise SamplerError(
-            f"strength {strength:g}: choose more than 0, the image as it is, and at most 1, nearly all noise"
+            f"strength {strength:g}: choose more than 0, the image as it is, and at most 1, nearly"
+            " all noise"
         )
-    nodes = SAMPLERS[sampler][0](NoiseSchedule(), steps, **({} if spacing is None else {"spacing": spacing}))
+    nodes = SAMPLERS[sampler][0](
+        NoiseSchedule(), steps, **({} if spacing is None else {"spacing": spacing})
+    )
     first = steps - int(steps * strength)
     if first == steps:
         raise SamplerError(f"strength {strength:g} of {steps} steps: no step is left; raise either")
@@ -45,13 +56,15 @@ def make_nodes(
 
 
 def _reading_once(unet: UNet) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The U-Net, for contexts that are the same objects at every step: each is read the first time."""
+    """The U-Net, for contexts that are the same objects at every step: each is read the first
+    time."""
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         if id(context) not in kept:
             kept[id(context)] = unet.read(context)
-        return unet(x, t, kept[id(context)]).clone()  # a CUDA graph overwrites what it returned when it is run again
+        # a CUDA graph overwrites what it returned when it is run again
+        return unet(x, t, kept[id(context)]).clone()
 
     return predict
 
@@ -73,23 +86,29 @@ def generate(
     init_latents: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho & Salimans 2022).
+    """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho &
+    Salimans 2022).
 
-    context: (B, S, D) one row per image; negative_context: (1 or B, S', D) of the empty or negative prompt
+    context: (B, S, D) one row per image; negative_context: (1 or B, S', D) of the empty or negative
+        prompt
     seeds: B integers; size: (H, W) of the latents; sampler: a key of SAMPLERS
     spacing, order: the sampler's own where None; order is UniPC's alone
-    init_latents: (1 or B, 4, H, W) scaled latents of an image to vary (SDEdit, Meng et al. 2022, arXiv 2108.01073):
-        noise is added to them as it stands int(steps * strength) nodes before the end, where sampling begins; diffusers
-        counts like that too
+    init_latents: (1 or B, 4, H, W) scaled latents of an image to vary (SDEdit, Meng et al. 2022,
+        arXiv 2108.01073): noise is added to them as it stands int(steps * strength) nodes before
+        the end, where sampling begins; diffusers counts like that too
     strength: in (0, 1], of the variation
 
-    Raises SamplerError for a setting that the sampler does not have, where no step is left, or where the network's
-    prediction is not finite.
+    Raises SamplerError for a setting that the sampler does not have, where no step is left, or
+    where the network's prediction is not finite.
     """
-    nodes = make_nodes(sampler, steps, spacing, order, strength if init_latents is not None else 1.0)
+    nodes = make_nodes(
+        sampler, steps, spacing, order, strength if init_latents is not None else 1.0
+    )
     if negative_context is not None:
         negative_context = negative_context.expand(len(context), -1, -1)
-    denoise = Denoiser(_reading_once(unet), nodes, context, negative_context, guidance_scale, prediction_type)
+    denoise = Denoiser(
+        _reading_once(unet), nodes, context, negative_context, guidance_scale, prediction_type
+    )
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
     if init_latents is None:
         x = nodes.init_scale * noise

@@ -16,14 +16,17 @@ def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") 
     """An image file as (3, h, w) in [-1, 1].
 
     size: (w, h) in px, or the side of a square
-    resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the same aspect ratio
-    Raises ImageError as `planes.pictures.open_image`.
+    resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the
+    same aspect ratio Raises ImageError as `planes.pictures.open_image`.
     """
     image = open_image(path).convert("RGB")
     width, height = (size, size) if isinstance(size, int) else size
     if resize == "crop":
         scale = min(image.width / width, image.height / height)
-        wide, high = min(image.width, round(width * scale)), min(image.height, round(height * scale))
+        wide, high = (
+            min(image.width, round(width * scale)),
+            min(image.height, round(height * scale)),
+        )
         left, top = (image.width - wide) // 2, (image.height - high) // 2
         image = image.crop((left, top, left + wide, top + high))
     return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -31,13 +34,16 @@ def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, h, w) in [-1, 1]."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+        image.height, image.width, 3
+    )
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
 def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> list[Tensor]:
-    """Scaled latents (4, h/8, w/8) on the CPU, one for each image, drawn once with noise of its own.
+    """Scaled latents (4, h/8, w/8) on the CPU, one for each image, drawn once with noise of its
+    own.
 
     images: (3, h, w) in [-1, 1], of any sizes; seed: of the noise
     """
@@ -45,7 +51,9 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
     for n, image in enumerate(images):
         height, width = (side // vae.config.downsampling for side in image.shape[1:])
         noise = seeded_noise([seed * 1_000_003 + n], (vae.config.latent_channels, height, width))
-        latents.append(vae.to_latents(image[None].to(weight.device), noise.to(weight.device))[0].cpu())
+        latents.append(
+            vae.to_latents(image[None].to(weight.device), noise.to(weight.device))[0].cpu()
+        )
     return latents
 
 
@@ -53,10 +61,11 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
 def decode_images(vae: AutoencoderKL, latents: Tensor, at_once: int = 1) -> Tensor:
     """Images (B, H, W, 3) uint8 on the CPU of scaled latents (B, 4, H/8, W/8).
 
-    at_once: how many are decoded together; the decoder needs far more memory for an image than the U-Net
+    at_once: how many are decoded together; the decoder needs far more memory for an image than the
+        U-Net
 
-    What a decoder in half precision makes of them and is not finite, as SD's can be in float16, is decoded again in
-    float32. Raises ImageError where that is not finite either.
+    What a decoder in half precision makes of them and is not finite, as SD's can be in float16, is
+    decoded again in float32. Raises ImageError where that is not finite either.
     """
     weight, images = vae.post_quant_conv.weight, []
     dtype, device = weight.dtype, weight.device

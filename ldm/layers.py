@@ -1,7 +1,7 @@
 """The layers that the U-Net and the VAE are made of, under diffusers' attribute names.
 
-Sources: Rombach et al. 2022 (latent diffusion), Vaswani et al. 2017 (attention), Shazeer 2020 (GEGLU), Ho et al. 2020
-(residual block, timestep embedding).
+Sources: Rombach et al. 2022 (latent diffusion), Vaswani et al. 2017 (attention), Shazeer 2020
+(GEGLU), Ho et al. 2020 (residual block, timestep embedding).
 """
 
 import math
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding [cos(t w), sin(t w)], w_k = 10000^(-k / (dim/2)) (Ho et al. 2020, appendix B).
+    """Sinusoidal embedding [cos(t w), sin(t w)], w_k = 10000^(-k / (dim/2)) (Ho et al. 2020,
+    appendix B).
 
-    t: (B,) times in [0, 999]; fractions are kept, since Euler's nodes fall between the training times
-    Returns (B, dim), always float32: in half precision t * w would be wrong in the first digits.
+    t: (B,) times in [0, 999]; fractions are kept, since Euler's nodes fall between the training
+    times Returns (B, dim), always float32: in half precision t * w would be wrong in the first
+    digits.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -36,13 +40,16 @@ class TimestepEmbedding(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Residual block: norm, SiLU, conv, twice; temb is added between the two (Ho et al. 2020, appendix B).
+    """Residual block: norm, SiLU, conv, twice; temb is added between the two (Ho et al. 2020,
+    appendix B).
 
     x: (B, in_channels, H, W) -> (B, out_channels, H, W)
     temb: (B, temb_dim), or None in the VAE, which knows no time
     """
 
-    def __init__(self, in_channels: int, out_channels: int, temb_dim: int | None, groups: int, eps: float):
+    def __init__(
+        self, in_channels: int, out_channels: int, temb_dim: int | None, groups: int, eps: float
+    ):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -50,7 +57,9 @@ class ResnetBlock(nn.Module):
             self.time_emb_proj = nn.Linear(temb_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        )
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -63,7 +72,8 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, eq. 1).
 
-    x: (B, T, C) asks; context: (B, S, D) answers, x itself where it is None; or its keys and values by `read`, a tuple
+    x: (B, T, C) asks; context: (B, S, D) answers, x itself where it is None; or its keys and values
+        by `read`, a tuple
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, bias: bool = False):
@@ -76,7 +86,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         q = self._split(self.to_q(x))
-        k, v = context if isinstance(context, tuple) else self.read(x if context is None else context)
+        k, v = (
+            context if isinstance(context, tuple) else self.read(x if context is None else context)
+        )
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(-2))
 
@@ -89,7 +101,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """(x V) * GELU(x W), with the exact GELU (Shazeer 2020, arXiv 2002.05202, eq. 5); proj holds V, then W."""
+    """(x V) * GELU(x W), with the exact GELU (Shazeer 2020, arXiv 2002.05202, eq. 5); proj holds V,
+    then W."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -101,7 +114,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU four times as wide, then back; net.1 is the dropout of the original, which SD trains and runs at 0."""
+    """GEGLU four times as wide, then back; net.1 is the dropout of the original, which SD trains
+    and runs at 0."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -112,7 +126,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each with its norm and residual."""
+    """Self-attention (attn1), cross-attention to the text (attn2), feed-forward; each with its norm
+    and residual."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -133,16 +148,20 @@ class SpatialTransformer(nn.Module):
     """A transformer block over the pixels of a feature map (Rombach et al. 2022, appendix E.2.1).
 
     x: (B, C, H, W); context: (B, S, D)
-    The projections are 1x1 convolutions in SD 1 and linear layers in SD 2: the same map, other weight shapes.
+    The projections are 1x1 convolutions in SD 1 and linear layers in SD 2: the same map, other
+    weight shapes.
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int, linear: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the U-Net's other group norms
+        # 1e-6 here, 1e-5 in the U-Net's other group norms
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.linear = linear
         self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height = x.shape[-2]
@@ -164,7 +183,8 @@ def _to_map(x: Tensor, height: int) -> Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve H and W by a strided convolution; the VAE pads only right and below, the U-Net all round."""
+    """Halve H and W by a strided convolution; the VAE pads only right and below, the U-Net all
+    round."""
 
     def __init__(self, channels: int, symmetric: bool):
         super().__init__()

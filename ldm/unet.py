@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.layers import Downsample, ResnetBlock, SpatialTransformer, TimestepEmbedding, Upsample, timestep_embedding
+from ldm.layers import (
+    Downsample,
+    ResnetBlock,
+    SpatialTransformer,
+    TimestepEmbedding,
+    Upsample,
+    timestep_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,15 @@ class UNetConfig:
 
     in_channels: int = 4
     out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one level each, from the finest to the coarsest
+    # one level each, from the finest to the coarsest
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     attention: tuple[bool, ...] = (True, True, True, False)  # does the level attend to the text?
     layers_per_block: int = 2
-    num_heads: tuple[int, ...] = (8, 8, 8, 8)  # per level; diffusers' json calls it attention_head_dim
+    # per level; diffusers' json calls it attention_head_dim
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
-    use_linear_projection: bool = False  # SD 2: linear layers for the 1x1 convolutions around a transformer
+    # SD 2: linear layers for the 1x1 convolutions around a transformer
+    use_linear_projection: bool = False
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
@@ -35,9 +45,11 @@ class UNetConfig:
 
 
 class UNetBlock(nn.Module):
-    """One level of the U-Net: residual blocks, a transformer behind each where the level attends, a resampler.
+    """One level of the U-Net: residual blocks, a transformer behind each where the level attends, a
+    resampler.
 
-    It and MidBlock hold modules under the names of the checkpoints; UNet.forward runs them, since skips cross levels.
+    It and MidBlock hold modules under the names of the checkpoints; UNet.forward runs them, since
+    skips cross levels.
     """
 
     def __init__(
@@ -51,10 +63,14 @@ class UNetBlock(nn.Module):
         super().__init__()
         temb_dim, out = 4 * config.block_out_channels[0], channels[-1][1]
         groups = config.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, temb_dim, groups, config.norm_eps) for i, o in channels)
+        self.resnets = nn.ModuleList(
+            ResnetBlock(i, o, temb_dim, groups, config.norm_eps) for i, o in channels
+        )
         if heads is not None:
             self.attentions = nn.ModuleList(
-                SpatialTransformer(o, config.cross_attention_dim, heads, groups, config.use_linear_projection)
+                SpatialTransformer(
+                    o, config.cross_attention_dim, heads, groups, config.use_linear_projection
+                )
                 for _, o in channels
             )
         else:
@@ -73,7 +89,15 @@ class MidBlock(nn.Module):
             ResnetBlock(channels, channels, temb_dim, groups, config.norm_eps) for _ in range(2)
         )
         self.attentions = nn.ModuleList(
-            [SpatialTransformer(channels, config.cross_attention_dim, heads, groups, config.use_linear_projection)]
+            [
+                SpatialTransformer(
+                    channels,
+                    config.cross_attention_dim,
+                    heads,
+                    groups,
+                    config.use_linear_projection,
+                )
+            ]
         )
 
 
@@ -82,10 +106,12 @@ class UNet(nn.Module):
 
     latents: (B, 4, H, W) x_t of the forward process, H and W multiples of config.multiple
     t: (B,) or a scalar, times in [0, 999], fractions allowed
-    context: (B, S, D) text embeddings, D = config.cross_attention_dim; any S; or what `read` makes of them
-    Returns (B, 4, H, W) in the weights' dtype. Raises ValueError where H or W does not divide.
+    context: (B, S, D) text embeddings, D = config.cross_attention_dim; any S; or what `read` makes
+    of them Returns (B, 4, H, W) in the weights' dtype. Raises ValueError where H or W does not
+    divide.
 
-    Set `gradient_checkpointing` to recompute each block in the backward pass: slower, far less memory.
+    Set `gradient_checkpointing` to recompute each block in the backward pass: slower, far less
+    memory.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -119,28 +145,40 @@ class UNet(nn.Module):
                 channels.append((width + skips.pop(), widths[n]))
                 width = widths[n]
             self.up_blocks.append(
-                UNetBlock(channels, config, heads[n] if config.attention[n] else None, upsample=n > 0)
+                UNetBlock(
+                    channels, config, heads[n] if config.attention[n] else None, upsample=n > 0
+                )
             )
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def read(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the text in each cross-attention, in the order of their use; at every time the same."""
+        """Keys and values of the text in each cross-attention, in the order of their use; at every
+        time the same."""
         down, up = (
             [a for block in blocks for a in block.attentions if a is not None]
             for blocks in (self.down_blocks, self.up_blocks)
         )
         transformers = [*down, self.mid_block.attentions[0], *up]
-        return [transformer.transformer_blocks[0].attn2.read(context) for transformer in transformers]
+        return [
+            transformer.transformer_blocks[0].attn2.read(context) for transformer in transformers
+        ]
 
-    def forward(self, latents: Tensor, t: Tensor, context: Tensor | list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, context: Tensor | list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         height, width = latents.shape[-2:]
         if height % self.config.multiple or width % self.config.multiple:
-            raise ValueError(f"latents of {height}x{width}: both sides must be multiples of {self.config.multiple}")
+            raise ValueError(
+                f"latents of {height}x{width}: both sides must be multiples of"
+                f" {self.config.multiple}"
+            )
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         temb = self.time_embedding(
-            timestep_embedding(t, self.config.block_out_channels[0]).to(self.conv_norm_out.weight.dtype)
+            timestep_embedding(t, self.config.block_out_channels[0]).to(
+                self.conv_norm_out.weight.dtype
+            )
         )  # of a norm's weight, since a LoRA may stand around any convolution
 
         texts = iter(context) if isinstance(context, list) else repeat(context)

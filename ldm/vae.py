@@ -1,4 +1,5 @@
-"""The autoencoder of Stable Diffusion: images to latents an eighth of their size, and back (Rombach et al. 2022)."""
+"""The autoencoder of Stable Diffusion: images to latents an eighth of their size, and back (Rombach
+et al. 2022)."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,10 +20,12 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # from the finest level to the coarsest
+    # from the finest level to the coarsest
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # brings latents to about unit variance, which the noise schedule expects
+    # brings latents to about unit variance, which the noise schedule expects
+    scaling_factor: float = 0.18215
 
     @property
     def downsampling(self) -> int:
@@ -50,7 +53,8 @@ class Posterior:
 
 
 class VAEAttention(nn.Module):
-    """Single-head self-attention over the pixels of a feature map, with its group norm and residual.
+    """Single-head self-attention over the pixels of a feature map, with its group norm and
+    residual.
 
     The four matrices lie directly in it, as in the checkpoints.
     """
@@ -58,8 +62,14 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        attention = Attention(channels, channels, heads=1, bias=True)  # its matrices alone: one head needs no splitting
-        self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
+        # its matrices alone: one head needs no splitting
+        attention = Attention(channels, channels, heads=1, bias=True)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
@@ -70,10 +80,16 @@ class VAEAttention(nn.Module):
 class VAEBlock(nn.Module):
     """One level of the encoder or decoder: residual blocks, then a resampler."""
 
-    def __init__(self, widths: list[int], groups: int, downsample: bool = False, upsample: bool = False):
+    def __init__(
+        self, widths: list[int], groups: int, downsample: bool = False, upsample: bool = False
+    ):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(i, o, None, groups, EPS) for i, o in pairwise(widths))
-        self.downsamplers = nn.ModuleList([Downsample(widths[-1], symmetric=False)]) if downsample else ()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(i, o, None, groups, EPS) for i, o in pairwise(widths)
+        )
+        self.downsamplers = (
+            nn.ModuleList([Downsample(widths[-1], symmetric=False)]) if downsample else ()
+        )
         self.upsamplers = nn.ModuleList([Upsample(widths[-1])]) if upsample else ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +103,9 @@ class VAEMidBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, None, groups, EPS) for _ in range(2))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(channels, channels, None, groups, EPS) for _ in range(2)
+        )
         self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +113,8 @@ class VAEMidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, 8H, 8W) -> moments (B, 8, H, W), the means and the log variances of `Posterior`."""
+    """Images (B, 3, 8H, 8W) -> moments (B, 8, H, W), the means and the log variances of
+    `Posterior`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -125,7 +144,9 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = VAEMidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            VAEBlock([i] + [o] * (config.layers_per_block + 1), groups, upsample=n < len(widths) - 1)
+            VAEBlock(
+                [i] + [o] * (config.layers_per_block + 1), groups, upsample=n < len(widths) - 1
+            )
             for n, (i, o) in enumerate(pairwise((widths[0], *widths)))
         )
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
@@ -157,12 +178,15 @@ class AutoencoderKL(nn.Module):
         """
         height, width, factor = *images.shape[-2:], self.config.downsampling
         if height % factor or width % factor:
-            raise ValueError(f"images of {height}x{width}: both sides must be multiples of {factor}")
+            raise ValueError(
+                f"images of {height}x{width}: both sides must be multiples of {factor}"
+            )
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def to_latents(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Scaled latents (B, 4, H, W), sampled with `noise` of that shape, or the mean where it is None."""
+        """Scaled latents (B, 4, H, W), sampled with `noise` of that shape, or the mean where it is
+        None."""
         posterior = self.encode(images)
         z = posterior.mean if noise is None else posterior.sample(noise)
         return z * self.config.scaling_factor

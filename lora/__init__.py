@@ -1,9 +1,11 @@
 """Low-rank adaptation of any nn.Module, after Hu et al. 2021 (arXiv 2106.09685).
 
-A layer's frozen weight W0 (out x in) is corrected by a product of two thin matrices, the only ones that are trained
-(Eq. 2 of FU-LoRA, arXiv 2407.20072; the factor alpha / r is Hu et al.'s, section 4.1):
+A layer's frozen weight W0 (out x in) is corrected by a product of two thin matrices, the only ones
+that are trained (Eq. 2 of FU-LoRA, arXiv 2407.20072; the factor alpha / r is Hu et al.'s, section
+4.1):
 
-    h = W0 x + strength * (alpha / r) * B A x        A: (r, in) random, B: (out, r) zero before training
+    h = W0 x + strength * (alpha / r) * B A x        A: (r, in) random, B: (out, r) zero before
+    training
 
 | concept | where |
 |---|---|
@@ -17,7 +19,17 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 
 from lora.files import LoRASummary, convert, load_lora, save_lora
 from lora.layer import LoRAError, LoRALayer
-from lora.model import TARGETS, inject, lora_layers, lora_names, lora_parameters, merge, remove, set_strength, unmerge
+from lora.model import (
+    TARGETS,
+    inject,
+    lora_layers,
+    lora_names,
+    lora_parameters,
+    merge,
+    remove,
+    set_strength,
+    unmerge,
+)
 
 __all__ = [
     "TARGETS",

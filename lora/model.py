@@ -24,9 +24,10 @@ TARGETS: dict[str, str] = {
     "locon": rf"(.*\.)?({TRANSFORMER}|{RESNET})",
     "text-encoder": r"(.*\.)?layers\.\d+\.(self_attn\.([qkv]|out)_proj|mlp\.fc[12])",
 }
-"""Layers by name, as regular expressions for a whole module path: the paper's choice (four layers for each transformer
-block), diffusers' (eight), kohya's for the U-Net (twelve), kohya's with conv_dim (ResNet blocks and samplers too, with
-their 3x3 convolutions: LoCon, or LoRA-C3Lier) and kohya's for CLIP (six for each encoder layer)."""
+"""Layers by name, as regular expressions for a whole module path: the paper's choice (four layers
+for each transformer block), diffusers' (eight), kohya's for the U-Net (twelve), kohya's with
+conv_dim (ResNet blocks and samplers too, with their 3x3 convolutions: LoCon, or LoRA-C3Lier) and
+kohya's for CLIP (six for each encoder layer)."""
 
 
 def inject(
@@ -40,34 +41,40 @@ def inject(
     """Freezes a model and wraps the layers that `target` names in LoRALayers; returns their paths.
 
     target: a name in TARGETS, or a regular expression that matches the whole path of a layer
-    generator: its seed and a layer's path decide the layer's A, so that neither the order of wrapping nor the other
-        layers matter; None is seed 0
+    generator: its seed and a layer's path decide the layer's A, so that neither the order of
+        wrapping nor the other layers matter; None is seed 0
 
-    The model's output stays bit-equal. Raises LoRAError, with the model untouched, where nothing matches, a layer has
-    a LoRA already or cannot have one, or a setting is wrong.
+    The model's output stays bit-equal. Raises LoRAError, with the model untouched, where nothing
+    matches, a layer has a LoRA already or cannot have one, or a setting is wrong.
     """
     check_settings(rank, alpha, init)
     try:
         pattern = re.compile(TARGETS.get(target, target))
     except re.error as error:
         raise LoRAError(
-            f"target {target!r} is neither of {', '.join(TARGETS)} nor a regular expression: {error}"
+            f"target {target!r} is neither of {', '.join(TARGETS)} nor a regular expression:"
+            f" {error}"
         ) from None
     bases = {path: layer for path, layer in adaptable(model) if pattern.fullmatch(path)}
     if not bases:
         example = next((path for path, _ in adaptable(model)), None)
         raise LoRAError(
-            f"target {target!r} matches no layer of {type(model).__name__}: use one of {', '.join(TARGETS)} or a "
-            f"regular expression for a whole path" + (f" such as {example}" if example else "")
+            f"target {target!r} matches no layer of {type(model).__name__}: use one of"
+            f" {', '.join(TARGETS)} or a regular expression for a whole path"
+            + (f" such as {example}" if example else "")
         )
     for path, base in bases.items():
         if isinstance(base, LoRALayer):
-            raise LoRAError(f"{path}: has a LoRA already: remove it first, or inject into other layers")
+            raise LoRAError(
+                f"{path}: has a LoRA already: remove it first, or inject into other layers"
+            )
         if reason := unfit(base):
             raise LoRAError(f"{path}: {reason}")
     full = min(min(base.weight.shape[:2]) for base in bases.values())
     if rank > full:
-        warnings.warn(f"rank {rank}: the narrowest of the layers has full rank at {full}", stacklevel=2)
+        warnings.warn(
+            f"rank {rank}: the narrowest of the layers has full rank at {full}", stacklevel=2
+        )
 
     seed = 0 if generator is None else generator.initial_seed()
     model.requires_grad_(False)
@@ -78,7 +85,8 @@ def inject(
 
 
 def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each layer that is linear, convolutional or already a LoRALayer (then not what it wraps)."""
+    """Path and module of each layer that is linear, convolutional or already a LoRALayer (then not
+    what it wraps)."""
     wrapped = {module.base for module in model.modules() if isinstance(module, LoRALayer)}
     for path, module in model.named_modules():
         if path and module not in wrapped and isinstance(module, nn.Linear | nn.Conv2d | LoRALayer):
@@ -86,7 +94,8 @@ def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The model's LoRALayers by path, in the model's order, the outermost of each; empty where it has none."""
+    """The model's LoRALayers by path, in the model's order, the outermost of each; empty where it
+    has none."""
     return {path: module for path, module in adaptable(model) if isinstance(module, LoRALayer)}
 
 
@@ -102,7 +111,8 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
-    """Scales the LoRA of a name, or all: 1 as trained, 0 bit-equal to the model without it, negative away from it.
+    """Scales the LoRA of a name, or all: 1 as trained, 0 bit-equal to the model without it,
+    negative away from it.
 
     Raises LoRAError where it is merged, or none has the name.
     """
@@ -111,7 +121,9 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
     layers = lora_layers(model)
     for path, layer in layers.items():
         if layer.original is not None:
-            raise LoRAError(f"{path}: the LoRA is merged, its strength is in the weights: unmerge first")
+            raise LoRAError(
+                f"{path}: the LoRA is merged, its strength is in the weights: unmerge first"
+            )
     for layer in layers.values():
         for lora in layer.loras:
             if name in (None, lora.name):
@@ -119,7 +131,8 @@ def set_strength(model: nn.Module, strength: float, name: str | None = None) -> 
 
 
 def merge(model: nn.Module, strength: float | None = None) -> None:
-    """Puts all LoRAs into the weights, at the strength given or else set (1 at first): sampling then costs no more.
+    """Puts all LoRAs into the weights, at the strength given or else set (1 at first): sampling
+    then costs no more.
 
     Raises LoRAError where they are merged already.
     """
@@ -132,13 +145,15 @@ def merge(model: nn.Module, strength: float | None = None) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undoes merge: the weights are bit-equal to those before it, the LoRA acts at run time again."""
+    """Undoes merge: the weights are bit-equal to those before it, the LoRA acts at run time
+    again."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def remove(model: nn.Module, name: str | None = None) -> None:
-    """Takes the LoRA of a name out, or all: the original modules stand in their places, bit-equal; they stay frozen.
+    """Takes the LoRA of a name out, or all: the original modules stand in their places, bit-equal;
+    they stay frozen.
 
     What was merged is unmerged first. Raises LoRAError where none has the name.
     """

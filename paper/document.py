@@ -1,4 +1,5 @@
-"""A small document (headings, paragraphs, tables, pictures, folded parts), as Markdown and as one HTML file."""
+"""A small document (headings, paragraphs, tables, pictures, folded parts), as Markdown and as one
+HTML file."""
 
 import base64
 import html
@@ -27,8 +28,8 @@ class Code:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first `labels` columns are words, the others numbers, set to the right; lines break only in a
-    table of words alone.
+    """Cells as text. The first `labels` columns are words, the others numbers, set to the right;
+    lines break only in a table of words alone.
 
     ValueError for a row that is not as long as the header.
     """
@@ -40,7 +41,10 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.header):
-                raise ValueError(f"{len(row)} cells under {len(self.header)} headings: {', '.join(map(str, row))}")
+                raise ValueError(
+                    f"{len(row)} cells under {len(self.header)} headings:"
+                    f" {', '.join(map(str, row))}"
+                )
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,14 @@ def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The document as one HTML page that needs no other file: pictures are inlined. Its first block is its title."""
+    """The document as one HTML page that needs no other file: pictures are inlined. Its first block
+    is its title."""
     body = "\n".join(_html(block) for block in blocks)
     title = html.escape(blocks[0].text)
-    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>{title}</title>'
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport"'
+        f' content="width=device-width">\n<title>{title}</title>'
+    )
     return f'<!doctype html>\n<html lang="en">\n{head}\n<style>{STYLE}</style>\n{body}\n</html>\n'
 
 
@@ -120,7 +128,9 @@ def _markdown(block: Block, folder: Path) -> str:
             return "\n\n".join(_markdown(inner, folder) for inner in (Heading(summary, 3), *blocks))
         case Table(header, rows, labels):
             rule = ["---"] * labels + ["--:"] * (len(header) - labels)
-            lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, rule, *rows)]
+            lines = [
+                [str(cell).replace("|", "\\|") for cell in line] for line in (header, rule, *rows)
+            ]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -143,12 +153,16 @@ def _html(block: Block) -> str:
             inside = "\n".join(map(_html, blocks))
             return f"<details><summary>{html.escape(summary)}</summary>\n{inside}\n</details>"
         case Table(header, rows, labels):
-            lines = "\n".join([_cells("th", header, labels), *(_cells("td", row, labels) for row in rows)])
+            lines = "\n".join(
+                [_cells("th", header, labels), *(_cells("td", row, labels) for row in rows)]
+            )
             kind = ' class="words"' if labels == len(header) else ""
             return f'<div class="wide"><table{kind}>\n{lines}\n</table></div>'
 
 
 def _cells(tag: str, cells: Sequence[object], labels: int) -> str:
     kinds = [' class="label"' if n < labels else "" for n in range(len(cells))]
-    inside = "".join(f"<{tag}{kind}>{html.escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells))
+    inside = "".join(
+        f"<{tag}{kind}>{html.escape(str(cell))}</{tag}>" for kind, cell in zip(kinds, cells)
+    )
     return f"<tr>{inside}</tr>"

@@ -1,9 +1,10 @@
-"""The finished rows of a reproduction, tested at one more site: nothing is trained, nothing is chosen.
+"""The finished rows of a reproduction, tested at one more site: nothing is trained, nothing is
+chosen.
 
     python -m paper.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
 
-Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of another dataset in
-the African layout, and writes the same report of what it says there.
+Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of
+another dataset in the African layout, and writes the same report of what it says there.
 """
 
 import argparse
@@ -27,11 +28,22 @@ from planes.datasets import DatasetError, Record, read_african, require_images
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="the --out of reproduce.py")
-    parser.add_argument("--african", type=Path, required=True, help="a dataset in the African layout: its test images")
-    parser.add_argument("--leave-out", nargs="+", default=[], choices=CLASSIFIERS, help="classifiers in no average")
-    parser.add_argument("--out", type=Path, required=True, help="gets report.html, report.md and results.csv")
+    parser.add_argument(
+        "--african",
+        type=Path,
+        required=True,
+        help="a dataset in the African layout: its test images",
+    )
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], choices=CLASSIFIERS, help="classifiers in no average"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="gets report.html, report.md and results.csv"
+    )
     return parser.parse_args(argv)
 
 
@@ -60,7 +72,9 @@ def main(args):
         for folder in sorted((args.run / "rows" / row.data.name / row.classifier).glob("seed*")):
             if (folder / "args.json").exists():
                 seed = int(folder.name.removeprefix("seed"))
-                found.append((folder, read_result(folder, row.table, row.data.name, row.classifier, seed)))
+                found.append(
+                    (folder, read_result(folder, row.table, row.data.name, row.classifier, seed))
+                )
     if not found:
         raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
     records = [record for record in read_african(args.african) if not record.train]
@@ -75,7 +89,9 @@ def main(args):
         material=f"as in {args.run}",
         sites=f"{args.african}, of which nothing was trained on",
         phantoms=True,  # or another dataset: the paper's numbers are of neither
-        recipe=json.loads((found[0][0] / "args.json").read_text(encoding="utf-8"))["arguments"]["recipe"],
+        recipe=json.loads((found[0][0] / "args.json").read_text(encoding="utf-8"))["arguments"][
+            "recipe"
+        ],
         seeds=sorted({result.seed for result in results}),
         command=f"python -m paper.elsewhere {args.run} --african {args.african}",
         title="FU-LoRA at one more site",

@@ -1,7 +1,9 @@
-"""Where the gain comes from: the hybrid set against real images alone, split into its parts, beside plain controls.
+"""Where the gain comes from: the hybrid set against real images alone, split into its parts, beside
+plain controls.
 
-The paper compares HB+DA, 1150 balanced real images and 5000 synthetic ones, with ES+DA, 6148 real images that are not
-balanced. Two things change at once; BAL+DA, the 1150 alone, stands between them. And synthetic images are one way of
+The paper compares HB+DA, 1150 balanced real images and 5000 synthetic ones, with ES+DA, 6148 real
+images that are not balanced. Two things change at once; BAL+DA, the 1150 alone, stands between
+them. And synthetic images are one way of
 augmenting: ES+DA+balanced and ES+DA+contrast are cheaper ones.
 """
 
@@ -39,7 +41,8 @@ class Step:
 
 STEPS: tuple[Step, ...] = (
     Step("balanced real images and synthetic ones", "ES+DA", "HB+DA"),
-    Step("the same over its parts' classifiers", "ES+DA", "HB+DA", also="BAL+DA"),  # for the parts to add up
+    # for the parts to add up
+    Step("the same over its parts' classifiers", "ES+DA", "HB+DA", also="BAL+DA"),
     Step("of it: balanced real images alone", "ES+DA", "BAL+DA", "real"),
     Step("of it: synthetic images", "BAL+DA", "HB+DA"),
     Step("prompts that name the style", "HB+DA", "HB-styles+DA"),
@@ -61,7 +64,8 @@ CONTROLS = ("BAL+DA", "ES+DA+balanced", "ES+DA+contrast")  # without synthetic i
 
 @dataclass(frozen=True)
 class Gain:
-    """A step as it was found: the difference in accuracy, over which classifiers and how many seeds of each.
+    """A step as it was found: the difference in accuracy, over which classifiers and how many seeds
+    of each.
 
     seeds: the fewest and the most that a classifier has with either data model
     published: the paper's mean difference over the same classifiers, nan if it has not all of them
@@ -77,11 +81,18 @@ class Gain:
     def verdict(self) -> str:
         if self.accuracy.over == "patients":
             return "one seed cannot tell"
-        return "better" if self.accuracy.low > 0 else "worse" if self.accuracy.high < 0 else "not shown"
+        return (
+            "better"
+            if self.accuracy.low > 0
+            else "worse"
+            if self.accuracy.high < 0
+            else "not shown"
+        )
 
 
 def measure(steps: Sequence[Step], cells: Cells, left_out: Mapping[str, str]) -> list[Gain]:
-    """The steps that can be taken, each once: over the classifiers that both data models have, but for those left out.
+    """The steps that can be taken, each once: over the classifiers that both data models have, but
+    for those left out.
 
     left_out: classifier -> why it is in no average
     """
@@ -89,8 +100,14 @@ def measure(steps: Sequence[Step], cells: Cells, left_out: Mapping[str, str]) ->
     for step in steps:
         pair = step.baseline, step.data
         needed = (*pair, step.also or step.data)
-        both = tuple(c for c in CLASSIFIERS if c not in left_out and all((data, c) in cells for data in needed))
-        if both and (pair, both) not in [((g.step.baseline, g.step.data), g.classifiers) for g in found]:
+        both = tuple(
+            c
+            for c in CLASSIFIERS
+            if c not in left_out and all((data, c) in cells for data in needed)
+        )
+        if both and (pair, both) not in [
+            ((g.step.baseline, g.step.data), g.classifiers) for g in found
+        ]:
             accuracy = compare(*([cells[data, c] for c in both] for data in pair))["accuracy"]
             counts = [len(cells[data, c]) for data in pair for c in both]
             published = published_difference(*pair, both)
@@ -107,7 +124,10 @@ def headline(cells: Cells, left_out: Mapping[str, str], sites: str, compared: bo
     gains = measure([Step("", "ES+DA", data) for data in SYNTHETIC], cells, left_out)
     gains = gains or measure([Step("", *pair) for pair in CLAIMS], cells, left_out)[:1]
     if not gains:
-        return f"On {sites}: no data model was run both with synthetic images and without, so nothing is claimed."
+        return (
+            f"On {sites}: no data model was run both with synthetic images and without, so nothing"
+            " is claimed."
+        )
     sentences = [_sentence(gain, compared) for gain in gains] + _controls(cells, left_out)
     names = ", ".join(CLASSIFIERS[name] for name in left_out)
     return f"On {sites}: {' '.join(sentences)}" + f" Left out of averages: {names}." * bool(names)
@@ -122,16 +142,23 @@ def _sentence(gain: Gain, compared: bool) -> str:
         _count(len(gain.classifiers), "classifier"),
         f"{low} to {high} seeds" if low < high else _count(low, "seed"),
     ]
-    inside += [f"published {100 * gain.published:+.2f}"] * (compared and not np.isnan(gain.published))
+    inside += [f"published {100 * gain.published:+.2f}"] * (
+        compared and not np.isnan(gain.published)
+    )
     amount = f"{100 * found.value:+.1f} points of accuracy ({'; '.join(inside)})"
     if one_seed:
         return f"One seed cannot tell whether {data} is better than {baseline}: {amount}."
-    how = {"better": "is better than", "worse": "is worse than", "not shown": "is not shown to differ from"}
+    how = {
+        "better": "is better than",
+        "worse": "is worse than",
+        "not shown": "is not shown to differ from",
+    }
     return f"{data} {how[gain.verdict]} {baseline}: {amount}."
 
 
 def _controls(cells: Cells, left_out: Mapping[str, str]) -> list[str]:
-    """Names the controls that are ahead of synthetic images: first those that are so beyond chance."""
+    """Names the controls that are ahead of synthetic images: first those that are so beyond
+    chance."""
     pairs = [Step("", synthetic, control) for synthetic in SYNTHETIC for control in CONTROLS]
     ahead = [gain for gain in measure(pairs, cells, left_out) if gain.accuracy.value > 0]
     beaten = [gain for gain in ahead if gain.verdict == "better"]
@@ -146,7 +173,10 @@ def _controls(cells: Cells, left_out: Mapping[str, str]) -> list[str]:
 
 def _lead(gain: Gain) -> str:
     found = gain.accuracy
-    return f"{gain.step.data} against {gain.step.baseline} {100 * found.value:+.1f} ({_interval(found)})"
+    return (
+        f"{gain.step.data} against {gain.step.baseline} {100 * found.value:+.1f}"
+        f" ({_interval(found)})"
+    )
 
 
 def _interval(found: Difference) -> str:

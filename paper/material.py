@@ -1,4 +1,5 @@
-"""The real images of a reproduction: the paper's datasets, two sites of a user's own, or phantoms of two sites.
+"""The real images of a reproduction: the paper's datasets, two sites of a user's own, or phantoms
+of two sites.
 
 Read from tables and folders alone, so that --plan works where only some of the images are.
 """
@@ -12,7 +13,14 @@ from pathlib import Path
 from harness.files import sha256
 from paper.plan import MANIFESTS, Row
 from planes import PAPER_COUNTS, PLANES
-from planes.datasets import DatasetError, Record, balanced, read_african, read_manifest, read_spanish
+from planes.datasets import (
+    DatasetError,
+    Record,
+    balanced,
+    read_african,
+    read_manifest,
+    read_spanish,
+)
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from planes.sites import classes_of, read_site
 
@@ -39,9 +47,10 @@ class Selections:
 
     roots: of the first site, that is trained on, and of the second, that is tested on
     manifests: the authors' lists, by kind
-    per_plane: images of each class, by kind, where there is no list; None: all. Of a user's own site at most as many as
-        its rarest class has
-    own: are they a user's own sites (`planes.sites`), and not in the layouts of the paper's datasets?
+    per_plane: images of each class, by kind, where there is no list; None: all. Of a user's own
+        site at most as many as its rarest class has
+    own: are they a user's own sites (`planes.sites`), and not in the layouts of the paper's
+        datasets?
     """
 
     def __init__(
@@ -52,17 +61,31 @@ class Selections:
         seed: int,
         own: bool = False,
     ):
-        self.roots, self.manifests, self.per_plane, self.seed, self.own = roots, manifests, per_plane, seed, own
+        self.roots, self.manifests, self.per_plane, self.seed, self.own = (
+            roots,
+            manifests,
+            per_plane,
+            seed,
+            own,
+        )
         self.known: dict[str, list[Record]] = {}
         self.digests: dict[str, str] = {}
 
     @cached_property
     def first(self) -> list[Record]:
-        return read_site(self.roots[0], "source", train=True) if self.own else read_spanish(self.roots[0])
+        return (
+            read_site(self.roots[0], "source", train=True)
+            if self.own
+            else read_spanish(self.roots[0])
+        )
 
     @cached_property
     def second(self) -> list[Record]:
-        return read_site(self.roots[1], "target", train=False) if self.own else read_african(self.roots[1])
+        return (
+            read_site(self.roots[1], "target", train=False)
+            if self.own
+            else read_african(self.roots[1])
+        )
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
@@ -85,14 +108,17 @@ class Selections:
         return min(count, *(train.count(name) for name in self.classes))
 
     def spanish(self, kind: str) -> list[Record]:
-        """The first site's images of this kind ("all", "balanced", "lora"): by the list, or drawn by the same rule."""
+        """The first site's images of this kind ("all", "balanced", "lora"): by the list, or drawn
+        by the same rule."""
         if kind not in self.known:
             train = [record for record in self.first if record.train]
             if kind in self.manifests:
                 self.known[kind] = read_manifest(self.manifests[kind], self.first)
             else:
                 count = self.count(kind)
-                self.known[kind] = balanced(train, count, self.seed, self.classes) if count else train
+                self.known[kind] = (
+                    balanced(train, count, self.seed, self.classes) if count else train
+                )
         return self.known[kind]
 
     def african(self, train: bool) -> list[Record]:
@@ -102,13 +128,21 @@ class Selections:
     def digest(self, kind: str) -> str:
         """One hash of the images of a kind, or of "african", and of what the tables say of them."""
         if kind not in self.digests:
-            records = self.spanish(kind) if kind != "african" else self.african(train=True) + self.african(train=False)
-            lines = (f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n" for r in records)
+            records = (
+                self.spanish(kind)
+                if kind != "african"
+                else self.african(train=True) + self.african(train=False)
+            )
+            lines = (
+                f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n"
+                for r in records
+            )
             self.digests[kind] = hashlib.sha256("".join(lines).encode()).hexdigest()
         return self.digests[kind]
 
     def counts(self, row: Row) -> tuple[int | None, int | None]:
-        """Training images of a row from the first and the second site; None where the table is not there."""
+        """Training images of a row from the first and the second site; None where the table is not
+        there."""
         counts = []
         for wanted, images in (
             (row.data.spanish, lambda: self.spanish(row.data.spanish)),

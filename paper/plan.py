@@ -1,6 +1,8 @@
-"""The paper's experiments as data: tables 1 and 2, the controls it left out, and what this project adds.
+"""The paper's experiments as data: tables 1 and 2, the controls it left out, and what this project
+adds.
 
-A row is a data model and a classifier. Nothing here runs: reproduce.py turns rows into runs of classify.py.
+A row is a data model and a classifier. Nothing here runs: reproduce.py turns rows into runs of
+classify.py.
 """
 
 from collections.abc import Sequence
@@ -28,7 +30,8 @@ class DataModel:
     """What a classifier is trained on.
 
     spanish: "all" training images (6148), the "balanced" ones (1150), or none
-    synthetic: how the synthetic images were made: "lora" (the paper), "styles", "prompts", "token", "dreambooth", none
+    synthetic: how the synthetic images were made: "lora" (the paper), "styles", "prompts", "token",
+        "dreambooth", none
     african: with the African training images, which is no longer zero-shot
     augment: random rotation, flips and crops
     contrast: random brightness, contrast and gamma
@@ -58,20 +61,25 @@ class Row:
 
 
 ES, ES_DA = DataModel("ES", "all"), DataModel("ES+DA", "all", augment=True)
-HB, HB_DA = DataModel("HB", "balanced", "lora"), DataModel("HB+DA", "balanced", "lora", augment=True)
+HB, HB_DA = (
+    DataModel("HB", "balanced", "lora"),
+    DataModel("HB+DA", "balanced", "lora", augment=True),
+)
 TABLE_2 = (
     DataModel("AF", african=True),
     ES,
     DataModel("ES+AF", "all", african=True),
     DataModel("HB-all", "all", "lora"),
 )
-CONTROLS = (  # what else may explain the gain: ES is 42 % Other and 6 % abdomen, HB has as many of each class
+# what else may explain the gain: ES is 42 % Other and 6 % abdomen, HB has as many of each class
+CONTROLS = (
     DataModel("BAL", "balanced"),  # HB without its synthetic images
     DataModel("BAL+DA", "balanced", augment=True),
     DataModel("ES+DA+balanced", "all", augment=True, balanced_sampling=True),
     DataModel("ES+DA+contrast", "all", augment=True, contrast=True),
 )
-STYLES = (  # prompts that name brightness and contrast: ours, the paper's future work ("more detailed texts")
+# prompts that name brightness and contrast: ours, the paper's future work ("more detailed texts")
+STYLES = (
     DataModel("HB-styles", "balanced", "styles"),
     DataModel("HB-styles+DA", "balanced", "styles", augment=True),
 )
@@ -88,37 +96,59 @@ ROWS = (
 )
 BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
 QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA")
-QUICK_ROWS = tuple(row for row in ROWS if row.data.name in QUICK_DATA and row.classifier == "resnet18")
+QUICK_ROWS = tuple(
+    row for row in ROWS if row.data.name in QUICK_DATA and row.classifier == "resnet18"
+)
 
 
 def classifier_name(classifier: str) -> str:
-    """As the report calls it: one of the paper's five, or a frozen model and what is done with it."""
+    """As the report calls it: one of the paper's five, or a frozen model and what is done with
+    it."""
     head, _, name = classifier.partition(":")
-    return CLASSIFIERS[classifier] if classifier in CLASSIFIERS else f"{name.rstrip('/')} ({PROBES[head]})"
+    return (
+        CLASSIFIERS[classifier]
+        if classifier in CLASSIFIERS
+        else f"{name.rstrip('/')} ({PROBES[head]})"
+    )
 
 
 def probe_rows(models: Sequence[str]) -> tuple[Row, ...]:
-    """Rows for frozen models, such as "probe:owner/name": on the data models that are not augmented."""
+    """Rows for frozen models, such as "probe:owner/name": on the data models that are not
+    augmented."""
     data = (ES, HB, DataModel("AF", african=True))
-    prompted = [m for m in models if m.startswith("prompts:")]  # which learn from nothing: one row each
-    return tuple(Row("probes", d, model) for model in models for d in (data[:1] if model in prompted else data))
+    # which learn from nothing: one row each
+    prompted = [m for m in models if m.startswith("prompts:")]
+    return tuple(
+        Row("probes", d, model)
+        for model in models
+        for d in (data[:1] if model in prompted else data)
+    )
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
-    """The rows called so, in the plan's order; a data model, a classifier or a table ("table 1", "controls") names all
-    of its own.
+    """The rows called so, in the plan's order; a data model, a classifier or a table ("table 1",
+    "controls") names all of its own.
 
     Case and spaces do not count. ValueError for a name that fits none.
     """
 
     def fits(row: Row, name: str) -> bool:
-        known = (row.name, f"{row.data.name}/{row.classifier}", row.data.name, row.classifier, f"table {row.table}")
+        known = (
+            row.name,
+            f"{row.data.name}/{row.classifier}",
+            row.data.name,
+            row.classifier,
+            f"table {row.table}",
+        )
         known += (row.table,) if row.table.isalpha() else ()
         return _plain(name) in map(_plain, (*known, classifier_name(row.classifier)))
 
     for name in names:
         if not any(fits(row, name) for row in rows):
-            raise ValueError(f"no row is called {name!r}; there are {', '.join(dict.fromkeys(r.name for r in rows))}")
+            raise ValueError(
+                f"no row is called {name!r}; there are"
+                f" {', '.join(dict.fromkeys(r.name for r in rows))}"
+            )
     return tuple(row for row in rows if not names or any(fits(row, name) for name in names))
 
 

@@ -15,7 +15,8 @@ from planes import PLANES
 from planes.datasets import DatasetError, Record, read_synthetic
 from planes.record import SYNTHETIC
 
-# Seconds on two CPU cores, measured: one image of a classifier's training at 64 px; of a LoRA's, and sampled, at 96.
+# Seconds on two CPU cores, measured: one image of a classifier's training at 64 px; of a LoRA's,
+# and sampled, at 96.
 CPU_PASS = {
     "densenet169": 0.014,
     "mobilenet_v2": 0.0034,
@@ -25,10 +26,17 @@ CPU_PASS = {
 }
 CPU_LORA, CPU_SAMPLE = 0.03, 0.28
 # Multiply-adds per image, forward: classifiers at 224 pixels, the U-Net of SD 1.5 at 512.
-GMACS = {"densenet169": 3.4, "mobilenet_v2": 0.3, "efficientnet_b0": 0.4, "resnet18": 1.8, "vit_b_16": 17.6}
+GMACS = {
+    "densenet169": 3.4,
+    "mobilenet_v2": 0.3,
+    "efficientnet_b0": 0.4,
+    "resnet18": 1.8,
+    "vit_b_16": 17.6,
+}
 UNET_GMACS = 400.0
 GPU_FLOPS = 2e13  # assumed to be sustained
-PAPER_COUNTS = {"all": 6148, "balanced": 1150, "": 0}  # what to reckon with where the table is not there
+# what to reckon with where the table is not there
+PAPER_COUNTS = {"all": 6148, "balanced": 1150, "": 0}
 PUBLISHED = 5000  # synthetic images of the authors
 SHOWN = 5  # names of missing images that are printed
 
@@ -38,18 +46,22 @@ def missing_images(records: Iterable[Record]) -> list[Record]:
 
 
 def missing_weights(names: Iterable[str]) -> list[str]:
-    """A line for each network whose ImageNet weights are not in torch's cache: what, from where, to where."""
+    """A line for each network whose ImageNet weights are not in torch's cache: what, from where, to
+    where."""
     lines = []
     for name in names:
         url = get_model_weights(name).IMAGENET1K_V1.url
         path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
         if not path.is_file():
-            lines.append(f"ImageNet weights of {name}: downloaded when needed, or put {url} at {path}")
+            lines.append(
+                f"ImageNet weights of {name}: downloaded when needed, or put {url} at {path}"
+            )
     return lines
 
 
 def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> list[str]:
-    """A line for each dataset: is it whole? The names of all missing images go to missing_*.txt in `out`."""
+    """A line for each dataset: is it whole? The names of all missing images go to missing_*.txt in
+    `out`."""
     lines = []
     names = ("first site", "second site") if selections.own else ("Spanish", "African")
     sources = {
@@ -57,7 +69,10 @@ def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> 
         names[1]: lambda: selections.african(train=True) + selections.african(train=False),
     }
     for name, images in sources.items():
-        fetch = f"python -m planes.download --only {name.lower()} --to DIR, then --{name.lower()} DIR/<its folder>"
+        fetch = (
+            f"python -m planes.download --only {name.lower()} --to DIR, then --{name.lower()}"
+            " DIR/<its folder>"
+        )
         fetch = "put them where they are said to be" if selections.own else fetch
         try:
             records = list(dict.fromkeys(images()))
@@ -70,8 +85,8 @@ def needed_datasets(selections: Selections, kinds: Iterable[str], out: Path) -> 
             write_text(path, "".join(f"{record.path}\n" for record in lost))
             first = ", ".join(record.path.name for record in lost[:SHOWN])
             lines.append(
-                f"{name} images: {len(lost):,} of {len(records):,} are missing: {first}{', ...' * (len(lost) > SHOWN)} "
-                f"(all names: {path}); get them: {fetch}"
+                f"{name} images: {len(lost):,} of {len(records):,} are missing:"
+                f" {first}{', ...' * (len(lost) > SHOWN)} (all names: {path}); get them: {fetch}"
             )
         else:
             lines.append(f"{name} images: all {len(records):,} are there")
@@ -89,12 +104,16 @@ def classifier_seconds(classifier: str, passes: int, size: int, full: bool) -> f
 
 
 def synthesis(args, scale, kinds: set[str], full: bool, classes: int) -> tuple[float, int, str]:
-    """Seconds, bytes and a line of the plan for LoRAs and images of these kinds (paper.plan.DataModel)."""
+    """Seconds, bytes and a line of the plan for LoRAs and images of these kinds
+    (paper.plan.DataModel)."""
     shared = kinds & {"lora", "prompts"}  # by the paper's LoRA; each of the others has its own
     figure_3 = not (args.quick or args.only or args.synthetic)
     ranks = RANKS if figure_3 else (scale.rank,) if shared else ()
     others = len(kinds - shared)
-    images, panels = 2 * classes * scale.count * len(kinds), 2 * classes * 36 * figure_3 * (len(RANKS) - 1)
+    images, panels = (
+        2 * classes * scale.count * len(kinds),
+        2 * classes * 36 * figure_3 * (len(RANKS) - 1),
+    )
     lora, sample = (6e9 * UNET_GMACS, 4e9 * UNET_GMACS * 20) if full else (CPU_LORA, CPU_SAMPLE)
     passes = 100 * scale.repeats * (len(ranks) + others)
     seconds = (passes * lora + (images + panels) * sample) / (GPU_FLOPS if full else 1)
@@ -104,7 +123,9 @@ def synthesis(args, scale, kinds: set[str], full: bool, classes: int) -> tuple[f
     return seconds, images * (512 if full else 96) ** 2 * 3, line
 
 
-def preview(args, scale, selections: Selections | None, models: Iterable[str] = (), *, full: bool, done) -> str:
+def preview(
+    args, scale, selections: Selections | None, models: Iterable[str] = (), *, full: bool, done
+) -> str:
     """The plan as text.
 
     args, scale: reproduce.py's
@@ -113,48 +134,84 @@ def preview(args, scale, selections: Selections | None, models: Iterable[str] = 
     full: at the paper's scale, on a GPU, and not the embedded one
     done: (row, seed) -> whether that run's outcome is there
     """
-    size, classes = RECIPES[args.recipe].size if full else 64, len(selections.classes) if selections else len(PLANES)
+    size, classes = (
+        RECIPES[args.recipe].size if full else 64,
+        len(selections.classes) if selections else len(PLANES),
+    )
     remote = str(args.synthetic) == "zenodo" and not args.synthetic.exists()
     known = selections.classes if selections else PLANES
     listed = read_synthetic(args.synthetic, known) if args.synthetic and not remote else []
     lines, seconds, disk = [], 0.0, 0
     for n, row in enumerate(args.rows):
         taken = args.synthetic and row.data.synthetic == "lora"
-        synthetic = (len(listed) or PUBLISHED) if taken else 2 * classes * scale.count * bool(row.data.synthetic)
+        synthetic = (
+            (len(listed) or PUBLISHED)
+            if taken
+            else 2 * classes * scale.count * bool(row.data.synthetic)
+        )
         spanish, african = selections.counts(row) if selections else scale.phantoms(row.data)
         guess = PAPER_COUNTS[row.data.spanish] if spanish is None else spanish
         guess += synthetic + (217 * row.data.african if african is None else african)
         passes = (scale.passes.get(row.classifier) or 20 * guess) if row.classifier in MODELS else 0
-        twin = any((row.data, row.classifier) == (other.data, other.classifier) for other in args.rows[:n])
+        twin = any(
+            (row.data, row.classifier) == (other.data, other.classifier) for other in args.rows[:n]
+        )
         left = 0 if twin else sum(not done(row, seed) for seed in args.seeds)
         if row.classifier in MODELS:  # what a frozen model takes is not known before it is here
             seconds += left * classifier_seconds(row.classifier, passes, size, full)
             with torch.device("meta"):
                 disk += left * 4 * sum(p.numel() for p in MODELS[row.classifier]().parameters())
         cells = ["?" if count is None else f"{count:,}" for count in (spanish, synthetic, african)]
-        lines.append([f"{row.name} (table {row.table})", *cells, f"{passes:,}", "as above" if twin else left or "done"])
+        lines.append(
+            [
+                f"{row.name} (table {row.table})",
+                *cells,
+                f"{passes:,}",
+                "as above" if twin else left or "done",
+            ]
+        )
 
     state = ["phantoms of two sites stand in for the datasets"]
     if selections:
-        kinds = dict.fromkeys([row.data.spanish for row in args.rows if row.data.spanish] + ["lora"])
+        kinds = dict.fromkeys(
+            [row.data.spanish for row in args.rows if row.data.spanish] + ["lora"]
+        )
         state = needed_datasets(selections, kinds, args.out)
     if remote:
-        state.append(f"the authors' synthetic images: fetched from Zenodo, record {SYNTHETIC}, when needed")
+        state.append(
+            f"the authors' synthetic images: fetched from Zenodo, record {SYNTHETIC}, when needed"
+        )
     elif args.synthetic:
         lost = missing_images(listed)
-        state.append(f"{args.synthetic}: {f'{len(lost):,} images are missing' if lost else 'all images are there'}")
-    if made := {row.data.synthetic for row in args.rows} - ({"", "lora"} if args.synthetic else {""}):
+        state.append(
+            f"{args.synthetic}:"
+            f" {f'{len(lost):,} images are missing' if lost else 'all images are there'}"
+        )
+    if made := {row.data.synthetic for row in args.rows} - (
+        {"", "lora"} if args.synthetic else {""}
+    ):
         time, space, line = synthesis(args, scale, made, full, classes)
         seconds, disk, state = seconds + time, disk + space, [*state, line]
     state += models
     if args.weights == "imagenet":
-        state += missing_weights(dict.fromkeys(r.classifier for r in args.rows if r.classifier in MODELS))
+        state += missing_weights(
+            dict.fromkeys(r.classifier for r in args.rows if r.classifier in MODELS)
+        )
     elif args.weights != "none":
         state.append(f"{args.weights}: {'there' if Path(args.weights).is_file() else 'missing'}")
-    state += [f"{line} (without it, features of our own classifier)" for line in missing_weights(["inception_v3"])]
+    state += [
+        f"{line} (without it, features of our own classifier)"
+        for line in missing_weights(["inception_v3"])
+    ]
 
-    machine = f"one GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s (assumed)" if full else "two CPU cores"
-    sites = ("# source", "# target") if selections and selections.own else ("# Spanish", "# African")
+    machine = (
+        f"one GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s (assumed)"
+        if full
+        else "two CPU cores"
+    )
+    sites = (
+        ("# source", "# target") if selections and selections.own else ("# Spanish", "# African")
+    )
     header = ["Row", sites[0], "# synthetic", sites[1], "image passes", "runs left"]
     return "\n".join(
         [
@@ -174,6 +231,11 @@ def table(header: list[str], rows: list[list[object]]) -> str:
     cells = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
+            ]
+        )
         for row in cells
     )

@@ -1,9 +1,11 @@
-"""What the paper printed (Wang et al. 2024, arXiv 2407.20072), as data, and where its authors' code parts from it.
+"""What the paper printed (Wang et al. 2024, arXiv 2407.20072), as data, and where its authors' code
+parts from it.
 
-TABLE_1 is its zero-shot table, all twenty rows, as the repository (github.com/13204942/FU-LoRA) stores it in a file.
-TABLE_2 is in the paper alone. Its HB, called HB-all here and in plan.py, is trained on 6148 real images, not on table
-1's 1150, although the paper's section 4 says of it "using 1150 Spanish images". All five of its numbers are those that
-the authors' committed notebook prints for ViT on 6148 real and 5000 synthetic images with augmentation.
+TABLE_1 is its zero-shot table, all twenty rows, as the repository (github.com/13204942/FU-LoRA)
+stores it in a file. TABLE_2 is in the paper alone. Its HB, called HB-all here and in plan.py, is
+trained on 6148 real images, not on table 1's 1150, although the paper's section 4 says of it "using
+1150 Spanish images". All five of its numbers are those that the authors' committed notebook prints
+for ViT on 6148 real and 5000 synthetic images with augmentation.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,8 @@ from paper.plan import CLASSIFIERS
 
 @dataclass(frozen=True)
 class Training:
-    """What a data model was trained on: Spanish, synthetic and African images, and patients of the real ones."""
+    """What a data model was trained on: Spanish, synthetic and African images, and patients of the
+    real ones."""
 
     spanish: int
     synthetic: int
@@ -34,9 +37,11 @@ TRAINING: dict[str, Training] = {
     "ES+AF": Training(6148, 0, 217, 673),
     "HB-all": Training(6148, 5000, 0, 612),
 }
-"""ES: Spanish images; HB, hybrid: Spanish and synthetic ones; AF: African ones; DA: augmentation."""
+"""ES: Spanish images; HB, hybrid: Spanish and synthetic ones; AF: African ones; DA:
+augmentation."""
 
-_ORDER = ("densenet169", "mobilenet_v2", "efficientnet_b0", "resnet18", "vit_b_16")  # of the paper's rows
+# of the paper's rows
+_ORDER = ("densenet169", "mobilenet_v2", "efficientnet_b0", "resnet18", "vit_b_16")
 # accuracy, recall, precision, F-score, AUC in percent
 _PERCENT = {
     "ES": (
@@ -79,7 +84,8 @@ TABLE_1: dict[tuple[str, str], Scores] = {
     for data, rows in _PERCENT.items()
     for classifier, row in zip(_ORDER, rows, strict=True)
 }
-"""(data model, classifier) -> the published scores, as fractions; AUC by the notebook's definition."""
+"""(data model, classifier) -> the published scores, as fractions; AUC by the notebook's
+definition."""
 
 TABLE_2: dict[tuple[str, str], Scores] = {
     ("AF", "vit_b_16"): _fractions((91.41, 88.71, 93.23, 90.44, 93.81)),
@@ -92,8 +98,11 @@ TABLE_2: dict[tuple[str, str], Scores] = {
 PUBLISHED = TABLE_1 | TABLE_2
 
 
-def published_difference(baseline: str, data: str, classifiers: Sequence[str] | None = None) -> float:
-    """The paper's accuracy of `data` less that of `baseline`, as a fraction, averaged over classifiers.
+def published_difference(
+    baseline: str, data: str, classifiers: Sequence[str] | None = None
+) -> float:
+    """The paper's accuracy of `data` less that of `baseline`, as a fraction, averaged over
+    classifiers.
 
     classifiers: nan if the paper does not have all of them with both; None for those that it has
     """
@@ -101,39 +110,59 @@ def published_difference(baseline: str, data: str, classifiers: Sequence[str] | 
     chosen = have if classifiers is None else classifiers
     if not have or not set(chosen) <= set(have):
         return float("nan")
-    return float(np.mean([PUBLISHED[data, c].accuracy - PUBLISHED[baseline, c].accuracy for c in chosen]))
+    return float(
+        np.mean([PUBLISHED[data, c].accuracy - PUBLISHED[baseline, c].accuracy for c in chosen])
+    )
 
 
 CLAIMS: dict[tuple[str, str], float] = {
-    pair: published_difference(*pair) for pair in (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
+    pair: published_difference(*pair)
+    for pair in (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
 }
-"""(baseline, data model that the paper says is better) -> its mean gain in accuracy, as a fraction, over the five
-classifiers of table 1, or with table 2's ViT."""
+"""(baseline, data model that the paper says is better) -> its mean gain in accuracy, as a fraction,
+over the five classifiers of table 1, or with table 2's ViT."""
 
 DIFFERENCES: tuple[tuple[str, str, str], ...] = (
     ("LoRA: layers", "the U-Net's cross-attention", "kohya's standard set, and the text encoder's"),
     ("LoRA: start of A", "Gaussian", "kohya's, uniform"),
     ("LoRA: learning rate", "1e-4", "1e-4 (U-Net), 5e-5 (text encoder)"),
     ("LoRA: batch size", "2", "1"),
-    ("LoRA: steps", "10000 = 100 images x 100 x 1 epoch; in batches of 2 that is 5000", "not recorded (1 epoch)"),
+    (
+        "LoRA: steps",
+        "10000 = 100 images x 100 x 1 epoch; in batches of 2 that is 5000",
+        "not recorded (1 epoch)",
+    ),
     ("LoRA: image size", "512", "512 x 512 in area; buckets keep each image's shape"),
     ("LoRA: layer of CLIP", "not said", "the last but one (clip skip 2)"),
     ("sampling", "Euler and UniPC, 20 steps, LoRA at 1.0; guidance not said", "no code"),
     ("classifier: image size", "512 x 512", "224 x 224"),
     ("classifier: input range", "-1 to 1", "0 to 1"),
     ("classifier: momentum of SGD", "not said", "0.9"),
-    ("classifier: which epoch is tested", "not said (20 epochs)", "the last of 20; early stopping is commented out"),
-    ("classifier: validation", "200 of the 6148 images, at random", "200 of the augmented training images themselves"),
+    (
+        "classifier: which epoch is tested",
+        "not said (20 epochs)",
+        "the last of 20; early stopping is commented out",
+    ),
+    (
+        "classifier: validation",
+        "200 of the 6148 images, at random",
+        "200 of the augmented training images themselves",
+    ),
     ("augmentation: rotation", "up to 25 degrees", "up to 15 degrees"),
     ("augmentation: crop", "none", "random, 8 to 100 % of the area, scaled to the whole"),
     ("augmentation: vertical flip", "probability 0.1", "none"),
-    ("AUC", "not defined", "from predicted labels; a prediction of Other is positive for every class"),
+    (
+        "AUC",
+        "not defined",
+        "from predicted labels; a prediction of Other is positive for every class",
+    ),
     ("figure 3: features", "InceptionNet's", "its 1000 logits, of images of 224 x 224"),
     ("table 2, HB: real images", "6148 in the table, 1150 in the text", "6148"),
     ("table 2, HB: augmentation", "not named", "yes"),
 )
 """Where the paper and the authors' repository part: (setting, paper, repository).
 
-Paper: sections 2 to 4. Repository: of the LoRA the configuration in its README (kohya's type Standard with a learning
-rate for the text encoder: so its layers and its start of A), of the classifiers and of table 2's HB
-Replicate_All_Planes_Classification.ipynb, of figure 3 its other notebook."""
+Paper: sections 2 to 4. Repository: of the LoRA the configuration in its README (kohya's type
+Standard with a learning rate for the text encoder: so its layers and its start of A), of the
+classifiers and of table 2's HB Replicate_All_Planes_Classification.ipynb, of figure 3 its other
+notebook."""

@@ -1,4 +1,5 @@
-"""Finished rows of the paper's tables: what classify.py left behind, read back, and scores averaged over seeds."""
+"""Finished rows of the paper's tables: what classify.py left behind, read back, and scores averaged
+over seeds."""
 
 import csv
 import json
@@ -40,7 +41,8 @@ class Result:
     targets, predictions: (N,) class indices of the test images
     probabilities: (N, K)
     patients, centers, images: (N,) names
-    copies: (N,) bool, whether the image's bytes occur earlier in the test list or among its site's training images
+    copies: (N,) bool, whether the image's bytes occur earlier in the test list or among its site's
+        training images
     classes: their names, by index
     """
 
@@ -67,7 +69,8 @@ class Result:
 class Estimate:
     """A metric of one row: a fraction for each seed, and the interval of their mean.
 
-    The interval is over patients and seeds; with one seed over patients alone, and so for this trained network.
+    The interval is over patients and seeds; with one seed over patients alone, and so for this
+    trained network.
     """
 
     values: tuple[float, ...]
@@ -79,7 +82,8 @@ class Estimate:
         return float(np.mean(self.values))
 
     def reaches(self, value: float, level: float = 0.95) -> bool | None:
-        """Whether one more seed, tested on the same images, might give this value; None if there is but one.
+        """Whether one more seed, tested on the same images, might give this value; None if there is
+        but one.
 
         It lies in the prediction interval of a normal sample. A published number is one such run.
         """
@@ -87,7 +91,9 @@ class Estimate:
             return None
         mean, deviation = spread(self.values)
         n = len(self.values)
-        return bool(abs(value - mean) <= stdtrit(n - 1, (1 + level) / 2) * deviation * np.sqrt(1 + 1 / n))
+        return bool(
+            abs(value - mean) <= stdtrit(n - 1, (1 + level) / 2) * deviation * np.sqrt(1 + 1 / n)
+        )
 
 
 def read_result(folder: Path, table: str, data: str, classifier: str, seed: int) -> Result:
@@ -101,17 +107,28 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
             rows = list(csv.DictReader(file))
         named = ("image", "patient", "center", "target", "prediction", "copy")
         classes = tuple(name for name in rows[0] if name not in named)
-        targets, predictions = (np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction"))
-        columns = {f"{key}s": np.array([row[key] for row in rows]) for key in ("patient", "center", "image")}
+        targets, predictions = (
+            np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction")
+        )
+        columns = {
+            f"{key}s": np.array([row[key] for row in rows])
+            for key in ("patient", "center", "image")
+        }
         probabilities = np.array([[float(row[name]) for name in classes] for row in rows])
         copies = np.array([row.get("copy", "0") == "1" for row in rows])
         training, counts = metrics["training"], metrics["confusion"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ResultError(f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again") from None
+        raise ResultError(
+            f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again"
+        ) from None
     if confusion(targets, predictions, len(classes)).tolist() != counts:
-        raise ResultError(f"{folder}: metrics.json and predictions.csv are of different runs; run the row again")
+        raise ResultError(
+            f"{folder}: metrics.json and predictions.csv are of different runs; run the row again"
+        )
     found = (targets, predictions, probabilities)
-    return Result(table, data, classifier, seed, training, *found, copies=copies, classes=classes, **columns)
+    return Result(
+        table, data, classifier, seed, training, *found, copies=copies, classes=classes, **columns
+    )
 
 
 def require_same_test(results: Sequence[Result]) -> None:
@@ -120,7 +137,8 @@ def require_same_test(results: Sequence[Result]) -> None:
         for key in ("images", "targets", "patients", "centers", "copies"):
             if not np.array_equal(getattr(result, key), getattr(results[0], key)):
                 raise ResultError(
-                    f"{result.name}: its test {key} are not those of {results[0].name}; run one of the two again"
+                    f"{result.name}: its test {key} are not those of {results[0].name}; run one of"
+                    " the two again"
                 )
 
 
@@ -136,26 +154,39 @@ def estimate(
 
     seeds: the row's results, all of the same test images
     distinct: leave out the test images that are copies
-    Every replicate draws the same patients for all seeds. Ends of intervals are fractions: none beyond 0 and 1.
+    Every replicate draws the same patients for all seeds. Ends of intervals are fractions: none
+    beyond 0 and 1.
     """
     kept = ~seeds[0].copies if distinct else np.full(len(seeds[0].copies), True)
     weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), replicates, seed=0)
     weights = np.concatenate([np.ones((1, kept.sum())), weights])  # row 0: the test set itself
-    runs = ((r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds)
+    runs = (
+        (r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds
+    )
     scores = np.stack([_weighted_scores(weights, *run) for run in runs])
-    found = over_both([scores], [1], clusters, level) if len(seeds) > 1 else over_patients(scores[0], clusters, level)
+    found = (
+        over_both([scores], [1], clusters, level)
+        if len(seeds) > 1
+        else over_patients(scores[0], clusters, level)
+    )
     low, high = np.clip(found[1:3], 0, 1)
     return {
-        name: Estimate(tuple(scores[:, 0, n].tolist()), float(low[n]), float(high[n])) for n, name in enumerate(METRICS)
+        name: Estimate(tuple(scores[:, 0, n].tolist()), float(low[n]), float(high[n]))
+        for n, name in enumerate(METRICS)
     }
 
 
-def compare(first: Sequence[Sequence[Result]], second: Sequence[Sequence[Result]]) -> dict[str, Difference]:
+def compare(
+    first: Sequence[Sequence[Result]], second: Sequence[Sequence[Result]]
+) -> dict[str, Difference]:
     """Two data models, second less first, by metric, averaged over classifiers that weigh the same.
 
-    first, second: for each classifier, its results; both data models have the same classifiers, and as many seeds as
-        there are
+    first, second: for each classifier, its results; both data models have the same classifiers, and
+        as many seeds as there are
     """
-    sides = ([np.stack([result.predictions for result in row]) for row in rows] for rows in (first, second))
+    sides = (
+        [np.stack([result.predictions for result in row]) for row in rows]
+        for rows in (first, second)
+    )
     test = first[0][0]
     return paired_bootstrap(test.targets, *sides, test.patients)

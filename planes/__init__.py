@@ -29,7 +29,8 @@ class Plane(StrEnum):
 
 
 PLANES: tuple[Plane, ...] = tuple(Plane)
-"""Class index = position: abdomen 0, brain 1, femur 2, thorax 3, as the African images' file names count, other 4."""
+"""Class index = position: abdomen 0, brain 1, femur 2, thorax 3, as the African images' file names
+count, other 4."""
 
 PAPER_COUNTS: dict[Plane, int] = {
     Plane.ABDOMEN: 353,
@@ -47,22 +48,35 @@ PROMPTS: dict[Plane, str] = {
     Plane.THORAX: "a photo of fetal thorax",
     Plane.OTHER: "a photo of fetal ultrasound",
 }
-"""One text per plane, the training caption and the sampling prompt alike (the authors' repository)."""
+"""One text per plane, the training caption and the sampling prompt alike (the authors'
+repository)."""
 
 PROMPT_LISTS: dict[Plane, tuple[str, ...]] = {
     Plane.ABDOMEN: (
         "a photo of fetal abdomen, a round cross-section with the stomach bubble",
-        "a photo of fetal abdomen with the stomach and the umbilical vein, as measured for its circumference",
+        (
+            "a photo of fetal abdomen with the stomach and the umbilical vein, as measured for its"
+            " circumference"
+        ),
         "a photo of fetal abdomen, the umbilical vein curving into the portal sinus of the liver",
-        "a photo of fetal abdomen, a bright ring of skin and ribs around the liver, the spine at one side",
+        (
+            "a photo of fetal abdomen, a bright ring of skin and ribs around the liver, the spine"
+            " at one side"
+        ),
         "a photo of fetal abdomen, transverse, the dark stomach bubble and the shadow of the spine",
     ),
     Plane.BRAIN: (
         "a photo of fetal brain, an oval skull with the midline echo",
         "a photo of fetal brain, transthalamic, with the thalami and the cavum septi pellucidi",
-        "a photo of fetal brain, transventricular, with the lateral ventricle and its choroid plexus",
+        (
+            "a photo of fetal brain, transventricular, with the lateral ventricle and its choroid"
+            " plexus"
+        ),
         "a photo of fetal brain, transcerebellar, with the cerebellum and the cisterna magna",
-        "a photo of fetal brain, the bright oval of the skull, as measured for the head circumference",
+        (
+            "a photo of fetal brain, the bright oval of the skull, as measured for the head"
+            " circumference"
+        ),
     ),
     Plane.FEMUR: (
         "a photo of fetal femur, one bright straight bone with a shadow below it",
@@ -75,8 +89,14 @@ PROMPT_LISTS: dict[Plane, tuple[str, ...]] = {
         "a photo of fetal thorax, a round cross-section with the heart",
         "a photo of fetal thorax with the four chambers of the heart between the lungs",
         "a photo of fetal thorax, the heart pointing to the left, the ribs around the lungs",
-        "a photo of fetal thorax, the two atria and the two ventricles around the crux of the heart",
-        "a photo of fetal thorax, transverse, the dark chambers of the heart and the shadow of the spine",
+        (
+            "a photo of fetal thorax, the two atria and the two ventricles around the crux of the"
+            " heart"
+        ),
+        (
+            "a photo of fetal thorax, transverse, the dark chambers of the heart and the shadow of"
+            " the spine"
+        ),
     ),
     Plane.OTHER: (
         "a photo of fetal ultrasound, the face in profile",
@@ -86,4 +106,5 @@ PROMPT_LISTS: dict[Plane, tuple[str, ...]] = {
         "a photo of fetal ultrasound, a pocket of amniotic fluid and loops of the cord",
     ),
 }
-"""More detailed prompts for sampling: what the standard views show (ISUOG's guidelines on biometry and screening)."""
+"""More detailed prompts for sampling: what the standard views show (ISUOG's guidelines on biometry
+and screening)."""

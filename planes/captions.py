@@ -1,4 +1,5 @@
-"""The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a token in either."""
+"""The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a
+token in either."""
 
 import json
 import random
@@ -18,34 +19,44 @@ from planes.style import STYLES, style_words, with_style
 from planes.tables import read_table
 
 PROMPTS_FILE = "prompts.json"
-"""Beside a LoRA that was trained on another site than the paper's: the captions of its classes, as `read_prompts` takes
-them from a file."""
+"""Beside a LoRA that was trained on another site than the paper's: the captions of its classes, as
+`read_prompts` takes them from a file."""
 
 
 def prompts_beside(loras: Sequence[Path]) -> dict[str, str]:
-    """The prompt of each class of the run that a LoRA comes from: PROMPTS, or those that lie beside the first of the
-    LoRAs that has some. Raises DatasetError for a file of them that is none."""
+    """The prompt of each class of the run that a LoRA comes from: PROMPTS, or those that lie beside
+    the first of the LoRAs that has some. Raises DatasetError for a file of them that is none."""
     file = next((file for path in loras if (file := path.parent / PROMPTS_FILE).is_file()), None)
-    return {name: prompts[0] for name, prompts in _read_lists(file, None).items()} if file else {**PROMPTS}
+    return (
+        {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
+        if file
+        else {**PROMPTS}
+    )
 
 
 def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tuple[str, ...]]:
-    """The prompts of each class: "paper" (one each), "styles" (with every pair of words for brightness and contrast),
-    "detailed" (PROMPT_LISTS), or a JSON file of such lists.
+    """The prompts of each class: "paper" (one each), "styles" (with every pair of words for
+    brightness and contrast), "detailed" (PROMPT_LISTS), or a JSON file of such lists.
 
     base: the one prompt of each class, which the first two are made of
 
-    Raises DatasetError unless the file is an object that has a list of at least one prompt for each class, and no more;
-    it may have classes of its own, none of which is a plane.
+    Raises DatasetError unless the file is an object that has a list of at least one prompt for each
+    class, and no more; it may have classes of its own, none of which is a plane.
     """
     if source == "paper":
         return {name: (prompt,) for name, prompt in base.items()}
     if source == "styles":
-        return {name: tuple(with_style(prompt, words) for words in STYLES) for name, prompt in base.items()}
+        return {
+            name: tuple(with_style(prompt, words) for words in STYLES)
+            for name, prompt in base.items()
+        }
     if source != "detailed":
         return _read_lists(Path(source), tuple(base))
     if set(base) != {*PLANES}:
-        raise DatasetError(f"--prompts detailed: of the paper's planes, not of {', '.join(base)}: give a file of them")
+        raise DatasetError(
+            f"--prompts detailed: of the paper's planes, not of {', '.join(base)}: give a file of"
+            " them"
+        )
     return PROMPT_LISTS
 
 
@@ -61,22 +72,36 @@ def _read_lists(source: Path, classes: tuple[str, ...] | None) -> dict[str, tupl
         and (classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}))
     ):
         if bad := next((name for name in lists if not is_class_name(name)), None):
-            raise DatasetError(f"{source}: {bad!r} is no name for a class, which names folders too; choose another")
+            raise DatasetError(
+                f"{source}: {bad!r} is no name for a class, which names folders too; choose another"
+            )
         classes = tuple(lists)
     classes = PLANES if classes is None else classes
     if not isinstance(lists, dict) or set(lists) != {*classes}:
         had = ", ".join(lists) or "none" if isinstance(lists, dict) else "no object"
-        raise DatasetError(f"{source}: needs a list of prompts for each of {', '.join(classes)}; it has {had}")
+        raise DatasetError(
+            f"{source}: needs a list of prompts for each of {', '.join(classes)}; it has {had}"
+        )
     for name, prompts in lists.items():
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-            raise DatasetError(f"{source}: {name} needs a list of one or more prompts, in quotation marks")
+        if (
+            not isinstance(prompts, list)
+            or not prompts
+            or not all(isinstance(p, str) and p.strip() for p in prompts)
+        ):
+            raise DatasetError(
+                f"{source}: {name} needs a list of one or more prompts, in quotation marks"
+            )
         if bad := next((prompt for prompt in prompts if not is_text(prompt)), None):
-            raise DatasetError(f"{source}: {name} has {bad!r}, in which half a character stands alone; write it whole")
+            raise DatasetError(
+                f"{source}: {name} has {bad!r}, in which half a character stands alone; write it"
+                " whole"
+            )
     return {name: tuple(lists[name]) for name in classes}
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; ValueError for a key that is there twice, of which json would take the last."""
+    """A JSON object; ValueError for a key that is there twice, of which json would take the
+    last."""
     keys = [key for key, _ in pairs]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ValueError(f"{twice!r} is there twice")
@@ -89,7 +114,8 @@ def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:
 
 
 def prompt_in_turn(prompts: tuple[str, ...], seed: int) -> str:
-    """One of the prompts, each as often as the others over consecutive seeds: a function of the image's seed alone."""
+    """One of the prompts, each as often as the others over consecutive seeds: a function of the
+    image's seed alone."""
     return prompts[seed % len(prompts)]
 
 
@@ -103,9 +129,11 @@ def say_style(image: Captioned) -> Captioned:
 
 
 def with_token(text: str, token: str | None) -> str:
-    """A prompt or caption that names a token: "a photo of fetal femur" becomes "a photo of sks fetal femur".
+    """A prompt or caption that names a token: "a photo of fetal femur" becomes "a photo of sks
+    fetal femur".
 
-    Another beginning gets it in front; a text that has it already, and every text where it is None, stays as it is.
+    Another beginning gets it in front; a text that has it already, and every text where it is None,
+    stays as it is.
     """
     if token is None or re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text):
         return text
@@ -123,43 +151,63 @@ def training_images(
     source: Path | None = None,
     template: str = "",
 ) -> tuple[list[Captioned], list[Captioned]]:
-    """The images to train on, each file there: those of the folder `images`, images of `spanish` with PROMPTS, or of
-    any site `source` with prompts by a template (`planes.sites`); and the images that are held out.
+    """The images to train on, each file there: those of the folder `images`, images of `spanish`
+    with PROMPTS, or of any site `source` with prompts by a template (`planes.sites`); and the
+    images that are held out.
 
-    manifest: the list of images to take from `spanish`; None: `per_plane` of each class, drawn by `seed`
-    held_out: how many; of a dataset or site training images of other patients, so that those that are trained on stay
-        the same; of `images` some of them, which are then not trained on
-    An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies them, so its default
-    must be 1 where folders name theirs: in kohya, which has no such flag, they say all.
+    manifest: the list of images to take from `spanish`; None: `per_plane` of each class, drawn by
+        `seed`
+    held_out: how many; of a dataset or site training images of other patients, so that those that
+        are trained on stay the same; of `images` some of them, which are then not trained on
+    An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies
+    them, so its default must be 1 where folders name theirs: in kohya, which has no such flag, they
+    say all.
     """
     rng = np.random.default_rng([seed, 700_001])  # of its own
     if images:
         found = read_captioned_folder(images)
         if held_out >= len(found):
-            raise DatasetError(f"{images}: {len(found)} images, of which {held_out} cannot be held out; ask for fewer")
+            raise DatasetError(
+                f"{images}: {len(found)} images, of which {held_out} cannot be held out; ask for"
+                " fewer"
+            )
         unseen = {*rng.permutation(len(found))[:held_out].tolist()}
-        return [i for n, i in enumerate(found) if n not in unseen], [found[n] for n in sorted(unseen)]
+        return [i for n, i in enumerate(found) if n not in unseen], [
+            found[n] for n in sorted(unseen)
+        ]
     every = read_site(source, "source", train=True) if source else read_spanish(spanish)
     classes = classes_of(every) if source else PLANES
     prompts = prompts_of(classes, template) if source else PROMPTS
     pool = [record for record in every if record.train]
-    records = read_manifest(manifest, every) if manifest else balanced(pool, per_plane, seed, classes)
+    records = (
+        read_manifest(manifest, every) if manifest else balanced(pool, per_plane, seed, classes)
+    )
     patients = {record.patient for record in records}
     others = [record for record in every if record.train and record.patient not in patients]
     if held_out > len(others):
-        raise DatasetError(f"{len(others)} training images of other patients are left, not {held_out} to hold out")
+        raise DatasetError(
+            f"{len(others)} training images of other patients are left, not {held_out} to hold out"
+        )
     unseen = [others[n] for n in sorted(rng.permutation(len(others))[:held_out])]
     require_images(records + unseen)
-    chosen, spared = ([Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (records, unseen))
+    chosen, spared = (
+        [Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (records, unseen)
+    )
     return chosen, spared
 
 
 def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
-    """(image, prompt) pairs of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et al. 2023).
+    """(image, prompt) pairs of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et
+    al. 2023).
 
     Raises DatasetError where there are none, or their files are missing.
     """
-    pairs = [(manifest.parent / image, prompt) for _, image, prompt in read_table(manifest, "image", "prompt")]
+    pairs = [
+        (manifest.parent / image, prompt)
+        for _, image, prompt in read_table(manifest, "image", "prompt")
+    ]
     if missing := [path for path, _ in pairs if not path.is_file()]:
-        raise DatasetError(f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}")
+        raise DatasetError(
+            f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}"
+        )
     return pairs

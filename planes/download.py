@@ -1,7 +1,7 @@
 """Fetch and unpack the two public datasets: `python -m planes.download --to data`.
 
-Afterwards `read_spanish("data")` and `read_african("data")` find them. Needs about 5 GB there: the archives stay beside
-what is unpacked, may be deleted, and are not fetched again if they are whole.
+Afterwards `read_spanish("data")` and `read_african("data")` find them. Needs about 5 GB there: the
+archives stay beside what is unpacked, may be deleted, and are not fetched again if they are whole.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from planes.record import SYNTHETIC, fetch_record
 class Archive:
     """A dataset's archive and how to tell that it is whole.
 
-    md5: None where its publisher's is not known; then the checksums that .xz keeps of its own contents are tested
+    md5: None where its publisher's is not known; then the checksums that .xz keeps of its own
+        contents are tested
     folder: what it is unpacked to; the archive may have it as its top folder or not
     records: how many `read` finds in it, all with images
     """
@@ -63,17 +64,20 @@ ARCHIVES: dict[str, Archive] = {
 
 
 def fetch(archive: Archive, to: str | Path) -> Path:
-    """The folder of the dataset in `to`, complete: as it is, else unpacked from the archive there, else downloaded.
+    """The folder of the dataset in `to`, complete: as it is, else unpacked from the archive there,
+    else downloaded.
 
-    DatasetError if that fails, in one line; nothing half-written is left. A folder that is there but incomplete is
-    the user's and is not touched.
+    DatasetError if that fails, in one line; nothing half-written is left. A folder that is there
+    but incomplete is the user's and is not touched.
     """
     folder, file = Path(to) / archive.folder, Path(to) / archive.name
     if folder.exists():
         try:
             _require_complete(archive, folder)
         except DatasetError as error:
-            raise DatasetError(f"{folder} is there but incomplete: {error}; move it away and run this again") from None
+            raise DatasetError(
+                f"{folder} is there but incomplete: {error}; move it away and run this again"
+            ) from None
         return folder
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,8 @@ def fetch(archive: Archive, to: str | Path) -> Path:
 def _download(archive: Archive, file: Path) -> None:
     part = file.with_name(f"{file.name}.part")
     try:
-        part.unlink(missing_ok=True)  # of a run that was killed: download_url would take it for the archive
+        # of a run that was killed: download_url would take it for the archive
+        part.unlink(missing_ok=True)
         download_url(archive.url, file.parent, part.name)
         if not _whole(part, archive.md5):
             raise OSError("what came is damaged or something else")
@@ -120,8 +125,17 @@ def _unpack(archive: Archive, file: Path, folder: Path) -> None:
         unpacked = scratch / folder.name if (scratch / folder.name).is_dir() else scratch
         _require_complete(archive, unpacked)
         unpacked.rename(folder)
-    except (OSError, EOFError, RuntimeError, DatasetError, tarfile.TarError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{file} cannot be unpacked ({error}); make room, or delete it and run this again") from None
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        DatasetError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DatasetError(
+            f"{file} cannot be unpacked ({error}); make room, or delete it and run this again"
+        ) from None
     finally:
         _remove(scratch)
 
@@ -136,14 +150,22 @@ def _remove(path: Path) -> None:
 def _require_complete(archive: Archive, folder: Path) -> None:
     records = archive.read(folder)
     if len(records) != archive.records:
-        raise DatasetError(f"its table lists {len(records)} images of the five planes, not {archive.records}")
+        raise DatasetError(
+            f"its table lists {len(records)} images of the five planes, not {archive.records}"
+        )
     require_images(records)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m planes.download", description=__doc__)
-    parser.add_argument("--to", type=Path, required=True, help="folder for archives and datasets, made if need be")
-    parser.add_argument("--only", choices=[*ARCHIVES, "synthetic"], help="one of the two, or the authors' own images")
+    parser.add_argument(
+        "--to", type=Path, required=True, help="folder for archives and datasets, made if need be"
+    )
+    parser.add_argument(
+        "--only",
+        choices=[*ARCHIVES, "synthetic"],
+        help="one of the two, or the authors' own images",
+    )
     return parser.parse_args(argv)
 
 
@@ -154,7 +176,9 @@ def main(args, archives: dict[str, Archive] = ARCHIVES):
             sys.stdout.write(f"{name}: {archive.records} images of the five planes in {folder}\n")
     if args.only == "synthetic":
         files = fetch_record(SYNTHETIC, args.to / "synthetic")
-        sys.stdout.write(f"synthetic: {len(files)} files of Zenodo {SYNTHETIC} in {args.to / 'synthetic'}\n")
+        sys.stdout.write(
+            f"synthetic: {len(files)} files of Zenodo {SYNTHETIC} in {args.to / 'synthetic'}\n"
+        )
 
 
 if __name__ == "__main__":

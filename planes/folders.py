@@ -1,4 +1,5 @@
-"""Captioned images as other trainers keep them: kohya's folders with repeats, one flat folder, metadata.jsonl."""
+"""Captioned images as other trainers keep them: kohya's folders with repeats, one flat folder,
+metadata.jsonl."""
 
 import json
 import re
@@ -26,7 +27,8 @@ OTHER_TYPES = (
 """The endings of pictures that are not read, and therefore not left out in silence."""
 
 REPEATS = re.compile(r"(?!0+_)(\d{1,5})_(.+)")
-"""A folder's name in kohya's layout, "20_fetal brain": repeats, not 0 and no date, then a caption."""
+"""A folder's name in kohya's layout, "20_fetal brain": repeats, not 0 and no date, then a
+caption."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,19 @@ class Captioned:
 
 
 def read_captioned_folder(folder: str | Path) -> list[Captioned]:
-    """The captioned images of a folder, in the order of their names, in whichever of three layouts it has.
+    """The captioned images of a folder, in the order of their names, in whichever of three layouts
+    it has.
 
-    kohya's: folders such as "20_fetal brain" in it; their images have 20 repeats and, where they have no caption of
-        their own, the caption "fetal brain". Only these folders count, so images beside them are refused.
+    kohya's: folders such as "20_fetal brain" in it; their images have 20 repeats and, where they
+        have no caption of their own, the caption "fetal brain". Only these folders count, so images
+        beside them are refused.
     flat: the images themselves, each with its own caption; repeats 1
-    metadata.jsonl, of Hugging Face's imagefolder, in a flat folder or in one of kohya's: on each line an object with
-        file_name and text (or caption). It alone says which images there are.
-    An image's own caption is the first line of the .caption or .txt file of its name. Where both are there .caption
-    counts, kohya's default: its taggers write .txt files, its captioner, whole sentences, .caption files.
-    Raises DatasetError where there are no images, one has no caption, or there are pictures that would be left out.
+    metadata.jsonl, of Hugging Face's imagefolder, in a flat folder or in one of kohya's: on each
+        line an object with file_name and text (or caption). It alone says which images there are.
+    An image's own caption is the first line of the .caption or .txt file of its name. Where both
+    are there .caption counts, kohya's default: its taggers write .txt files, its captioner, whole
+    sentences, .caption files. Raises DatasetError where there are no images, one has no caption, or
+    there are pictures that would be left out.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -59,36 +64,49 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
     if not repeated:
         return _read_flat(folder)
     others = [path for path in entries if path not in dict(repeated)]
-    if strays := [path for path in others if (images_of(path) if path in folders else _is_data(path))]:
+    if strays := [
+        path for path in others if (images_of(path) if path in folders else _is_data(path))
+    ]:
         raise DatasetError(
-            f"{folder}: {len(strays)} images or folders of images lie beside {repeated[0][0].name} and would not be "
-            f"trained on, such as {strays[0].name}; put them into folders named repeats_caption, or elsewhere"
+            f"{folder}: {len(strays)} images or folders of images lie beside {repeated[0][0].name}"
+            f" and would not be trained on, such as {strays[0].name}; put them into folders named"
+            " repeats_caption, or elsewhere"
         )
-    return [image for path, found in repeated for image in _read_flat(path, int(found[1]), found[2].strip())]
+    return [
+        image
+        for path, found in repeated
+        for image in _read_flat(path, int(found[1]), found[2].strip())
+    ]
 
 
 def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[Captioned]:
-    """The images in one folder; class_tokens: the caption of those without their own, if not empty."""
+    """The images in one folder; class_tokens: the caption of those without their own, if not
+    empty."""
     if (folder / "metadata.jsonl").is_file():
         return _read_metadata(folder / "metadata.jsonl", repeats)
     images = images_of(folder)
     strays = [p for p in sorted(folder.iterdir()) if _is_stray(p)] if images else []
     if strays:
         raise DatasetError(
-            f"{folder}: {len(strays)} pictures or folders of pictures in it would not be trained on, such as "
-            f"{strays[0].name}; convert pictures to PNG, put those of folders beside the others, or move them elsewhere"
+            f"{folder}: {len(strays)} pictures or folders of pictures in it would not be trained"
+            f" on, such as {strays[0].name}; convert pictures to PNG, put those of folders beside"
+            " the others, or move them elsewhere"
         )
     if not images:
         inside = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())[:5])
         raise DatasetError(
-            f"{folder}: no images in it ({', '.join(TYPES)}), no metadata.jsonl and no folders named repeats_caption, "
-            "such as 20_fetal brain; " + (f"the folders there are: {inside}" if inside else "there are no folders")
+            f"{folder}: no images in it ({', '.join(TYPES)}), no metadata.jsonl and no folders"
+            " named repeats_caption, such as 20_fetal brain; "
+            + (f"the folders there are: {inside}" if inside else "there are no folders")
         )
     captioned = [Captioned(image, _own_caption(image) or class_tokens, repeats) for image in images]
     if missing := next((image.path for image in captioned if not image.caption), None):
         remedy = f"write one into {missing.stem}.txt beside it, in UTF-8"
         if REPEATS.fullmatch(folder.resolve().name):
-            remedy += f", or give {folder.resolve().parent}, the folder above, so that {folder.resolve().name} names it"
+            remedy += (
+                f", or give {folder.resolve().parent}, the folder above, so that"
+                f" {folder.resolve().name} names it"
+            )
         raise DatasetError(f"{missing}: has no caption; {remedy}")
     return captioned
 
@@ -114,7 +132,10 @@ def _own_caption(image: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"{file}: cannot be read as a caption in UTF-8 ({error})") from None
         if not caption:
-            raise DatasetError(f"{file}: its first line is empty; write the caption of {image.name} there, in UTF-8")
+            raise DatasetError(
+                f"{file}: its first line is empty; write the caption of {image.name} there, in"
+                " UTF-8"
+            )
         return caption
     return None
 
@@ -137,9 +158,14 @@ def _read_metadata(file: Path, repeats: int) -> list[Captioned]:
             (name + caption).encode("utf-8")  # half a character, as "\\ud800", is a ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
             needed = '{"file_name": "image.png", "text": "its caption"}'
-            raise DatasetError(f"{file}, line {number}: must be like {needed}, neither of them empty") from None
+            raise DatasetError(
+                f"{file}, line {number}: must be like {needed}, neither of them empty"
+            ) from None
         if not (file.parent / name).is_file():
-            raise DatasetError(f"{file}, line {number}: {name} is not there; file_name is relative to {file.parent}")
+            raise DatasetError(
+                f"{file}, line {number}: {name} is not there; file_name is relative to"
+                f" {file.parent}"
+            )
         images.append(Captioned(file.parent / name, caption.strip(), repeats))
     if not images:
         raise DatasetError(f"{file}: no images listed in it")

@@ -1,4 +1,5 @@
-"""Image files as a person sees them: one way to open them for LoRA, image-to-image and the classifiers alike."""
+"""Image files as a person sees them: one way to open them for LoRA, image-to-image and the
+classifiers alike."""
 
 import logging
 from pathlib import Path
@@ -8,7 +9,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from planes.tables import DatasetError
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
-"""A workflow or a licence of megabytes in a PNG's text says nothing against its pixels (Pillow's limit is 1 MB)."""
+"""A workflow or a licence of megabytes in a PNG's text says nothing against its pixels (Pillow's
+limit is 1 MB)."""
 
 _told: set[str] = set()  # what a run says once
 
@@ -20,8 +22,9 @@ class ImageError(DatasetError):
 def open_image(path: Path) -> Image.Image:
     """An image file, upright by its EXIF orientation: in "L" if it is stored grey, else in "RGB".
 
-    What is transparent is composed on black, which is said once. Raises ImageError for a file that cannot be read, and
-    for more than 8 bits per channel: which of the levels an eye should see is for its owner to say.
+    What is transparent is composed on black, which is said once. Raises ImageError for a file that
+    cannot be read, and for more than 8 bits per channel: which of the levels an eye should see is
+    for its owner to say.
     """
     try:
         require_sums(path)
@@ -31,18 +34,24 @@ def open_image(path: Path) -> Image.Image:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(f"{path}: not a readable image ({reason}); replace or remove it") from None
     if image.mode[0] in "IF":
-        raise ImageError(f"{path}: has more than 8 bits per channel ({image.mode}); convert it to 8 bits")
+        raise ImageError(
+            f"{path}: has more than 8 bits per channel ({image.mode}); convert it to 8 bits"
+        )
     grey = image.mode in {"1", "L", "LA", "La"}
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
-            _tell_once("transparent", f"{path}: is transparent in parts, which become black, here and in others")
+            _tell_once(
+                "transparent",
+                f"{path}: is transparent in parts, which become black, here and in others",
+            )
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("L" if grey else "RGB")
 
 
 def require_sums(path: Path) -> None:
-    """Raises whatever Pillow does for a PNG of which a part does not have its sum: its decoder would let that pass."""
+    """Raises whatever Pillow does for a PNG of which a part does not have its sum: its decoder
+    would let that pass."""
     with Image.open(path) as file:
         file.verify()
 

@@ -20,19 +20,22 @@ def sample_unipc(
     corrector: bool | Container[int] = True,
     callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Samples with UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2), data prediction, multistep.
+    """Samples with UniPC (Zhao et al. 2023, arXiv 2302.04867, algorithms 1 and 2), data prediction,
+    multistep.
 
     denoise: (x, sigma) -> x0, called once for each sigma but the last, always at the predicted x
     x: (B, ...) noise at sigmas[0] (Nodes.init_scale times unit noise)
     sigmas: N + 1 falling noise levels; a last one of 0 ends at the last x0 itself
     order: 1 to 3, of the predictor; the corrector, which costs no call of the model, gains one more
     variant: "bh1" or "bh2", the paper's B(h); it matters only where a step has a single neighbour
-    lower_order_final: the last steps fall to order 2 and 1, needed where the last one is long, as with even times
-    corrector: True or False, or the nodes to correct: range(4, N) spares the first ones under strong guidance
+    lower_order_final: the last steps fall to order 2 and 1, needed where the last one is long, as
+        with even times
+    corrector: True or False, or the nodes to correct: range(4, N) spares the first ones under
+        strong guidance
     callback: called as callback(i, x, x0) after the model at node i; x is corrected
 
-    Returns x at the last sigma, which no corrector sees. Raises SamplerError for an unknown order or variant, or where
-    the sigmas rise or one before the last is 0.
+    Returns x at the last sigma, which no corrector sees. Raises SamplerError for an unknown order
+    or variant, or where the sigmas rise or one before the last is 0.
     """
     sigmas = checked_sigmas(sigmas)
     if order not in (1, 2, 3):
@@ -65,9 +68,14 @@ def sample_unipc(
 
 
 def _step(
-    x: Tensor, node: tuple[float, Tensor], others: list[tuple[float, Tensor]], target: float, variant: str
+    x: Tensor,
+    node: tuple[float, Tensor],
+    others: list[tuple[float, Tensor]],
+    target: float,
+    variant: str,
 ) -> Tensor:
-    """x at the sigma of node, carried to target through the x0 of node and the others, all (sigma, x0)."""
+    """x at the sigma of node, carried to target through the x0 of node and the others, all (sigma,
+    x0)."""
     sigma, x0 = node
     if target == sigma:
         return x
@@ -82,13 +90,15 @@ def _step(
 
 
 def coefficients(h: float, positions: Sequence[float], variant: str) -> list[float]:
-    """Weights c_j in x' = r x + (1 - r) D_0 + sum_j c_j (D_j - D_0), r = e^-h, of a step of length h.
+    """Weights c_j in x' = r x + (1 - r) D_0 + sum_j c_j (D_j - D_0), r = e^-h, of a step of length
+    h.
 
-    positions: u_j = (lambda_j - lambda_0) / h of the other nodes, lambda = -log sigma, where the guess of x_0 is D_j:
-        below 0 behind the step, 1 at its end
+    positions: u_j = (lambda_j - lambda_0) / h of the other nodes, lambda = -log sigma, where the
+        guess of x_0 is D_j: below 0 behind the step, 1 at its end
 
-    The polynomial through D_0 and the D_j is integrated exactly, so sum_j c_j u_j^k = J_k for k = 1 .. len(positions),
-    J_k = integral_0^h e^(s-h) (s/h)^k ds. A single node takes the paper's B(h) instead: c = B(h) / (2 u).
+    The polynomial through D_0 and the D_j is integrated exactly, so sum_j c_j u_j^k = J_k for k = 1
+    .. len(positions), J_k = integral_0^h e^(s-h) (s/h)^k ds. A single node takes the paper's B(h)
+    instead: c = B(h) / (2 u).
     """
     if not positions:
         return []

@@ -1,4 +1,5 @@
-"""The benchmarks run, each at its smallest, beside the peer where that is installed, and agree before they time."""
+"""The benchmarks run, each at its smallest, beside the peer where that is installed, and agree
+before they time."""
 
 import json
 import runpy
@@ -12,10 +13,22 @@ pytestmark = pytest.mark.slow
 SMALL = {
     "sample": ["--scale", "small", "--size", "32", "--steps", "2", "--batch-size", "1"],
     "train_lora": ["--scale", "small", "--size", "32", "--rank", "4", "--batch-size", "1"],
-    "classify": ["--size", "64", "--stored", "70", "--images", "20", "--batch-size", "10", "--workers", "0"],
+    "classify": [
+        "--size",
+        "64",
+        "--stored",
+        "70",
+        "--images",
+        "20",
+        "--batch-size",
+        "10",
+        "--workers",
+        "0",
+    ],
 }
 PEERS = {"sample": "diffusers", "train_lora": "peft", "classify": "torchvision"}
-AGREE = {"sample": 1e-2, "train_lora": 1e-5, "classify": 0.5}  # the last augments by draws of its own
+# the last augments by draws of its own
+AGREE = {"sample": 1e-2, "train_lora": 1e-5, "classify": 0.5}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -24,7 +37,15 @@ def test_a_benchmark_prints_a_table_and_its_rivals_agree(name, tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     script = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="benchmark")
-    flags = [*SMALL[name], "--rounds", "1", "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    flags = [
+        *SMALL[name],
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+        str(tmp_path / "rows.json"),
+    ]
     script["main"](script["parse_args"](flags))
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 2 and rows[0]["who"] == "ours" and float(rows[1]["speed"]) == 1

@@ -1,4 +1,5 @@
-"""Damaged inputs, 300 of each kind: one line that says so, or what the bytes that are left say; nothing in between."""
+"""Damaged inputs, 300 of each kind: one line that says so, or what the bytes that are left say;
+nothing in between."""
 
 import csv
 import io
@@ -35,11 +36,13 @@ from samplers import SamplerError
 
 pytestmark = pytest.mark.slow
 COUNT = 300
-MISTAKES = (CheckpointError, ClassifyError, DatasetError, LoRAError, OSError, SamplerError)  # which the scripts catch
+# which the scripts catch
+MISTAKES = (CheckpointError, ClassifyError, DatasetError, LoRAError, OSError, SamplerError)
 
 
 def mutations(data, seed=0, count=COUNT):
-    """`count` damaged copies of some bytes, a third each: cut short, single bytes changed, two stretches swapped."""
+    """`count` damaged copies of some bytes, a third each: cut short, single bytes changed, two
+    stretches swapped."""
     rng = np.random.default_rng(seed)
     header = min(len(data), 600)
     for n in range(count):
@@ -59,10 +62,11 @@ def mutations(data, seed=0, count=COUNT):
 
 
 def survey(path, reader, says, count=COUNT):
-    """Every damaged copy of a file is read: refused in one line, or read to what `says` of its bytes.
+    """Every damaged copy of a file is read: refused in one line, or read to what `says` of its
+    bytes.
 
-    says(damaged, result): does the content bear the result out, which may be another than the whole file's?
-    Returns how many were refused.
+    says(damaged, result): does the content bear the result out, which may be another than the whole
+    file's? Returns how many were refused.
     """
     whole, refused = path.read_bytes(), 0
     for damaged in mutations(whole, count=count):
@@ -93,14 +97,21 @@ def bytes_of(tensor):
 
 def vocabulary(merges=()):
     letters = [f"{chr(c)}{end}" for c in range(33, 127) for end in ("", "</w>")]
-    return [*letters, *(pair.replace(" ", "") for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return [
+        *letters,
+        *(pair.replace(" ", "") for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """CLIP's format with letters for tokens."""
     folder = tmp_path_factory.mktemp("words")
-    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(vocabulary())}))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: n for n, token in enumerate(vocabulary())})
+    )
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
 
@@ -113,7 +124,9 @@ def model(words):
 def holds(model, tensors):
     """Is every parameter of the model one of the file's tensors, in its bytes?"""
     stored = {content for _, _, content in tensors.values()}
-    return all(bytes_of(v) in stored for n in NETWORKS for v in getattr(model, n).state_dict().values())
+    return all(
+        bytes_of(v) in stored for n in NETWORKS for v in getattr(model, n).state_dict().values()
+    )
 
 
 def test_a_single_file(model, words, tmp_path):
@@ -133,7 +146,9 @@ def test_a_folders_json(model, tmp_path, name):
     def says(damaged, result):
         values, config = json.loads(damaged), result.unet.config
         if name.startswith("unet"):
-            return list(config.block_out_channels) == values.get("block_out_channels", [320, 640, 1280, 1280])
+            return list(config.block_out_channels) == values.get(
+                "block_out_channels", [320, 640, 1280, 1280]
+            )
         return result.prediction_type == values.get("prediction_type", "epsilon")
 
     assert survey(tmp_path / "a" / name, lambda: load(tmp_path / "a"), says) > COUNT // 4
@@ -144,7 +159,9 @@ def test_a_tokenizer(words, tmp_path, name):
     folder, size = shutil.copytree(words, tmp_path / "words"), TextConfig()
     if name == "merges.txt":
         pairs = [f"{a} {b}</w>" for a, b in zip("abcdefgh", "ijklmnop")]
-        (folder / "vocab.json").write_text(json.dumps({t: n for n, t in enumerate(vocabulary(pairs))}))
+        (folder / "vocab.json").write_text(
+            json.dumps({t: n for n, t in enumerate(vocabulary(pairs))})
+        )
         (folder / name).write_text("#version: 0.2\n" + "\n".join(pairs) + "\n")
     if name == "tokenizer.json":
         load_tokenizer(folder, size).save_pretrained(folder)
@@ -174,7 +191,10 @@ def test_a_pickle(model, words, tmp_path):
 
 
 def test_a_lora(tmp_path):
-    network, path = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Linear(24, 24)), tmp_path / "a.safetensors"
+    network, path = (
+        torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Linear(24, 24)),
+        tmp_path / "a.safetensors",
+    )
     inject(network, 4, 4.0, ".*", "gaussian", torch.Generator().manual_seed(0))
     save_lora(path, {"lora_unet": network}, {"ss_seed": 0})
 
@@ -192,7 +212,9 @@ def test_a_lora(tmp_path):
 
 def test_an_embedding(tmp_path):
     path, base = tmp_path / "a.safetensors", load(MINI)
-    save_embedding(path, "<us>", torch.arange(base.text_encoder.config.hidden_size, dtype=torch.float32))
+    save_embedding(
+        path, "<us>", torch.arange(base.text_encoder.config.hidden_size, dtype=torch.float32)
+    )
     table = base.text_encoder.text_model.embeddings.token_embedding
     length, marks = len(base.tokenizer), 0
 
@@ -215,7 +237,9 @@ def chunks(png):
         size = int.from_bytes(png[place : place + 4], "big")
         kind, content = png[place + 4 : place + 8], png[place + 8 : place + 8 + size]
         total = png[place + 8 + size : place + 12 + size]
-        found.append((kind, content) if zlib.crc32(kind + content).to_bytes(4, "big") == total else None)
+        found.append(
+            (kind, content) if zlib.crc32(kind + content).to_bytes(4, "big") == total else None
+        )
         place += 12 + size
     return found
 
@@ -223,7 +247,9 @@ def chunks(png):
 def test_a_png_and_the_settings_in_it(tmp_path):
     path, rng = tmp_path / "brain" / "euler_1.png", np.random.default_rng(0)
     numbers = {"steps": 4, "guidance": 1.5, "seed": 1, "width": 32, "height": 24, "clip_skip": 1}
-    texts = dict.fromkeys(("loras", "lora_hashes", "init_image", "model", "model_hash", "negative_prompt"), "")
+    texts = dict.fromkeys(
+        ("loras", "lora_hashes", "init_image", "model", "model_hash", "negative_prompt"), ""
+    )
     shot = webui.Shot(
         image="brain/euler_1.png", plane="brain", prompt="a photo of fetal brain", sampler="euler", spacing=None,
         order=None, strength=None, **numbers, **texts,
@@ -260,7 +286,9 @@ def test_a_manifest(tmp_path):
     table, path = io.StringIO(), tmp_path / "manifest.csv"
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image", "plane", "prompt", "sampler"])
-    writer.writerows([f"{p}/{n}.png", p, f"a photo, of {p}", "euler"] for p in PLANES for n in range(9))
+    writer.writerows(
+        [f"{p}/{n}.png", p, f"a photo, of {p}", "euler"] for p in PLANES for n in range(9)
+    )
     path.write_text(table.getvalue())
     assert survey(path, lambda: read_synthetic(path), tells_every_row) > COUNT // 3
 
@@ -278,12 +306,14 @@ def test_a_dataset_table(tmp_path, site):
 
 def test_a_caption(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("a photo of fetal brain, é, dark, flat\nand more\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text(
+        "a photo of fetal brain, é, dark, flat\nand more\n", encoding="utf-8"
+    )
 
     def says(damaged, result):
-        return [image.caption for image in result] == [damaged.decode("utf-8-sig").splitlines(False)[0].strip()] or (
-            damaged.decode("utf-8-sig").partition("\n")[0].strip() == result[0].caption
-        )
+        return [image.caption for image in result] == [
+            damaged.decode("utf-8-sig").splitlines(False)[0].strip()
+        ] or (damaged.decode("utf-8-sig").partition("\n")[0].strip() == result[0].caption)
 
     assert survey(tmp_path / "a.txt", lambda: read_captioned_folder(tmp_path), says) > COUNT // 12
 
@@ -291,19 +321,26 @@ def test_a_caption(tmp_path):
 def test_a_list_of_captions(tmp_path):
     for name in "abc":
         Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
-    lines = [json.dumps({"file_name": f"{name}.png", "text": f"a photo of {name}"}) for name in "abc"]
+    lines = [
+        json.dumps({"file_name": f"{name}.png", "text": f"a photo of {name}"}) for name in "abc"
+    ]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
     def says(damaged, result):
         rows = [json.loads(line) for line in damaged.decode().split("\n") if line.strip()]
         return [image.caption for image in result] == [row["text"].strip() for row in rows]
 
-    assert survey(tmp_path / "metadata.jsonl", lambda: read_captioned_folder(tmp_path), says) > COUNT // 2
+    assert (
+        survey(tmp_path / "metadata.jsonl", lambda: read_captioned_folder(tmp_path), says)
+        > COUNT // 2
+    )
 
 
 def test_a_file_of_prompts(tmp_path):
     path = tmp_path / "prompts.json"
-    path.write_text(json.dumps({plane: [f"a photo of fetal {plane}", f"a scan, {plane}"] for plane in PLANES}))
+    path.write_text(
+        json.dumps({plane: [f"a photo of fetal {plane}", f"a scan, {plane}"] for plane in PLANES})
+    )
 
     def says(damaged, result):
         return {str(plane): list(texts) for plane, texts in result.items()} == json.loads(damaged)
@@ -333,13 +370,19 @@ def test_a_training_state(tmp_path):
 def test_weights_that_are_not_finite_are_named_wherever_the_damage_put_them(model, tmp_path):
     save_folder(model, tmp_path / "a")
     path = tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors"
-    flags = dict.fromkeys(("tokenizer", "vae", "prediction_type")) | {"model": str(tmp_path / "a"), "ema": False}
+    flags = dict.fromkeys(("tokenizer", "vae", "prediction_type")) | {
+        "model": str(tmp_path / "a"),
+        "ema": False,
+    }
 
     def says(damaged, result):
-        return holds(result, tensors_of(damaged) | others) and all(v.isfinite().all() for v in result.unet.parameters())
+        return holds(result, tensors_of(damaged) | others) and all(
+            v.isfinite().all() for v in result.unet.parameters()
+        )
 
     others = {
-        n: (None, None, bytes_of(v)) for n, v in enumerate((*model.vae.parameters(), *model.text_encoder.parameters()))
+        n: (None, None, bytes_of(v))
+        for n, v in enumerate((*model.vae.parameters(), *model.text_encoder.parameters()))
     }
     assert survey(path, lambda: load_model(Namespace(**flags)), says, count=60) > 20
     tensors = load_file(path)

@@ -1,4 +1,5 @@
-"""docs/walkthrough.md holds to the code: what it names exists, what it quotes stands there, what it shows is drawn."""
+"""docs/walkthrough.md holds to the code: what it names exists, what it quotes stands there, what it
+shows is drawn."""
 
 import ast
 import re
@@ -25,7 +26,9 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
             inner = list(ast.walk(node)) if isinstance(node, ast.FunctionDef) else node.body
-            names |= {f"{node.name}.{item.name}" for item in inner if isinstance(item, ast.FunctionDef)}
+            names |= {
+                f"{node.name}.{item.name}" for item in inner if isinstance(item, ast.FunctionDef)
+            }
             names |= {item.name for item in inner if isinstance(item, ast.FunctionDef)}
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
             if isinstance(target, ast.Name):
@@ -45,9 +48,15 @@ def test_a_name_is_defined_in_the_file_that_the_text_says(name, path):
 
 def test_every_other_name_is_defined_or_an_attribute_in_a_file_that_the_text_names():
     known = set().union(*(defined(ROOT / path) for path in FILES))
-    attributes = {a for path in FILES for a in re.findall(r"self\.(\w+)", (ROOT / path).read_text(encoding="utf-8"))}
+    attributes = {
+        a
+        for path in FILES
+        for a in re.findall(r"self\.(\w+)", (ROOT / path).read_text(encoding="utf-8"))
+    }
     names = {name for name in re.findall(NAME, TEXT) if not name.endswith(".py")}
-    assert {name for name in names if name not in known and name.removesuffix(".0") not in attributes} == set()
+    assert {
+        name for name in names if name not in known and name.removesuffix(".0") not in attributes
+    } == set()
 
 
 @pytest.mark.parametrize(("path", "quote"), QUOTES)
@@ -67,7 +76,9 @@ def test_every_picture_is_there_and_drawn_by_the_script_and_none_is_left_over():
 def test_the_reading_list_counts_lines_rightly_and_is_read_in_an_hour():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     listed = {path: int(lines) for path, lines in re.findall(rf"{PATH} \((\d+)\)", text)}
-    assert {path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in listed} == listed
+    assert {
+        path: (ROOT / path).read_text(encoding="utf-8").count("\n") for path in listed
+    } == listed
     assert f"in {len(listed)} files of {sum(listed.values()):,} lines" in text
     assert max(listed.values()) <= 250 and sum(listed.values()) <= 2800
 

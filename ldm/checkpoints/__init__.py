@@ -12,7 +12,15 @@
 """
 
 from ldm import CheckpointError
-from ldm.checkpoints.checkpoint import NETWORKS, PREDICTION_TYPES, Config, Model, load, save_folder, save_single
+from ldm.checkpoints.checkpoint import (
+    NETWORKS,
+    PREDICTION_TYPES,
+    Config,
+    Model,
+    load,
+    save_folder,
+    save_single,
+)
 
 __all__ = [
     "NETWORKS",

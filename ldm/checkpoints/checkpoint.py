@@ -1,4 +1,5 @@
-"""Stable Diffusion 1 and 2 to and from weight files: a CompVis/webui single file, a diffusers folder."""
+"""Stable Diffusion 1 and 2 to and from weight files: a CompVis/webui single file, a diffusers
+folder."""
 
 import contextlib
 import re
@@ -67,7 +68,8 @@ class Model:
         return Config(*configs, self.prediction_type, self.sample_size)
 
     def sha256(self) -> dict[str, str]:
-        """The digest of each weight file, as model pages publish it; reads the files again, so call it once."""
+        """The digest of each weight file, as model pages publish it; reads the files again, so call
+        it once."""
         return {name: sha256(path) for name, path in self.files.items()}
 
 
@@ -84,26 +86,33 @@ def load(
 ) -> Model:
     """Read a checkpoint: a single file or a diffusers folder. Networks come frozen, in eval mode.
 
-    On the CPU a weight that keeps its type stays where it is, mapped from the file: it is read when it is first used,
-    at no cost in memory of its own, and writing to it changes the model alone. While the model lives, such a file may
-    be renamed, removed, or replaced by a rename, but not overwritten in place, which would change the weights, or end
-    the program with a bus error. Whatever is cast or moved is copied, one tensor at a time.
+    On the CPU a weight that keeps its type stays where it is, mapped from the file: it is read when
+    it is first used, at no cost in memory of its own, and writing to it changes the model alone.
+    While the model lives, such a file may be renamed, removed, or replaced by a rename, but not
+    overwritten in place, which would change the weights, or end the program with a bus error.
+    Whatever is cast or moved is copied, one tensor at a time.
 
-    tokenizer: folder with CLIP's vocab.json and merges.txt; default: the checkpoint's own, then the local hub cache
-    config: instead of the folder's json files; of a single file, what the shapes do not tell, such as SD 1.5's 8 heads
-    prediction_type: what the U-Net returns; default: what the checkpoint says, or a probe of an SD 2 file
-    ema: take the U-Net's running average, which v1-5-pruned and training runs keep beside it in the single file
+    tokenizer: folder with CLIP's vocab.json and merges.txt; default: the checkpoint's own, then the
+        local hub cache
+    config: instead of the folder's json files; of a single file, what the shapes do not tell, such
+        as SD 1.5's 8 heads
+    prediction_type: what the U-Net returns; default: what the checkpoint says, or a probe of an SD
+        2 file
+    ema: take the U-Net's running average, which v1-5-pruned and training runs keep beside it in the
+        single file
     vae: a VAE's file (CompVis's or diffusers' names) or folder, instead of the checkpoint's own
 
-    Raises CheckpointError, one line, where the checkpoint is broken, incomplete, of another family or an unsafe pickle.
-    Nothing is ever fetched from the network.
+    Raises CheckpointError, one line, where the checkpoint is broken, incomplete, of another family
+    or an unsafe pickle. Nothing is ever fetched from the network.
     """
     root = Path(path)
     is_folder = root.is_dir()
     probed = False
     if is_folder:
         if ema:
-            raise CheckpointError(f"{root}: a folder holds one U-Net, mostly the averaged one; load it without --ema")
+            raise CheckpointError(
+                f"{root}: a folder holds one U-Net, mostly the averaged one; load it without --ema"
+            )
         parts = list(weight_files(root, [name for name in WEIGHTS if name != "vae" or vae is None]))
         tensors = locate([(name, open_weights(file)) for name, file in parts], FOLDER)
         config = config or read_config(root)
@@ -121,16 +130,26 @@ def load(
     if vae is not None:
         own, others = _locate_vae(Path(vae), config.vae)
         config = replace(config, vae=own)
-        tensors = {name: stored for name, stored in tensors.items() if not name.startswith("vae.")} | others
+        tensors = {
+            name: stored for name, stored in tensors.items() if not name.startswith("vae.")
+        } | others
     config = replace(config, prediction_type=prediction_type or config.prediction_type)
     _check_config(root, config)
 
     # networks without storage first: whatever does not fit is found before any weight is read
     with torch.device("meta"):
         networks = {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
-    wanted = {f"{name}.{key}": v.shape for name, net in networks.items() for key, v in net.state_dict().items()}
-    _check_tensors(dict.fromkeys(NETWORKS, root) | ({"vae": Path(vae)} if vae else {}), wanted, tensors)
-    tokens = load_tokenizer(root / "tokenizer" if tokenizer is None and is_folder else tokenizer, config.text_encoder)
+    wanted = {
+        f"{name}.{key}": v.shape
+        for name, net in networks.items()
+        for key, v in net.state_dict().items()
+    }
+    _check_tensors(
+        dict.fromkeys(NETWORKS, root) | ({"vae": Path(vae)} if vae else {}), wanted, tensors
+    )
+    tokens = load_tokenizer(
+        root / "tokenizer" if tokenizer is None and is_folder else tokenizer, config.text_encoder
+    )
 
     states: dict[str, dict[str, Tensor]] = {name: {} for name in NETWORKS}
     for weights, names in _by_file(tensors):
@@ -140,7 +159,9 @@ def load(
                 part = tensor if third is None else tensor.chunk(3)[third]
                 network, _, parameter = name.partition(".")
                 misaligned = part.data_ptr() % part.element_size() != 0  # by a header of odd length
-                states[network][parameter] = part.to(device, dtype, copy=misaligned).reshape(wanted[name])
+                states[network][parameter] = part.to(device, dtype, copy=misaligned).reshape(
+                    wanted[name]
+                )
     for name, network in networks.items():
         network.load_state_dict(states.pop(name), strict=True, assign=True)
         network.to(device).eval().requires_grad_(False)
@@ -156,7 +177,8 @@ def load(
 
 
 def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float32) -> None:
-    """Write a model as a diffusers folder, all at once or not at all; StableDiffusionPipeline reads it too.
+    """Write a model as a diffusers folder, all at once or not at all; StableDiffusionPipeline reads
+    it too.
 
     Raises CheckpointError where the path exists already.
     """
@@ -166,23 +188,34 @@ def save_folder(model: Model, path: Path | str, dtype: torch.dtype = torch.float
     with _appearing(path) as root:
         write_config(root, model.config)
         for name, stem in WEIGHTS.items():
-            state = {k: v.detach().to("cpu", dtype).contiguous() for k, v in getattr(model, name).state_dict().items()}
+            state = {
+                k: v.detach().to("cpu", dtype).contiguous()
+                for k, v in getattr(model, name).state_dict().items()
+            }
             save_file(state, root / name / f"{stem}.safetensors", metadata={"format": "pt"})
         save_tokenizer(model.tokenizer, root / "tokenizer", model.text_encoder.config)
 
 
 def save_single(
-    path: Path | str, model: Model, dtype: torch.dtype = torch.float32, metadata: Mapping[str, str] | None = None
+    path: Path | str,
+    model: Model,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model as one file in webui's CompVis layout, all at once or not at all.
 
     metadata: for the header, beside what the U-Net predicts; the tokenizer has no place in the file
-    Raises CheckpointError where the path exists already, or the model has sizes that a single file does not tell.
+    Raises CheckpointError where the path exists already, or the model has sizes that a single file
+    does not tell.
     """
     path = Path(path)
     if path.exists():
         raise CheckpointError(f"{path}: exists already; remove it first or choose another name")
-    state = {f"{name}.{key}": value for name in NETWORKS for key, value in getattr(model, name).state_dict().items()}
+    state = {
+        f"{name}.{key}": value
+        for name in NETWORKS
+        for key, value in getattr(model, name).state_dict().items()
+    }
     try:
         tensors = single_file_tensors(model.config, state)
     except CheckpointError as error:
@@ -196,7 +229,8 @@ def save_single(
 
 @contextlib.contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """Where to write what then appears at `path`, whole or not at all. CheckpointError where the disk is full."""
+    """Where to write what then appears at `path`, whole or not at all. CheckpointError where the
+    disk is full."""
     scratch = path.with_name(f".{path.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir(parents=True)
@@ -219,17 +253,24 @@ def _locate_vae(path: Path, config: VAEConfig) -> tuple[VAEConfig, dict[str, Sto
         own, files = read_vae_config(folder), list(network_files(folder, WEIGHTS["vae"]))
         if own.scaling_factor != config.scaling_factor:
             raise CheckpointError(
-                f"{folder}: latents scaled by {own.scaling_factor}, the model's by {config.scaling_factor}; "
-                "this VAE is of another family"
+                f"{folder}: latents scaled by {own.scaling_factor}, the model's by"
+                f" {config.scaling_factor}; this VAE is of another family"
             )
         return own, locate([("vae", open_weights(file)) for file in files], VAE_FILE)
     weights = open_weights(path)
     alone = not any(key.startswith("model.diffusion_model.") for key in weights.shapes)
-    if not alone or not any(re.match(r"(first_stage_model\.)?encoder\.conv_in\.", key) for key in weights.shapes):
-        what = "a VAE alone, a whole checkpoint" if not alone else "a VAE: no tensor encoder.conv_in.*"
+    if not alone or not any(
+        re.match(r"(first_stage_model\.)?encoder\.conv_in\.", key) for key in weights.shapes
+    ):
+        what = (
+            "a VAE alone, a whole checkpoint" if not alone else "a VAE: no tensor encoder.conv_in.*"
+        )
         raise CheckpointError(f"{path}: not {what}; give a VAE's own file or folder")
     tensors = locate([("vae", weights)], VAE_FILE)
-    return fit(Config(vae=config), {name: stored.shape for name, stored in tensors.items()}).vae, tensors
+    return (
+        fit(Config(vae=config), {name: stored.shape for name, stored in tensors.items()}).vae,
+        tensors,
+    )
 
 
 def _by_file(tensors: dict[str, Stored]) -> list[tuple[Weights, dict[str, list[str]]]]:
@@ -248,22 +289,33 @@ def _name(file: Path, root: Path) -> str:
     return str(file.relative_to(root)) if file.is_relative_to(root) else f"vae/{file.name}"
 
 
-def _check_tensors(places: dict[str, Path], shapes: dict[str, torch.Size], tensors: dict[str, Stored]) -> None:
+def _check_tensors(
+    places: dict[str, Path], shapes: dict[str, torch.Size], tensors: dict[str, Stored]
+) -> None:
     """Every parameter there, nothing else, all of the right shape."""
     if missing := [name for name in shapes if name not in tensors]:
         counts = Counter(name.partition(".")[0] for name in missing)
         of = Counter(name.partition(".")[0] for name in shapes)
-        lost = ", ".join(f"{counts[network]} of {of[network]} {network} tensors" for network in counts)
+        lost = ", ".join(
+            f"{counts[network]} of {of[network]} {network} tensors" for network in counts
+        )
         more = ", .." if len(missing) > 5 else ""
         place = places[next(iter(counts))]
         if counts == {"vae": of["vae"]}:
             raise CheckpointError(f"{place}: no VAE inside; give one by --vae")
-        raise CheckpointError(f"{place}: {lost} missing: {', '.join(missing[:5])}{more}; fetch it again, whole")
+        raise CheckpointError(
+            f"{place}: {lost} missing: {', '.join(missing[:5])}{more}; fetch it again, whole"
+        )
     if unknown := [stored for name, stored in tensors.items() if name not in shapes]:
-        keys = list(dict.fromkeys(stored.key for stored in unknown if stored.weights.path == unknown[0].weights.path))
+        keys = list(
+            dict.fromkeys(
+                stored.key for stored in unknown if stored.weights.path == unknown[0].weights.path
+            )
+        )
         raise CheckpointError(f"{unknown[0].weights.path}: {named(keys, 'unknown')}; {OTHER_KIND}")
     for name, stored in tensors.items():
-        if stored.shape not in (shapes[name], (*shapes[name], 1, 1)):  # a linear layer may come as a 1x1 convolution
+        # a linear layer may come as a 1x1 convolution
+        if stored.shape not in (shapes[name], (*shapes[name], 1, 1)):
             raise CheckpointError(
                 f"{stored.weights.path}: {stored.key} has shape {list(stored.shape)}, "
                 f"the network wants {list(shapes[name])}: {OTHER_KIND}"
@@ -271,19 +323,30 @@ def _check_tensors(places: dict[str, Path], shapes: dict[str, torch.Size], tenso
 
 
 def _check_config(root: Path, config: Config) -> None:
-    """A text-to-image model of a known prediction type, whose widths divide into heads and groups."""
+    """A text-to-image model of a known prediction type, whose widths divide into heads and
+    groups."""
     unet, vae, text = config.unet, config.vae, config.text_encoder
     if config.prediction_type not in PREDICTION_TYPES:
         raise CheckpointError(
-            f"{root}: prediction_type {config.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
+            f"{root}: prediction_type {config.prediction_type!r} is not one of"
+            f" {', '.join(PREDICTION_TYPES)}"
         )
     if unet.in_channels != vae.latent_channels:
         kind = _CHANNELS.get(unet.in_channels, "another kind of")
-        raise CheckpointError(f"{root}: {kind} U-Net ({unet.in_channels} input channels); give a text-to-image model")
-    splits = [(width, heads, "U-Net heads") for width, heads in zip(unet.block_out_channels, unet.num_heads)]
+        raise CheckpointError(
+            f"{root}: {kind} U-Net ({unet.in_channels} input channels); give a text-to-image model"
+        )
+    splits = [
+        (width, heads, "U-Net heads")
+        for width, heads in zip(unet.block_out_channels, unet.num_heads)
+    ]
     splits += [(text.hidden_size, text.num_attention_heads, "text encoder heads")]
-    splits += [(width, unet.norm_num_groups, "U-Net norm groups") for width in unet.block_out_channels]
+    splits += [
+        (width, unet.norm_num_groups, "U-Net norm groups") for width in unet.block_out_channels
+    ]
     splits += [(width, vae.norm_num_groups, "VAE norm groups") for width in vae.block_out_channels]
     for width, parts, what in splits:
         if width % parts:
-            raise CheckpointError(f"{root}: {width} channels do not divide into {parts} {what}; {OTHER_KIND}")
+            raise CheckpointError(
+                f"{root}: {width} channels do not divide into {parts} {what}; {OTHER_KIND}"
+            )

@@ -1,6 +1,8 @@
-"""The diffusers folder: which files hold the weights; its json files, read into configs and written from them.
+"""The diffusers folder: which files hold the weights; its json files, read into configs and written
+from them.
 
-model_index.json, and a subfolder each: unet, vae, text_encoder (config.json and weights), tokenizer, scheduler.
+model_index.json, and a subfolder each: unet, vae, text_encoder (config.json and weights),
+tokenizer, scheduler.
 """
 
 import json
@@ -18,7 +20,12 @@ from ldm.vae import VAEConfig
 
 Json = dict[str, Any]
 
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}  # file stems
+# file stems
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 VARIANTS = ("", ".fp16", ".bf16")  # of a network's files, in the order of preference
 _FAMILIES = {  # how a pipeline's class is called -> what the model is
@@ -27,7 +34,8 @@ _FAMILIES = {  # how a pipeline's class is called -> what the model is
     "Flux": "a Flux",
 }
 
-# settings that leave no trace in the weights and that our networks and the noise schedule take for granted
+# settings that leave no trace in the weights and that our networks and the noise schedule take for
+# granted
 _FIXED: dict[str, Json] = {
     "unet": {
         "act_fn": "silu",
@@ -71,18 +79,23 @@ class Config:
 
 
 def read_config(root: Path) -> Config:
-    """The folder's config; CheckpointError where a json file is absent, incomplete or beyond these networks."""
+    """The folder's config; CheckpointError where a json file is absent, incomplete or beyond these
+    networks."""
     unet, vae, text = (_read(root / name / "config.json", _FIXED[name]) for name in WEIGHTS)
     scheduler = _read(root / "scheduler" / "scheduler_config.json", _FIXED["scheduler"])
     down, up = _block_types(UNetConfig.attention)
     down, up = unet.get("down_block_types", down), unet.get("up_block_types", up)
     attention = tuple(name == "CrossAttnDownBlock2D" for name in down)
     if (down, up) != _block_types(attention):
-        raise CheckpointError(f"{root}/unet/config.json: blocks {down} and {up}; only SD's, mirrored, are implemented")
+        raise CheckpointError(
+            f"{root}/unet/config.json: blocks {down} and {up}; only SD's, mirrored, are implemented"
+        )
     heads = unet.get("attention_head_dim", 8)  # the number of heads, whatever it is called
-    # the marks' ids are not read here; CLIP's own lie beyond a small vocabulary, of which transformers would warn
+    # the marks' ids are not read here; CLIP's own lie beyond a small vocabulary, of which
+    # transformers would warn
     marks = {f"{mark}_token_id": None for mark in ("bos", "eos", "pad")}
-    clip = CLIPTextConfig(**_pick(text, TextConfig), **marks)  # fills in what transformers leaves out, its own defaults
+    # fills in what transformers leaves out, its own defaults
+    clip = CLIPTextConfig(**_pick(text, TextConfig), **marks)
     return Config(
         unet=UNetConfig(
             attention=attention,
@@ -125,14 +138,24 @@ def write_config(root: Path, config: Config) -> None:
     )
     _write(
         root / "vae" / "config.json",
-        {"_class_name": "AutoencoderKL", "sample_size": config.sample_size * config.vae.downsampling}
+        {
+            "_class_name": "AutoencoderKL",
+            "sample_size": config.sample_size * config.vae.downsampling,
+        }
         | vae
-        | {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+        | {
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
         | _FIXED["vae"],
     )
     _write(
         root / "text_encoder" / "config.json",
-        {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"}
+        {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            "torch_dtype": "float32",
+        }
         | text
         | {"projection_dim": config.text_encoder.hidden_size}
         | _TEXT_IDS
@@ -166,27 +189,42 @@ def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tupl
         pipeline = str(_read(root / "model_index.json", {}).get("_class_name"))
         for mark, family in _FAMILIES.items():
             if pipeline.startswith(mark):
-                raise CheckpointError(f"{root}: {family} model ({pipeline}); give one of SD 1 or SD 2")
+                raise CheckpointError(
+                    f"{root}: {family} model ({pipeline}); give one of SD 1 or SD 2"
+                )
     for network in networks:
         yield from ((network, file) for file in network_files(root / network, WEIGHTS[network]))
 
 
 def network_files(folder: Path, stem: str) -> Iterator[Path]:
-    """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and `.bf16`."""
+    """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and
+    `.bf16`."""
     whole = [f"{stem}{variant}.safetensors" for variant in VARIANTS]
-    names = [name for v, file in zip(VARIANTS, whole) for name in (file, f"{stem}.safetensors.index{v}.json")]
+    names = [
+        name
+        for v, file in zip(VARIANTS, whole)
+        for name in (file, f"{stem}.safetensors.index{v}.json")
+    ]
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
-        pickles = ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
+        pickles = (
+            ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
+        )
         remedy = "; give another by --vae" if folder.name == "vae" else ""
-        raise CheckpointError(f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}{remedy}")
+        raise CheckpointError(
+            f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}{remedy}"
+        )
     if found.suffix != ".json":
         yield found
         return
     shards = _read(found, {}).get("weight_map")
     # a shard lies beside its index: a path would reach out of the folder
-    if not isinstance(shards, dict) or not all(isinstance(v, str) and Path(v).name == v for v in shards.values()):
-        raise CheckpointError(f"{found}: no weight_map of tensors to shards beside it; fetch the index again")
+    if not isinstance(shards, dict) or not all(
+        isinstance(v, str) and Path(v).name == v for v in shards.values()
+    ):
+        raise CheckpointError(
+            f"{found}: no weight_map of tensors to shards beside it; fetch the index again"
+        )
     yield from (folder / name for name in sorted(set(shards.values())))
 
 
@@ -196,9 +234,13 @@ def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
 
 
 def _pick(values: Json, config: type, but: tuple[str, ...] = ()) -> Json:
-    """The values that the config class has fields for, lists as tuples; a field that is absent keeps its default."""
+    """The values that the config class has fields for, lists as tuples; a field that is absent
+    keeps its default."""
     names = [f.name for f in fields(config) if f.name in values and f.name not in but]
-    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
+    return {
+        name: tuple(values[name]) if isinstance(values[name], list) else values[name]
+        for name in names
+    }
 
 
 def _read(path: Path, fixed: Json) -> Json:
@@ -212,7 +254,9 @@ def _read(path: Path, fixed: Json) -> Json:
         raise CheckpointError(f"{path}: no JSON object; fetch it again")
     for name, value in fixed.items():
         if values.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name} is {values[name]!r}; only {value!r} is implemented")
+            raise CheckpointError(
+                f"{path}: {name} is {values[name]!r}; only {value!r} is implemented"
+            )
     return values
 
 

@@ -1,11 +1,13 @@
-"""Models on the Hugging Face hub: an id in place of a path, taken from the local cache or downloaded into it.
+"""Models on the Hugging Face hub: an id in place of a path, taken from the local cache or
+downloaded into it.
 
     owner/name                       a repository that is a diffusers folder
     owner/name@fp16                  one of its branches, tags or commits
     owner/name/file.safetensors      a single file in a repository, of a model or a LoRA
 
-What is cached whole costs no request, so a branch stays as it was when it was first fetched. Of a folder only what
-`ldm.checkpoints.load` reads is downloaded: the configs, the tokenizer, and each network's weights in one precision.
+What is cached whole costs no request, so a branch stays as it was when it was first fetched. Of a
+folder only what `ldm.checkpoints.load` reads is downloaded: the configs, the tokenizer, and each
+network's weights in one precision.
 """
 
 import re
@@ -28,7 +30,8 @@ from huggingface_hub.errors import (
 from ldm import CheckpointError
 from ldm.checkpoints.folder import VARIANTS, WEIGHTS
 
-_READS = {  # what is taken of a repository -> files; weights may as well be in half precision or in shards
+# what is taken of a repository -> files; weights may as well be in half precision or in shards
+_READS = {
     "model": (
         "scheduler/scheduler_config.json",
         "tokenizer/merges.txt",
@@ -38,11 +41,17 @@ _READS = {  # what is taken of a repository -> files; weights may as well be in 
     ),
     "vae": ("config.json", f"{WEIGHTS['vae']}.safetensors"),
     "tokenizer": ("merges.txt", "vocab.json"),
-    "lora": ("adapter_config.json", "adapter_model.safetensors"),  # PEFT's; else a file is to be named
+    # PEFT's; else a file is to be named
+    "lora": ("adapter_config.json", "adapter_model.safetensors"),
 }
 _SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"} | {
     f"stabilityai/{name}": f"sd2-community/{name}"
-    for name in ("stable-diffusion-2", "stable-diffusion-2-base", "stable-diffusion-2-1", "stable-diffusion-2-1-base")
+    for name in (
+        "stable-diffusion-2",
+        "stable-diffusion-2-base",
+        "stable-diffusion-2-1",
+        "stable-diffusion-2-1-base",
+    )
 }
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^@]+\.(?:safetensors|ckpt)))?(?:@(.+))?")
 _FILE = re.compile(r"\.(safetensors|ckpt|pth?|bin)$")
@@ -57,11 +66,11 @@ class _Id(NamedTuple):
 def resolve_model(source: str | Path, part: str = "model") -> Path:
     """The file or folder that a path or a hub id names, downloaded where it is not here yet.
 
-    part: what is wanted, "model", or a "vae", "tokenizer" or "lora" alone, at the top of the repository or in its
-        subfolder
+    part: what is wanted, "model", or a "vae", "tokenizer" or "lora" alone, at the top of the
+        repository or in its subfolder
 
-    Raises CheckpointError where there is no such thing, where it is closed to this user, or where the hub is out of
-    reach; a complete cached copy is taken without asking the hub.
+    Raises CheckpointError where there is no such thing, where it is closed to this user, or where
+    the hub is out of reach; a complete cached copy is taken without asking the hub.
     """
     if here := find_model(source, part):
         return here
@@ -72,18 +81,22 @@ def resolve_model(source: str | Path, part: str = "model") -> Path:
         chosen, missing = _choose(part, names, name.file)
         if missing:
             raise CheckpointError(
-                f"{source}: the repository has no {', no '.join(missing)}{_single_files(name, names)}"
+                f"{source}: the repository has no"
+                f" {', no '.join(missing)}{_single_files(name, names)}"
             )
         if "text_encoder_2/config.json" in names and part == "model":
             raise CheckpointError(f"{source}: an SDXL model; give one of SD 1 or SD 2")
-        folder = Path(snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen))
+        folder = Path(
+            snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen)
+        )
         return folder / name.file if name.file else folder
     except (HTTPError, OSError) as error:
         raise CheckpointError(f"{source}: {_reason(error, name, part)}") from None
 
 
 def find_model(source: str | Path, part: str = "model") -> Path | None:
-    """Where a path or a hub id is on this machine; None for a hub id that would have to be downloaded.
+    """Where a path or a hub id is on this machine; None for a hub id that would have to be
+    downloaded.
 
     Raises CheckpointError where it is neither.
     """
@@ -108,7 +121,9 @@ def _snapshot(name: _Id) -> Path | None:
     try:
         # no file is asked for, so that none can be found missing
         return Path(
-            snapshot_download(name.repository, revision=name.revision, local_files_only=True, allow_patterns=[])
+            snapshot_download(
+                name.repository, revision=name.revision, local_files_only=True, allow_patterns=[]
+            )
         )
     except LocalEntryNotFoundError:
         return None
@@ -118,8 +133,11 @@ def _names(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
 
-def _choose(part: str, names: Collection[str], file: str | None = None) -> tuple[list[str], list[str]]:
-    """Of a repository's files those that the loader reads, and what it would miss; `file`: that one alone is wanted."""
+def _choose(
+    part: str, names: Collection[str], file: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Of a repository's files those that the loader reads, and what it would miss; `file`: that one
+    alone is wanted."""
     if file:
         return [file], [file] * (file not in names)
     prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
@@ -158,18 +176,25 @@ def _reason(error: Exception, name: _Id, part: str) -> str:
     if isinstance(error, RepositoryNotFoundError):
         if successor := _SUCCESSORS.get(name.repository):
             return f"withdrawn from the hub; its copy is {successor}"
-        return "no such file or folder, and no such repository on the hub; a private one needs `hf auth login`"
+        return (
+            "no such file or folder, and no such repository on the hub; a private one needs `hf"
+            " auth login`"
+        )
     if isinstance(error, RevisionNotFoundError):
         return f"{name.repository} has no branch, tag or commit {name.revision}; see {page}"
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"access refused; log in with `hf auth login` and ask for access on {page}"
     cached = _snapshot(name)
     missing = _choose(part, _names(cached) if cached else (), name.file)[1]
-    why = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else f"fetching it fails ({_line(error)})"
+    why = (
+        "HF_HUB_OFFLINE is set"
+        if isinstance(error, OfflineModeIsEnabled)
+        else f"fetching it fails ({_line(error)})"
+    )
     revision = f" --revision {name.revision}" if name.revision else ""
     return (
-        f"{'incomplete' if cached else 'not'} in the hub cache, and {why}; where there is a connection: "
-        f"hf download {name.repository} {' '.join(missing)}{revision}"
+        f"{'incomplete' if cached else 'not'} in the hub cache, and {why}; where there is a"
+        f" connection: hf download {name.repository} {' '.join(missing)}{revision}"
     )
 
 

@@ -1,7 +1,9 @@
-"""Which tensor of a checkpoint is which parameter: tables from the files' names to ours, which are diffusers'.
+"""Which tensor of a checkpoint is which parameter: tables from the files' names to ours, which are
+diffusers'.
 
-A row renames a dotted prefix and keeps the rest. `{}` is one part between dots, carried over in order; None drops the
-tensor. The first row that matches decides; a tensor without a row is an error.
+A row renames a dotted prefix and keeps the rest. `{}` is one part between dots, carried over in
+order; None drops the tensor. The first row that matches decides; a tensor without a row is an
+error.
 """
 
 import re
@@ -13,7 +15,8 @@ FUSED = "qkv_proj"  # OpenCLIP keeps an attention's q, k and v in one tensor, on
 
 
 def rename(key: str, table: Table) -> str | None:
-    """The parameter that a file's key is, or None where the table drops it; KeyError where no row matches."""
+    """The parameter that a file's key is, or None where the table drops it; KeyError where no row
+    matches."""
     for source, target in table.items():
         if found := _pattern(source).match(key):
             return None if target is None else target.format(*found.groups()) + key[found.end() :]
@@ -21,12 +24,14 @@ def rename(key: str, table: Table) -> str | None:
 
 
 def thirds(name: str) -> list[str]:
-    """The parameters that a renamed tensor holds: itself, or q, k and v where it is all three of an attention."""
+    """The parameters that a renamed tensor holds: itself, or q, k and v where it is all three of an
+    attention."""
     return [name.replace(FUSED, f"{part}_proj") for part in "qkv"] if FUSED in name else [name]
 
 
 def inverse(table: Table) -> Table:
-    """The table from our names to the files'; where several files' names are one of ours, the first of them."""
+    """The table from our names to the files'; where several files' names are one of ours, the first
+    of them."""
     result: Table = {}
     for source, target in table.items():
         if target is not None:
@@ -111,7 +116,8 @@ _UNET: Table = {
     "out.2": "conv_out",
 } | _each(_UNET_RESNETS, _UNET_RESNET)
 
-# three generations of names for the one attention of the VAE: CompVis, diffusers before 0.18, diffusers since
+# three generations of names for the one attention of the VAE: CompVis, diffusers before 0.18,
+# diffusers since
 _VAE_ATTENTION: Table = {
     "norm": "group_norm",
     "q": "to_q",
@@ -153,7 +159,8 @@ _VAE: Table = (
         "post_quant_conv": "post_quant_conv",
     }
 )
-# some files lack the level `text_model.`; merges often corrupt the position ids, which are 0, 1, 2, .. anyway
+# some files lack the level `text_model.`; merges often corrupt the position ids, which are 0, 1, 2,
+# .. anyway
 _TEXT: Table = {
     "text_model.embeddings.position_ids": None,
     "embeddings.position_ids": None,
@@ -163,7 +170,8 @@ _TEXT: Table = {
     "final_layer_norm": "text_model.final_layer_norm",
 }
 
-# OpenCLIP's tower, of SD 2; the U-Net reads the penultimate layer, so the last is as useless as the projection
+# OpenCLIP's tower, of SD 2; the U-Net reads the penultimate layer, so the last is as useless as the
+# projection
 _OPEN_CLIP: Table = {
     "transformer.resblocks.23": None,
     "text_projection": None,
@@ -189,7 +197,9 @@ _BESIDE: Table = (
     | _under("first_stage_model", "vae", _VAE)
     | dict.fromkeys(
         (
-            "model_ema",  # a second U-Net, averaged; its names have lost their dots, see single_file.locate_single_file
+            # a second U-Net, averaged; its names have lost their dots, see
+            # single_file.locate_single_file
+            "model_ema",
             "v_pred",  # a mark of v-prediction
             "betas",
             "alphas_cumprod",
@@ -207,14 +217,19 @@ _BESIDE: Table = (
     )
 )
 SINGLE_FILE: Table = _under("cond_stage_model.transformer", "text_encoder", _TEXT) | _BESIDE
-"""CompVis and webui, SD 1: all three networks in one file, beside the schedule's buffers and the U-Net's average."""
+"""CompVis and webui, SD 1: all three networks in one file, beside the schedule's buffers and the
+U-Net's average."""
 
 SINGLE_FILE_2: Table = _under("cond_stage_model.model", "text_encoder", _OPEN_CLIP) | _BESIDE
 """The same of SD 2, with OpenCLIP's text tower."""
 
-_FOLDER_VAE: Table = _each({"vae.{}.mid_block.attentions.0": "vae.{}.mid_block.attentions.0"}, _VAE_ATTENTION)
+_FOLDER_VAE: Table = _each(
+    {"vae.{}.mid_block.attentions.0": "vae.{}.mid_block.attentions.0"}, _VAE_ATTENTION
+)
 
-FOLDER: Table = {"unet": "unet"} | _FOLDER_VAE | {"vae": "vae"} | _under("text_encoder", "text_encoder", _TEXT)
+FOLDER: Table = (
+    {"unet": "unet"} | _FOLDER_VAE | {"vae": "vae"} | _under("text_encoder", "text_encoder", _TEXT)
+)
 """The diffusers folder, each key behind its subfolder's name."""
 
 VAE_FILE: Table = (
@@ -224,4 +239,5 @@ VAE_FILE: Table = (
     | _FOLDER_VAE
     | {"vae": "vae"}
 )
-"""A VAE alone, each key behind `vae.`, in CompVis's names or in diffusers'; training leaves its loss beside it."""
+"""A VAE alone, each key behind `vae.`, in CompVis's names or in diffusers'; training leaves its
+loss beside it."""

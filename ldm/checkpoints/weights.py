@@ -1,7 +1,9 @@
-"""Weight files, opened with care: what is broken, or is no Stable Diffusion, gets named before any loading.
+"""Weight files, opened with care: what is broken, or is no Stable Diffusion, gets named before any
+loading.
 
-Safetensors: 8 bytes with the header's length, the header as JSON (name -> dtype, shape, data_offsets), the tensors'
-bytes. A pickle is read by torch's restricted unpickler alone, which builds tensors and plain containers, nothing else.
+Safetensors: 8 bytes with the header's length, the header as JSON (name -> dtype, shape,
+data_offsets), the tensors' bytes. A pickle is read by torch's restricted unpickler alone, which
+builds tensors and plain containers, nothing else.
 """
 
 import json
@@ -23,12 +25,14 @@ from ldm.checkpoints.keys import Table, rename, thirds
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 OTHER_KIND = "a model of another kind, or a damaged one; give a checkpoint of SD 1 or SD 2"
-_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")  # zipped, as torch.save writes since 1.6, or bare
+# zipped, as torch.save writes since 1.6, or bare
+_PICKLE = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file: its tensors' shapes by name, free text by key, and the tensors where it is a pickle."""
+    """A weight file: its tensors' shapes by name, free text by key, and the tensors where it is a
+    pickle."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
@@ -60,7 +64,8 @@ class Stored(NamedTuple):
 
 
 def open_weights(path: Path) -> Weights:
-    """A whole weight file, safetensors or a pickle of plain tensors; CheckpointError says what it is where it is none.
+    """A whole weight file, safetensors or a pickle of plain tensors; CheckpointError says what it
+    is where it is none.
 
     Of a safetensors file only the header is read.
     """
@@ -77,30 +82,43 @@ def open_weights(path: Path) -> Weights:
         file.seek(8)
         text = file.read(length)
     if len(text) < length:
-        raise CheckpointError(f"{path}: cut short, {size} bytes where its header ends at {8 + length}; fetch it again")
+        raise CheckpointError(
+            f"{path}: cut short, {size} bytes where its header ends at {8 + length}; fetch it again"
+        )
     try:
         tensors = json.loads(text)
         metadata = tensors.pop("__metadata__", {})
         shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
-        wanted = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        wanted = (
+            8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        )
     except (ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"{path}: a damaged safetensors header ({error!r}); fetch the file again") from None
+        raise CheckpointError(
+            f"{path}: a damaged safetensors header ({error!r}); fetch the file again"
+        ) from None
     if size != wanted:
         what = "cut short" if size < wanted else "too long"
-        raise CheckpointError(f"{path}: {what}, {size} bytes where its header says {wanted}; fetch it again")
+        raise CheckpointError(
+            f"{path}: {what}, {size} bytes where its header says {wanted}; fetch it again"
+        )
     try:
         with safe_open(path, "pt"):  # which looks closer
             return Weights(path, shapes, metadata)
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: a damaged safetensors header ({error}); fetch the file again") from None
+        raise CheckpointError(
+            f"{path}: a damaged safetensors header ({error}); fetch the file again"
+        ) from None
 
 
-def locate(files: Iterable[tuple[str, Weights]], table: Table, inside: tuple[str, ...] = ("",)) -> dict[str, Stored]:
+def locate(
+    files: Iterable[tuple[str, Weights]], table: Table, inside: tuple[str, ...] = ("",)
+) -> dict[str, Stored]:
     """Parameter, behind its network's name -> where it lies; dropped tensors are left out.
 
     files: (prefix of the keys, "" for none; file)
-    inside: how the keys of the networks begin; what has no row in the table and begins otherwise is let be, and said
-    Raises CheckpointError where another tensor has no row in the table, or two are the same parameter.
+    inside: how the keys of the networks begin; what has no row in the table and begins otherwise is
+    let be, and said Raises CheckpointError where another tensor has no row in the table, or two are
+    the same parameter.
     """
     tensors: dict[str, Stored] = {}
     for prefix, weights in files:
@@ -118,12 +136,16 @@ def locate(files: Iterable[tuple[str, Weights]], table: Table, inside: tuple[str
                 shape = (shape[0] // len(parts), *shape[1:])
             for third, part in enumerate(parts):
                 if part in tensors:
-                    raise CheckpointError(f"{weights.path}: {key} and {tensors[part].key} are both {part}")
+                    raise CheckpointError(
+                        f"{weights.path}: {key} and {tensors[part].key} are both {part}"
+                    )
                 tensors[part] = Stored(weights, key, shape, third if len(parts) > 1 else None)
         if unknown:
             raise CheckpointError(f"{weights.path}: {named(unknown, 'unknown')}; {OTHER_KIND}")
         if beside:
-            warnings.warn(f"{weights.path}: {named(beside, 'more')} beside the model, not read", stacklevel=4)
+            warnings.warn(
+                f"{weights.path}: {named(beside, 'more')} beside the model, not read", stacklevel=4
+            )
     return tensors
 
 
@@ -134,23 +156,29 @@ def named(keys: list[str], what: str) -> str:
 
 
 def _unpickle(path: Path, zipped: bool) -> Weights:
-    """The tensors of a pickle, mapped from the file where they can be; CheckpointError where it holds anything else."""
+    """The tensors of a pickle, mapped from the file where they can be; CheckpointError where it
+    holds anything else."""
     try:
         with path.open("rb") as file:
             if zipped and zipfile.ZipFile(file).testzip():  # the sums, which torch does not look at
                 raise zipfile.BadZipFile(path)
             file.seek(0)
-            mapped = zipped and path.suffix != ".safetensors"  # torch takes what is called so for what it is called
-            state = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            # torch takes what is called so for what it is called
+            mapped = zipped and path.suffix != ".safetensors"
+            state = torch.load(
+                path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
+            )
     except Exception:  # a hostile or broken file may make the unpickler raise anything
         raise CheckpointError(
-            f"{path}: a pickle that torch.load(weights_only=True) refuses, broken or able to run code; "
-            "convert it to safetensors in a sandbox"
+            f"{path}: a pickle that torch.load(weights_only=True) refuses, broken or able to run"
+            " code; convert it to safetensors in a sandbox"
         ) from None
     for level in ("state_dict", "string_to_param"):  # a model's, and the webui's of an embedding
         state = state.get(level, state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: a pickle of a {type(state).__name__}, no dict of tensors; {OTHER_KIND}")
+        raise CheckpointError(
+            f"{path}: a pickle of a {type(state).__name__}, no dict of tensors; {OTHER_KIND}"
+        )
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return Weights(path, {key: tuple(value.shape) for key, value in tensors.items()}, {}, tensors)
 
@@ -162,7 +190,10 @@ def _other_content(start: bytes) -> str:
         return "empty, 0 bytes; fetch it again"
     if text.startswith("version https://git-lfs"):
         size = re.search(r"^size (\d+)", text, re.MULTILINE)
-        return f"a git-LFS pointer, not the weights ({size[1] if size else '?'} bytes); run `git lfs pull`"
+        return (
+            f"a git-LFS pointer, not the weights ({size[1] if size else '?'} bytes); run `git lfs"
+            " pull`"
+        )
     if text.startswith("<"):
         title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         about = f" titled {' '.join(title[1].split())[:80]!r}" if title else ""

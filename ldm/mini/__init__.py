@@ -1,4 +1,5 @@
-"""The embedded miniature Stable Diffusion, a diffusers folder (`ldm.MINI`), and how it was trained; see README.md here.
+"""The embedded miniature Stable Diffusion, a diffusers folder (`ldm.MINI`), and how it was trained;
+see README.md here.
 
 | concept | where |
 |---|---|

@@ -1,4 +1,5 @@
-"""A small tokenizer in CLIP's format: byte-pair encoding (Sennrich et al. 2016) trained on a list of captions."""
+"""A small tokenizer in CLIP's format: byte-pair encoding (Sennrich et al. 2016) trained on a list
+of captions."""
 
 import json
 import re
@@ -11,8 +12,11 @@ from transformers import CLIPTokenizer
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_tokenizer(folder: Path, captions: list[str], words: list[str], length: int) -> CLIPTokenizer:
-    """Learn merges until every word of the captions, and every one of `words`, is a single token; write them as CLIP's.
+def write_tokenizer(
+    folder: Path, captions: list[str], words: list[str], length: int
+) -> CLIPTokenizer:
+    """Learn merges until every word of the captions, and every one of `words`, is a single token;
+    write them as CLIP's.
 
     length: tokens of a prompt, begin and end marks and padding included
     Writes vocab.json, merges.txt and the two small json files that name the marks.
@@ -35,7 +39,9 @@ def write_tokenizer(folder: Path, captions: list[str], words: list[str], length:
     symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8"
+    )
     lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}

@@ -1,10 +1,12 @@
-"""Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then U-Net and text encoder.
+"""Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then
+U-Net and text encoder.
 
     python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model                    # all from nothing
     python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model --start ldm/mini   # on from the shipped weights
 
-Hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on from its last
-checkpoint in --work as if it had not been. No real image is used: nothing can leak into a test, no licence attaches.
+Hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on
+from its last checkpoint in --work as if it had not been. No real image is used: nothing can leak
+into a test, no licence attaches.
 """
 
 import argparse
@@ -47,13 +49,15 @@ from planes import PROMPTS
 from samplers.schedule import NoiseSchedule
 
 POSITIONS = 64  # tokens of a prompt, padding included
-PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})  # one token each, as in CLIP's
+# one token each, as in CLIP's
+PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})
 BATCH = 32
 SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
 
 UNET = UNetConfig(
     block_out_channels=(64, 128, 192),
-    attention=(True, True, True),  # LoRA is put where attention is: it has to reach the finest level too
+    # LoRA is put where attention is: it has to reach the finest level too
+    attention=(True, True, True),
     num_heads=(4, 4, 4),
     cross_attention_dim=128,
     norm_num_groups=16,
@@ -61,28 +65,50 @@ UNET = UNetConfig(
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/mini"), help="scenes, checkpoints and sample sheets")
-    parser.add_argument("--out", type=Path, default=Path("ldm/mini"), help="the folder to write when done")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--start", type=Path, help="a folder to go on from: its autoencoder, and the rest if of our sizes"
+        "--work", type=Path, default=Path("runs/mini"), help="scenes, checkpoints and sample sheets"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("ldm/mini"), help="the folder to write when done"
+    )
+    parser.add_argument(
+        "--start",
+        type=Path,
+        help="a folder to go on from: its autoencoder, and the rest if of our sizes",
     )
     parser.add_argument("--scenes", type=int, default=32_000)
-    parser.add_argument("--vae-steps", type=int, default=1_800, help="0 leaves the autoencoder of --start as it is")
-    parser.add_argument("--decoder-steps", type=int, default=0, help="then the decoder alone, against a critic")
+    parser.add_argument(
+        "--vae-steps", type=int, default=1_800, help="0 leaves the autoencoder of --start as it is"
+    )
+    parser.add_argument(
+        "--decoder-steps", type=int, default=0, help="then the decoder alone, against a critic"
+    )
     parser.add_argument("--unet-steps", type=int, default=12_000)
-    parser.add_argument("--unet-decay", type=int, help="steps after which its rate would be 0 (default: --unet-steps)")
+    parser.add_argument(
+        "--unet-decay",
+        type=int,
+        help="steps after which its rate would be 0 (default: --unet-steps)",
+    )
     parser.add_argument("--vae-lr", type=float, default=1e-3)
     parser.add_argument("--decoder-lr", type=float, default=2e-4)
     parser.add_argument("--unet-lr", type=float, default=5e-4)
-    parser.add_argument("--compile", action="store_true", help="the U-Net; in float32 on a CPU it gains nothing")
-    parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints and sheets")
+    parser.add_argument(
+        "--compile", action="store_true", help="the U-Net; in float32 on a CPU it gains nothing"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=500, help="steps between checkpoints and sheets"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.unet_decay = args.unet_decay or args.unet_steps
     if not args.vae_steps and not args.start:
-        parser.error("--vae-steps 0: leaves the autoencoder of a --start folder as it is, which is not given")
+        parser.error(
+            "--vae-steps 0: leaves the autoencoder of a --start folder as it is, which is not given"
+        )
     return args
 
 
@@ -104,7 +130,8 @@ def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
 
 
 def make_text_encoder(vocabulary: int) -> TextEncoder:
-    """A CLIP text tower of three layers; its embeddings start wide, so that words never seen still differ."""
+    """A CLIP text tower of three layers; its embeddings start wide, so that words never seen still
+    differ."""
     encoder = TextEncoder(
         TextConfig(
             vocab_size=vocabulary,
@@ -121,7 +148,8 @@ def make_text_encoder(vocabulary: int) -> TextEncoder:
 
 @torch.no_grad()
 def grow(start: UNet) -> UNet:
-    """A U-Net of UNET's sizes that computes what `start` does, of the same widths: transformers that it lacks add 0."""
+    """A U-Net of UNET's sizes that computes what `start` does, of the same widths: transformers
+    that it lacks add 0."""
     unet, known = UNet(UNET), start.state_dict()
     for name, weight in unet.named_parameters():
         if name not in known and ".proj_out." in name:
@@ -132,16 +160,20 @@ def grow(start: UNet) -> UNet:
 
 @torch.no_grad()
 def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[str]) -> None:
-    """Make the embeddings of PLAIN_WORDS that hardly a caption holds as long as what the encoder adds to them.
+    """Make the embeddings of PLAIN_WORDS that hardly a caption holds as long as what the encoder
+    adds to them.
 
-    Hardly: fewer than one in a hundred. CLIP has read every word and tells prompts apart. Ours knows its captions
-    alone: its layers add nearly the same to every word that they never read, many times a fresh embedding's length, and
-    behind the last layer norm all prompts of planes would look alike (differences of 2 % in place of 20 %), which no
-    LoRA can learn from quickly.
+    Hardly: fewer than one in a hundred. CLIP has read every word and tells prompts apart. Ours
+    knows its captions
+    alone: its layers add nearly the same to every word that they never read, many times a fresh
+    embedding's length, and behind the last layer norm all prompts of planes would look alike
+    (differences of 2 % in place of 20 %), which no LoRA can learn from quickly.
     """
     counts = Counter(word for caption in captions for word in set(re.findall(r"\w+", caption)))
     vocabulary = tokenizer.get_vocab()
-    unseen = [vocabulary[word + "</w>"] for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)]
+    unseen = [
+        vocabulary[word + "</w>"] for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)
+    ]
     weight = encoder.text_model.embeddings.token_embedding.weight
     ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config).to(weight.device)
     words = torch.isin(ids, torch.tensor(unseen, device=weight.device))
@@ -152,28 +184,39 @@ def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[
 
 
 def train_unet(
-    networks: dict[str, nn.Module], posterior: Posterior, ids: Tensor, empty: Tensor, args: argparse.Namespace
+    networks: dict[str, nn.Module],
+    posterior: Posterior,
+    ids: Tensor,
+    empty: Tensor,
+    args: argparse.Namespace,
 ) -> Iterator[int]:
-    """Minimise w_t |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in ten is left out.
+    """Minimise w_t |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in
+    ten is left out.
 
-    w_t = clamp(SNR_t, 1, 5) / SNR_t: an error of x_0 weighs as much as the signal outweighs the noise, but never more
-    than 5 (min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), or hours go into the last grain, and never less
-    than 1 (truncated SNR, Salimans & Ho 2022, arXiv 2202.00512, section 4), or nothing is learned where the brightness
-    and the whole of an image are decided, and the words with them.
-    posterior: (N, 4, 12, 12) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty prompt
-    networks: "unet", "text" and, under "ema", a module list of both whose weights are the running mean of theirs
-    Yields the step after each checkpoint.
+    w_t = clamp(SNR_t, 1, 5) / SNR_t: an error of x_0 weighs as much as the signal outweighs the
+    noise, but never more than 5 (min-SNR, Hang et al. 2023, arXiv 2303.09556, section 3.4), or
+    hours go into the last grain, and never less than 1 (truncated SNR, Salimans & Ho 2022, arXiv
+    2202.00512, section 4), or nothing is learned where the brightness and the whole of an image are
+    decided, and the words with them.
+    posterior: (N, 4, 12, 12) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty
+        prompt
+    networks: "unet", "text" and, under "ema", a module list of both whose weights are the running
+    mean of theirs Yields the step after each checkpoint.
     """
     unet, text = networks["unet"], networks["text"]
     predict = torch.compile(unet) if args.compile else unet
-    pairs = list(zip(networks["ema"].parameters(), nn.ModuleList([unet, text]).parameters(), strict=True))
+    pairs = list(
+        zip(networks["ema"].parameters(), nn.ModuleList([unet, text]).parameters(), strict=True)
+    )
     means, values = ([pair[n] for pair in pairs] for n in (0, 1))
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     weights = (snr.clamp(*SNR_RANGE) / snr).float().to(args.device)
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     done = resume(args.work / "unet.safetensors", networks, {"optimizer": optimizer})
-    progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step")
+    progress = tqdm(
+        range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step"
+    )
     mean_loss = None
     for step in progress:
         index, generator = draw_batch(len(ids), BATCH, args.seed + 2, step)
@@ -185,7 +228,8 @@ def train_unet(
         latents = Posterior(posterior.mean[index], posterior.logvar[index]).sample(wobble)
         noisy = schedule.add_noise(latents, noise, t)
         noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):  # there it takes twice as long
+        # there it takes twice as long
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
             eps = predict(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
@@ -218,7 +262,10 @@ def main(args):
     # the autoencoder, then the scale that gives its latents unit variance
     vae = start.vae if start else AutoencoderKL(VAE)
     vae.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
-    scale, vae.config = vae.config.scaling_factor, replace(vae.config, scaling_factor=VAE.scaling_factor)
+    scale, vae.config = (
+        vae.config.scaling_factor,
+        replace(vae.config, scaling_factor=VAE.scaling_factor),
+    )
     if args.vae_steps:
         train_vae(vae, images, args)
     vae.eval()
@@ -242,7 +289,9 @@ def main(args):
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
     sizes = text_encoder.config
-    ids = torch.cat([tokenize(tokenizer, captions[n : n + 1000], sizes) for n in range(0, len(captions), 1000)])
+    ids = torch.cat(
+        [tokenize(tokenizer, captions[n : n + 1000], sizes) for n in range(0, len(captions), 1000)]
+    )
     unet, text_encoder = networks["ema"]
     model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
     for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], sizes)[0], args):
@@ -254,9 +303,13 @@ def main(args):
 def save_samples(model: Model, captions: list[str], path: Path) -> None:
     """Eight samples of each caption, by Euler with guidance 3."""
     rows, side = [], (model.sample_size, model.sample_size)
-    *contexts, empty = encode_prompts(model.tokenizer, model.text_encoder, [*captions, ""]).detach().split(1)
+    *contexts, empty = (
+        encode_prompts(model.tokenizer, model.text_encoder, [*captions, ""]).detach().split(1)
+    )
     for context in contexts:
-        latents = generate(model.unet, context.expand(8, -1, -1), empty, range(8), side, guidance_scale=3.0)
+        latents = generate(
+            model.unet, context.expand(8, -1, -1), empty, range(8), side, guidance_scale=3.0
+        )
         rows.append(torch.cat(list(decode_images(model.vae, latents)), dim=1))
     Image.fromarray(torch.cat(rows).numpy()).save(path)
 

@@ -1,8 +1,10 @@
 """The autoencoder of the embedded miniature model, and what both stages of its pre-training share.
 
-`train_vae` trains encoder and decoder by the squared error, whose best answer where a pixel cannot be known is the
-mean: speckle comes out smooth. `train_decoder` then trains the decoder alone, against a critic that looks at patches:
-latents stay what they are, and texture comes back. Stable Diffusion's was trained against such a critic too.
+`train_vae` trains encoder and decoder by the squared error, whose best answer where a pixel cannot
+be known is the
+mean: speckle comes out smooth. `train_decoder` then trains the decoder alone, against a critic that
+looks at patches: latents stay what they are, and texture comes back. Stable Diffusion's was trained
+against such a critic too.
 """
 
 import argparse
@@ -32,7 +34,8 @@ def to_input(images: Tensor) -> Tensor:
 
 
 def draw_batch(count: int, size: int, seed: int, step: int) -> tuple[Tensor, torch.Generator]:
-    """The indices of one batch and the generator for its noise, both functions of (seed, step) alone."""
+    """The indices of one batch and the generator for its noise, both functions of (seed, step)
+    alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     return torch.randint(count, (size,), generator=generator), generator
 
@@ -46,11 +49,15 @@ def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> N
     """Minimise the squared error plus 1e-4 times the KL divergence per latent value."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     done = resume(args.work / "vae.safetensors", {"vae": vae}, {"optimizer": optimizer})
-    progress = tqdm(range(done, args.vae_steps), initial=done, total=args.vae_steps, desc="VAE", unit="step")
+    progress = tqdm(
+        range(done, args.vae_steps), initial=done, total=args.vae_steps, desc="VAE", unit="step"
+    )
     for step in progress:
         index, generator = draw_batch(len(images), BATCH, args.seed + 1, step)
         x = to_input(images[index].to(args.device))
-        noise = torch.randn(len(x), VAE.latent_channels, SIZE // 8, SIZE // 8, generator=generator).to(args.device)
+        noise = torch.randn(
+            len(x), VAE.latent_channels, SIZE // 8, SIZE // 8, generator=generator
+        ).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.encode(x)
             decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
@@ -65,13 +72,16 @@ def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> N
         optimizer.step()
         progress.set_postfix(psnr=f"{-10 * np.log10(error.item() / 4):.2f} dB")
         if (step + 1) % args.save_every == 0 or step + 1 == args.vae_steps:
-            save_state(args.work / "vae.safetensors", {"vae": vae}, {"optimizer": optimizer}, step + 1)
+            save_state(
+                args.work / "vae.safetensors", {"vae": vae}, {"optimizer": optimizer}, step + 1
+            )
             pairs = torch.stack([x[:8], decoded[:8].float()], 1).flatten(0, 1)
             save_sheet(pairs, args.work / f"vae_{step + 1:06}.png", columns=8)
 
 
 class PatchCritic(nn.Module):
-    """Says of each patch of an image whether it is real (Isola et al. 2017, PatchGAN): (B, 3, H, W) -> (B, 1, h, w)."""
+    """Says of each patch of an image whether it is real (Isola et al. 2017, PatchGAN): (B, 3, H, W)
+    -> (B, 1, h, w)."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128)):
         super().__init__()
@@ -84,9 +94,12 @@ class PatchCritic(nn.Module):
         return self.layers(images)
 
 
-def train_decoder(vae: AutoencoderKL, images: Tensor, posterior: Posterior, args: argparse.Namespace) -> None:
-    """Train the decoder alone against a critic: L1 + CRITIC w (-critic), w the ratio of the two gradients at the last
-    layer (Esser et al. 2021, arXiv 2012.09841, eq. 7); the critic by the hinge loss.
+def train_decoder(
+    vae: AutoencoderKL, images: Tensor, posterior: Posterior, args: argparse.Namespace
+) -> None:
+    """Train the decoder alone against a critic: L1 + CRITIC w (-critic), w the ratio of the two
+    gradients at the last layer (Esser et al. 2021, arXiv 2012.09841, eq. 7); the critic by the
+    hinge loss.
 
     images: (N, H, W) grey bytes; posterior: of them, unscaled
     """
@@ -95,12 +108,18 @@ def train_decoder(vae: AutoencoderKL, images: Tensor, posterior: Posterior, args
     networks = {"decoder": decoder, "critic": critic}
     rates = {"decoder": args.decoder_lr, "critic": 2 * args.decoder_lr}
     optimizers = {
-        f"{name}_optimizer": torch.optim.AdamW(net.parameters(), rates[name], (0.5, 0.99), weight_decay=0.0)
+        f"{name}_optimizer": torch.optim.AdamW(
+            net.parameters(), rates[name], (0.5, 0.99), weight_decay=0.0
+        )
         for name, net in networks.items()
     }
     done = resume(args.work / "decoder.safetensors", networks, optimizers)
     progress = tqdm(
-        range(done, args.decoder_steps), initial=done, total=args.decoder_steps, desc="decoder", unit="step"
+        range(done, args.decoder_steps),
+        initial=done,
+        total=args.decoder_steps,
+        desc="decoder",
+        unit="step",
     )
     last = vae.decoder.conv_out.weight
     for step in progress:
@@ -113,9 +132,11 @@ def train_decoder(vae: AutoencoderKL, images: Tensor, posterior: Posterior, args
             realism = -critic(decoded).float().mean()
         error = F.l1_loss(decoded.float(), x)
 
-        # the critic's say at the last layer is CRITIC times the error's, once it has learned something
+        # the critic's say at the last layer is CRITIC times the error's, once it has learned
+        # something
         of_error, of_critic = (
-            torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (error, realism)
+            torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
+            for loss in (error, realism)
         )
         weight = CRITIC * of_error / (of_critic + 1e-6) * min(1.0, step / 100)
         for optimizer in optimizers.values():
@@ -131,7 +152,9 @@ def train_decoder(vae: AutoencoderKL, images: Tensor, posterior: Posterior, args
         optimizers["critic_optimizer"].step()
 
         progress.set_postfix(
-            error=f"{error.item():.4f}", real=f"{real.mean().item():.2f}", drawn=f"{drawn.mean().item():.2f}"
+            error=f"{error.item():.4f}",
+            real=f"{real.mean().item():.2f}",
+            drawn=f"{drawn.mean().item():.2f}",
         )
         if (step + 1) % args.save_every == 0 or step + 1 == args.decoder_steps:
             save_state(args.work / "decoder.safetensors", networks, optimizers, step + 1)
@@ -147,7 +170,9 @@ def encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Posterior:
         with torch.autocast(device, torch.bfloat16):
             p = vae.encode(to_input(batch.to(device)).contiguous(memory_format=torch.channels_last))
         parts.append(Posterior(p.mean.float(), p.logvar.float()))
-    return Posterior(torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.logvar.cpu() for p in parts]))
+    return Posterior(
+        torch.cat([p.mean.cpu() for p in parts]), torch.cat([p.logvar.cpu() for p in parts])
+    )
 
 
 def save_sheet(images: Tensor, path: Path, columns: int) -> None:
@@ -158,18 +183,31 @@ def save_sheet(images: Tensor, path: Path, columns: int) -> None:
 
 
 def save_state(
-    path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], step: int
+    path: Path,
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    step: int,
 ) -> None:
     """One safetensors file with the networks, AdamW's moments and the step; replaced in one go."""
-    tensors = {f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()}
+    tensors = {
+        f"{name}.{key}": value
+        for name, net in networks.items()
+        for key, value in net.state_dict().items()
+    }
     for name, optimizer in optimizers.items():
         for n, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"{name}.{n}.{key}": value for key, value in moments.items()}
-    save_file({key: value.contiguous() for key, value in tensors.items()}, f"{path}.tmp", {"step": str(step)})
+    save_file(
+        {key: value.contiguous() for key, value in tensors.items()},
+        f"{path}.tmp",
+        {"step": str(step)},
+    )
     Path(f"{path}.tmp").replace(path)
 
 
-def resume(path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]) -> int:
+def resume(
+    path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer]
+) -> int:
     """Load what `save_state` wrote, if anything; returns the number of steps done."""
     if not path.exists():
         return 0
@@ -177,13 +215,20 @@ def resume(path: Path, networks: dict[str, nn.Module], optimizers: dict[str, tor
         step = int(file.metadata()["step"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
     for name, net in networks.items():
-        net.load_state_dict({k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")})
+        net.load_state_dict(
+            {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
+        )
     for name, optimizer in optimizers.items():
-        state, parameters = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
+        state, parameters = (
+            optimizer.state_dict(),
+            [p for group in optimizer.param_groups for p in group["params"]],
+        )
         for key, value in tensors.items():
             if key.startswith(name + "."):
                 _, n, moment = key.split(".")
-                if value.dim():  # a fused optimizer reads moments in their weight's memory layout, whatever theirs is
+                # a fused optimizer reads moments in their weight's memory layout, whatever theirs
+                # is
+                if value.dim():
                     value = torch.empty_like(parameters[int(n)]).copy_(value)
                 state["state"].setdefault(int(n), {})[moment] = value
         optimizer.load_state_dict(state)

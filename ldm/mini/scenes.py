@@ -1,7 +1,9 @@
-"""Generic ultrasound scenes with generic captions: what the embedded miniature model is pre-trained on.
+"""Generic ultrasound scenes with generic captions: what the embedded miniature model is pre-trained
+on.
 
-Discs, rings, arcs, rods and layers in speckled tissue, alone, in groups of two to seven alike, and one in the other,
-seen by every kind of probe; and words for what is there and for how it looks. No plane of the paper is drawn or named
+Discs, rings, arcs, rods and layers in speckled tissue, alone, in groups of two to seven alike, and
+one in the other, seen by every kind of probe; and words for what is there and for how it looks. No
+plane of the paper is drawn or named
 here: choosing among these shapes and arranging them is the LoRA's job.
 """
 
@@ -26,7 +28,8 @@ NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven")
 
 @dataclass(frozen=True)
 class Frame:
-    """Where shapes are put: the whole image, or the inside of a shape; u and v run from -1 to 1 within it."""
+    """Where shapes are put: the whole image, or the inside of a shape; u and v run from -1 to 1
+    within it."""
 
     cx: float
     cy: float
@@ -36,7 +39,10 @@ class Frame:
 
     def at(self, u: float, v: float) -> tuple[float, float]:
         c, s = np.cos(self.angle), np.sin(self.angle)
-        return self.cx + c * self.rx * u - s * self.ry * v, self.cy + s * self.rx * u + c * self.ry * v
+        return (
+            self.cx + c * self.rx * u - s * self.ry * v,
+            self.cy + s * self.rx * u + c * self.ry * v,
+        )
 
 
 IMAGE = Frame(0.0, 0.52, 0.38, 0.34)
@@ -61,7 +67,10 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
     tissue = Tissue(probe, rng, level=rng.triangular(-42, -24, -18))
     words = []
     if rng.random() < 0.2:
-        tissue.paint(tissue.ellipse(rng.normal(0, 0.1), rng.uniform(0.35, 0.65), *rng.uniform(0.3, 0.6, 2)), FLUID)
+        tissue.paint(
+            tissue.ellipse(rng.normal(0, 0.1), rng.uniform(0.35, 0.65), *rng.uniform(0.3, 0.6, 2)),
+            FLUID,
+        )
         words.append("fluid")
     if rng.random() < 0.15:
         words.append(_layer(tissue, rng))
@@ -101,7 +110,8 @@ def _size(rng: Rng, sizes: tuple[str, ...] = ("small", "medium", "large")) -> tu
 
 
 def _shadow(rng: Rng, level: str) -> tuple[str, float]:
-    """Attenuation, dB per depth, and the word for it where it is strong: what is bright as bone throws shadows."""
+    """Attenuation, dB per depth, and the word for it where it is strong: what is bright as bone
+    throws shadows."""
     if level == "hyperechoic" and rng.random() < 0.5:
         return " shadow", float(np.exp(rng.uniform(np.log(9), np.log(170))))
     return "", rng.uniform(0, 3)
@@ -127,7 +137,11 @@ def _rod(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """A rod, straight or bent; thick ones are tubes."""
     (size, half), (level, echo) = _size(rng, ("small", "medium", "large")), _level(rng)
     (shadow, attenuation), (u, v) = _shadow(rng, level), rng.uniform(-0.6, 0.6, 2)
-    half, angle, bend = min(0.8 * half, 0.9 * frame.rx), rng.uniform(0, np.pi), float(rng.choice([0, 1])) * rng.normal()
+    half, angle, bend = (
+        min(0.8 * half, 0.9 * frame.rx),
+        rng.uniform(0, np.pi),
+        float(rng.choice([0, 1])) * rng.normal(),
+    )
     thick = rng.uniform(0.014, 0.055)
     tissue.paint(tissue.rod(*frame.at(u, v), half, thick, angle, bend), echo, attenuation)
     kind = ("thin " if thick < 0.03 else "thick ") + ("bent " if abs(bend) > 0.7 else "") + "rod"
@@ -179,7 +193,9 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
 def _bar(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """A bar through the frame, along its longer or shorter axis or slanting."""
     level, echo = _level(rng)
-    tilt = frame.angle + float(rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)], p=[0.5, 0.25, 0.25]))
+    tilt = frame.angle + float(
+        rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)], p=[0.5, 0.25, 0.25])
+    )
     length, thick = min(frame.rx, frame.ry) * rng.uniform(0.7, 1.05), rng.uniform(0.012, 0.03)
     u, v = rng.normal(0, 0.08, 2)
     tissue.paint(tissue.rod(*frame.at(u, v), length, thick, tilt), echo)
@@ -187,16 +203,24 @@ def _bar(tissue: Tissue, rng: Rng, frame: Frame) -> str:
 
 
 def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> str:
-    """A disc, a ring or arcs around a filling; and what lies inside, which may hold things itself."""
+    """A disc, a ring or arcs around a filling; and what lies inside, which may hold things
+    itself."""
     if frame is IMAGE:
         size, rx = _size(rng, ("medium", "large", "large")) if deep else _size(rng, ("medium",))
-        ry, (u, v) = rx * rng.uniform(0.55, 1.0), rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9)
+        ry, (u, v) = (
+            rx * rng.uniform(0.55, 1.0),
+            rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9),
+        )
     else:
         rx, (u, v) = min(frame.rx, frame.ry) * rng.uniform(0.35, 0.62), rng.normal(0, 0.25, 2)
         size = next(word for word, (_, high) in SIZES.items() if rx <= high)
         ry = rx * rng.uniform(0.6, 1.0)
     inside = Frame(*frame.at(u, v), rx, ry, rng.uniform(0, np.pi))
-    kind, (level, echo), (filling, fill) = str(rng.choice(["disc", "ring", "ring", "arcs"])), _level(rng), _level(rng)
+    kind, (level, echo), (filling, fill) = (
+        str(rng.choice(["disc", "ring", "ring", "arcs"])),
+        _level(rng),
+        _level(rng),
+    )
     if kind == "disc":
         tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), echo, 1.0)
         head = f"{size} {level} disc {_place(u, v)}"
@@ -205,14 +229,28 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
         echo, (shadow, attenuation) = rng.uniform(*LEVELS[level]), _shadow(rng, level)
         tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), fill, 1.0)
         if kind == "ring":
-            outline = tissue.ring(inside.cx, inside.cy, rx, ry, rng.uniform(0.012, 0.04), inside.angle)
+            outline = tissue.ring(
+                inside.cx, inside.cy, rx, ry, rng.uniform(0.012, 0.04), inside.angle
+            )
             tissue.paint(outline, echo, min(attenuation, 20))
         else:
-            count, thick, long = rng.integers(4, 9), rng.uniform(0.016, 0.035), rng.uniform(0.1, 0.3)
-            for turn in np.arange(count) * 2 * np.pi / count + rng.uniform(-0.1, 0.1, count) + rng.uniform(0, 1):
+            count, thick, long = (
+                rng.integers(4, 9),
+                rng.uniform(0.016, 0.035),
+                rng.uniform(0.1, 0.3),
+            )
+            for turn in (
+                np.arange(count) * 2 * np.pi / count
+                + rng.uniform(-0.1, 0.1, count)
+                + rng.uniform(0, 1)
+            ):
                 x, y = inside.at(np.cos(turn), np.sin(turn))
                 along = inside.angle + turn + np.pi / 2
-                tissue.paint(tissue.rod(x, y, long * rx, thick, along, min(1 / rx, 2.5)), echo, min(attenuation, 40))
+                tissue.paint(
+                    tissue.rod(x, y, long * rx, thick, along, min(1 / rx, 2.5)),
+                    echo,
+                    min(attenuation, 40),
+                )
         head = f"{size} {level} {kind} {_place(u, v)}{shadow} of {filling}"
     few = [0, 1, 2, 3] if deep else [0, 1, 2]
     contents = []
@@ -222,9 +260,15 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
     return " with ".join([head, *contents])
 
 
-def _shape(kind: str, half: float, rng: Rng) -> Callable[[Tissue, float, float, float, float], None]:
+def _shape(
+    kind: str, half: float, rng: Rng
+) -> Callable[[Tissue, float, float, float, float], None]:
     """Paints shapes of one kind and size, all turned alike: (tissue, x, y, echo, attenuation)."""
-    ratio, angle, thick = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi), min(rng.uniform(0.012, 0.035), half)
+    ratio, angle, thick = (
+        rng.uniform(0.6, 1.0),
+        rng.uniform(0, np.pi),
+        min(rng.uniform(0.012, 0.035), half),
+    )
 
     def paint(tissue: Tissue, x: float, y: float, echo: float, attenuation: float) -> None:
         """One of them, its middle at (x, y)."""

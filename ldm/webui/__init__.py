@@ -1,4 +1,5 @@
-"""What users of AUTOMATIC1111's webui and of ComfyUI know: how they write prompts, and what a PNG says of its making.
+"""What users of AUTOMATIC1111's webui and of ComfyUI know: how they write prompts, and what a PNG
+says of its making.
 
 | concept | where |
 |---|---|

@@ -1,5 +1,6 @@
-"""The text that AUTOMATIC1111's webui writes into its PNGs, in the chunk `parameters`: the prompts, and below them all
-settings on one line. Its PNG Info tab and other viewers show it; written and read here."""
+"""The text that AUTOMATIC1111's webui writes into its PNGs, in the chunk `parameters`: the prompts,
+and below them all settings on one line. Its PNG Info tab and other viewers show it; written and
+read here."""
 
 import json
 import re
@@ -13,7 +14,8 @@ _LORA_TAG = re.compile(r"<lora:([^:>]+)(?::([^>]*))?>")
 
 @dataclass(frozen=True)
 class Infotext:
-    """What a `parameters` text says; settings are strings by the webui's names, such as "CFG scale": "7"."""
+    """What a `parameters` text says; settings are strings by the webui's names, such as "CFG
+    scale": "7"."""
 
     prompt: str
     negative_prompt: str = ""
@@ -21,11 +23,14 @@ class Infotext:
 
 
 def format_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, object]) -> str:
-    """The text of an image: settings that are None are left out, and quoted where they hold a comma, colon or newline.
+    """The text of an image: settings that are None are left out, and quoted where they hold a
+    comma, colon or newline.
 
     prompt, negative_prompt: as a person typed them, LoRAs as <lora:name:weight>
     """
-    pairs = [f"{name}: {_quote(str(value))}" for name, value in settings.items() if value is not None]
+    pairs = [
+        f"{name}: {_quote(str(value))}" for name, value in settings.items() if value is not None
+    ]
     negative = f"\n{_NEGATIVE} {negative_prompt}" if negative_prompt else ""
     return f"{prompt}{negative}\n{', '.join(pairs)}".strip()
 
@@ -33,8 +38,9 @@ def format_parameters(prompt: str, negative_prompt: str, settings: Mapping[str, 
 def parse_parameters(text: str) -> Infotext:
     """What a text says, by the webui's own rules; any text is one, at worst a prompt alone.
 
-    The last line is the settings' if it holds three of them at least. A line that begins with "Negative prompt:" and
-    all after it are the negative prompt; each line loses the blanks around it.
+    The last line is the settings' if it holds three of them at least. A line that begins with
+    "Negative prompt:" and all after it are the negative prompt; each line loses the blanks around
+    it.
     """
     *lines, last = text.strip().split("\n")
     if len(_SETTING.findall(last)) < 3:
@@ -47,7 +53,8 @@ def parse_parameters(text: str) -> Infotext:
 
 
 def lora_tags(prompt: str) -> tuple[str, list[tuple[str, float]]]:
-    """A prompt without its <lora:name:weight> tags, and their names and weights (1 where a tag has none).
+    """A prompt without its <lora:name:weight> tags, and their names and weights (1 where a tag has
+    none).
 
     Raises ValueError where a weight is no number, or one of two, for text encoder and U-Net.
     """

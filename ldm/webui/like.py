@@ -1,4 +1,5 @@
-"""What all images of a run of sample.py share, and --like: the flags by which one of them is made again."""
+"""What all images of a run of sample.py share, and --like: the flags by which one of them is made
+again."""
 
 import contextlib
 import hashlib
@@ -20,9 +21,11 @@ def common_fields(
     loras: Sequence[tuple[str, float]],
     size: tuple[int, int],
 ) -> dict[str, object]:
-    """The fields of a Shot that all images of a run share: whatever else an image depends on is one of its own.
+    """The fields of a Shot that all images of a run share: whatever else an image depends on is one
+    of its own.
 
-    args: of sample.py; hashes: of the model's files; loras: the names and weights of args.lora; size: (w, h) in px
+    args: of sample.py; hashes: of the model's files; loras: the names and weights of args.lora;
+        size: (w, h) in px
     """
     same = ("negative_prompt", "steps", "spacing", "clip_skip", "strength", "dtype", "ema")
     return {name: getattr(args, name) for name in same} | {
@@ -45,13 +48,26 @@ def _digest(path: Path) -> str:
 
 
 def settings_of(like: Path) -> dict[str, object]:
-    """Defaults of the flags by which an image is made again, with the files that its run names where it still lies."""
+    """Defaults of the flags by which an image is made again, with the files that its run names
+    where it still lies."""
     shot, _ = read_shot(like)
     recorded, run = {}, like.resolve().parent.parent
     if like.resolve() == run / shot.image:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # without a record the files are the flags' to name
+        # without a record the files are the flags' to name
+        with contextlib.suppress(OSError, ValueError, KeyError):
             recorded = json.loads((run / "args.json").read_text(encoding="utf-8"))["arguments"]
-    files = ("model", "tokenizer", "vae", "ema", "prediction_type", "lora", "embedding", "token", "init_image", "dtype")
+    files = (
+        "model",
+        "tokenizer",
+        "vae",
+        "ema",
+        "prediction_type",
+        "lora",
+        "embedding",
+        "token",
+        "init_image",
+        "dtype",
+    )
     found = {name: getattr(shot, name) for name in ("dtype", "ema") if getattr(shot, name)}
     found |= {name: recorded[name] for name in files if recorded.get(name)}
     found |= {"lora": [Path(file) for file in found.get("lora", ())]}

@@ -13,23 +13,27 @@ COLUMNS = [field.name for field in fields(Shot)]
 
 
 def other_rows(shots: Sequence[Shot], folder: Path) -> list[dict[str, str]]:
-    """The rows of the manifest.csv that is there which stay: those of other planes and samplers than `shots` have.
+    """The rows of the manifest.csv that is there which stay: those of other planes and samplers
+    than `shots` have.
 
-    Of theirs none does: a run of fewer images means fewer. Raises DatasetError where it cannot be read: what stands in
-    it would be lost.
+    Of theirs none does: a run of fewer images means fewer. Raises DatasetError where it cannot be
+    read: what stands in it would be lost.
     """
     before, made = folder / "manifest.csv", {(str(shot.plane), shot.sampler) for shot in shots}
     if not before.exists():
         return []
     try:
-        rows = [dict(zip(COLUMNS, cells)) for _, *cells in read_table(before, *COLUMNS, strip=False)]
+        rows = [
+            dict(zip(COLUMNS, cells)) for _, *cells in read_table(before, *COLUMNS, strip=False)
+        ]
     except DatasetError as error:
         raise DatasetError(f"{error}; mend or remove it, or give another --out") from None
     return [row for row in rows if (row["plane"], row["sampler"]) not in made]
 
 
 def manifest_text(shots: Sequence[Shot], others: Sequence[Mapping[str, str]], folder: Path) -> str:
-    """The table of these images behind those of an earlier run into the folder, as long as their files are there."""
+    """The table of these images behind those of an earlier run into the folder, as long as their
+    files are there."""
     table = io.StringIO()
     writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -1,6 +1,7 @@
 """Prompts as AUTOMATIC1111's webui reads them: words weighted by brackets, of any length.
 
-For sampling only: training captions are plain text, cut at the encoder's length, as in kohya's trainer (`ldm/text.py`).
+For sampling only: training captions are plain text, cut at the encoder's length, as in kohya's
+trainer (`ldm/text.py`).
 """
 
 import re
@@ -29,16 +30,19 @@ BREAK_WORD = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def parse_prompt(text: str) -> list[tuple[str, float]]:
-    r"""Pieces of a prompt with their weights, by webui's attention grammar; adjacent pieces of one weight are one.
+    r"""Pieces of a prompt with their weights, by webui's attention grammar; adjacent pieces of one
+    weight are one.
 
-    (x) weighs 1.1, [x] 1 / 1.1, (x:1.3) 1.3; nested weights multiply; a bracket never closed runs to the end.
-    \( \) \[ \] \\ are the characters themselves. The word BREAK becomes the piece BREAK, ("BREAK", -1.0); within
-    brackets its -1 is multiplied too, so that there it is a word with a negative weight, as it is in webui.
-    What is no grammar is text: a closing bracket without its opening one, a weight that is no number, and webui's
-    other notations: [from:to:when], [a|b], AND.
+    (x) weighs 1.1, [x] 1 / 1.1, (x:1.3) 1.3; nested weights multiply; a bracket never closed runs
+    to the end. \( \) \[ \] \\ are the characters themselves. The word BREAK becomes the piece
+    BREAK, ("BREAK", -1.0); within brackets its -1 is multiplied too, so that there it is a word
+    with a negative weight, as it is in webui. What is no grammar is text: a closing bracket without
+    its opening one, a weight that is no number, and webui's other notations: [from:to:when], [a|b],
+    AND.
     """
     pieces: list[tuple[str, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}  # from which piece on each open bracket weighs
+    # from which piece on each open bracket weighs
+    opened: dict[str, list[int]] = {"(": [], "[": []}
 
     def weigh(start: int, factor: float) -> None:
         pieces[start:] = [(piece, weight * factor) for piece, weight in pieces[start:]]
@@ -64,11 +68,15 @@ def parse_prompt(text: str) -> list[tuple[str, float]]:
     return [("".join(piece for piece, _ in run), weight) for weight, run in runs] or [("", 1.0)]
 
 
-def split_chunks(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[list[tuple[int, float]]]:
-    """(token id, weight) of a prompt, in chunks of at most `length`, one at least; without marks and padding.
+def split_chunks(
+    tokenizer: CLIPTokenizer, prompt: str, length: int
+) -> list[list[tuple[int, float]]]:
+    """(token id, weight) of a prompt, in chunks of at most `length`, one at least; without marks
+    and padding.
 
-    A chunk that is full ends behind its last comma instead, if that is among its last COMMA_BACKTRACK tokens and the
-    next token is no comma. Each piece is tokenized alone: a bracket within a word cuts it into two.
+    A chunk that is full ends behind its last comma instead, if that is among its last
+    COMMA_BACKTRACK tokens and the next token is no comma. Each piece is tokenized alone: a bracket
+    within a word cuts it into two.
     """
     comma = tokenizer.convert_tokens_to_ids(",</w>")
     chunks: list[list[tuple[int, float]]] = [[]]
@@ -80,23 +88,35 @@ def split_chunks(tokenizer: CLIPTokenizer, prompt: str, length: int) -> list[lis
         for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids:
             if len(chunks[-1]) == length:
                 full = chunks.pop()
-                commas = [n for n, (id_, _) in enumerate(full) if id_ == comma and n >= length - COMMA_BACKTRACK]
+                commas = [
+                    n
+                    for n, (id_, _) in enumerate(full)
+                    if id_ == comma and n >= length - COMMA_BACKTRACK
+                ]
                 end = commas[-1] + 1 if commas and token != comma else length
                 chunks += [full[:end], full[end:]]
             chunks[-1].append((token, weight))
-    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]  # a BREAK at the end opens no chunk
+    # a BREAK at the end opens no chunk
+    return chunks if chunks[-1] or len(chunks) == 1 else chunks[:-1]
 
 
-def encode_weighted(tokenizer: CLIPTokenizer, text_encoder: TextEncoder, prompt: str, clip_skip: int = 1) -> Tensor:
-    """Text embeddings (1, k S, D) of a prompt of k chunks on the encoder's device, weighted as webui's "Original".
+def encode_weighted(
+    tokenizer: CLIPTokenizer, text_encoder: TextEncoder, prompt: str, clip_skip: int = 1
+) -> Tensor:
+    """Text embeddings (1, k S, D) of a prompt of k chunks on the encoder's device, weighted as
+    webui's "Original".
 
-    Each chunk is encoded apart, with begin mark, end mark and padding around S - 2 tokens: z (1, S, D), behind the
-    final layer norm. Then, with the weight w of each token (1 for marks and padding), z' = w z mean(z) / mean(w z),
-    the means over the whole chunk. Without weights and within S - 2 tokens: the bits of encode_prompts.
-    Raises CheckpointError where the text encoder has no such layer.
+    Each chunk is encoded apart, with begin mark, end mark and padding around S - 2 tokens: z (1, S,
+    D), behind the final layer norm. Then, with the weight w of each token (1 for marks and
+    padding), z' = w z mean(z) / mean(w z), the means over the whole chunk. Without weights and
+    within S - 2 tokens: the bits of encode_prompts. Raises CheckpointError where the text encoder
+    has no such layer.
     """
     length = text_encoder.config.max_position_embeddings
-    device, fill = text_encoder.text_model.final_layer_norm.weight.device, padding_id(tokenizer, text_encoder.config)
+    device, fill = (
+        text_encoder.text_model.final_layer_norm.weight.device,
+        padding_id(tokenizer, text_encoder.config),
+    )
     states = []
     for chunk in split_chunks(tokenizer, prompt, length - 2):
         tokens, weights = [token for token, _ in chunk], [weight for _, weight in chunk]

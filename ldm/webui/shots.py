@@ -1,4 +1,5 @@
-"""One image to make: its settings, the PNG that carries them, and the way back from a PNG to its settings."""
+"""One image to make: its settings, the PNG that carries them, and the way back from a PNG to its
+settings."""
 
 import hashlib
 import json
@@ -61,14 +62,16 @@ class Shot:
     strength: float | None  # of the variation
     model: str
     model_hash: str
-    dtype: str = ""  # of the U-Net and the text encoder; "" where a foreign PNG does not say, as of what follows
+    # of the U-Net and the text encoder; "" where a foreign PNG does not say, as of what follows
+    dtype: str = ""
     prediction_type: str = ""
     ema: bool = False
     tokenizer: str = ""  # hash
 
 
 def webui_text(shot: Shot, batch: Sequence[int] = (1, 0)) -> str:
-    """The webui's `parameters` of an image; batch: how many were made at once, and which of them this is."""
+    """The webui's `parameters` of an image; batch: how many were made at once, and which of them
+    this is."""
     several = batch[0] > 1
     karras = "Karras" if shot.spacing == "karras" else "Automatic"
     return format_parameters(
@@ -114,14 +117,16 @@ def save_shot(path: Path, pixels: np.ndarray, shot: Shot, batch: Sequence[int] =
 
 
 class Saving:
-    """Saves images by threads, as `save_shot`, while the next ones are made; a context that ends when all are saved."""
+    """Saves images by threads, as `save_shot`, while the next ones are made; a context that ends
+    when all are saved."""
 
     def __enter__(self) -> "Saving":
         self.pool, self.begun = ThreadPoolExecutor(), []
         return self
 
     def save(self, images: Sequence[tuple[Path, np.ndarray, Shot, Sequence[int]]]) -> None:
-        """Begin to save images, each by the arguments of `save_shot`. Raises what saving those before them raised."""
+        """Begin to save images, each by the arguments of `save_shot`. Raises what saving those
+        before them raised."""
         self._wait()
         self.begun = [self.pool.submit(save_shot, *image) for image in images]
 
@@ -146,21 +151,27 @@ def is_saved(path: Path, shot: Shot) -> bool:
 def read_shot(path: Path) -> tuple[Shot, tuple[int, int]]:
     """The settings of a PNG, and the batch that it was made in, as for webui_text.
 
-    Of a webui's own PNG the fields that its text does not tell are empty. Raises ImageError where there are none, or
-    they are not all ours to follow.
+    Of a webui's own PNG the fields that its text does not tell are empty. Raises ImageError where
+    there are none, or they are not all ours to follow.
     """
     text = _read_text(path)
     if OWN_CHUNK in text:
         try:
             return _own_text(text)
         except (KeyError, TypeError, ValueError):
-            raise ImageError(f"{path}: was made by another version of sample.py; give its settings as flags") from None
+            raise ImageError(
+                f"{path}: was made by another version of sample.py; give its settings as flags"
+            ) from None
     if "parameters" not in text:
-        raise ImageError(f"{path}: no settings in it, neither ours nor the webui's; give them as flags")
+        raise ImageError(
+            f"{path}: no settings in it, neither ours nor the webui's; give them as flags"
+        )
     try:
         shot = _webui_shot(parse_parameters(text["parameters"]))
     except KeyError as error:
-        raise ImageError(f"{path}: the webui's text does not say {error.args[0]}; give the settings as flags") from None
+        raise ImageError(
+            f"{path}: the webui's text does not say {error.args[0]}; give the settings as flags"
+        ) from None
     except ValueError as error:
         raise ImageError(f"{path}: cannot be repeated: {error}") from None
     return shot, (1, 0)
@@ -173,24 +184,40 @@ def same_pixels(*paths: Path) -> bool:
 
 
 def require_same(shot: Shot, wanted: Shot, like: Path) -> None:
-    """Raises ImageError where --like would take another model, LoRA or init image than its image was made with."""
-    flags = {"model_hash": "--model", "loras": "--lora", "lora_hashes": "--lora", "init_image": "--init-image"}
-    flags |= {name: f"--{name.replace('_', '-')}" for name in ("dtype", "prediction_type", "ema", "tokenizer")}
+    """Raises ImageError where --like would take another model, LoRA or init image than its image
+    was made with."""
+    flags = {
+        "model_hash": "--model",
+        "loras": "--lora",
+        "lora_hashes": "--lora",
+        "init_image": "--init-image",
+    }
+    flags |= {
+        name: f"--{name.replace('_', '-')}"
+        for name in ("dtype", "prediction_type", "ema", "tokenizer")
+    }
     for name, flag in flags.items():
         before, now = getattr(wanted, name), getattr(shot, name)
         if before != now and (before or name in ("loras", "init_image")):
-            raise ImageError(f"{like}: was made with {flag} {before or 'none'}, not {now or 'none'}; give its {flag}")
+            raise ImageError(
+                f"{like}: was made with {flag} {before or 'none'}, not {now or 'none'}; give its"
+                f" {flag}"
+            )
 
 
 def model_hash(digests: dict[str, str]) -> str:
-    """The webui's short hash of a model: 10 digits of its file's sha256, or where it has several, of all of theirs."""
+    """The webui's short hash of a model: 10 digits of its file's sha256, or where it has several,
+    of all of theirs."""
     if len(digests) == 1:
         return next(iter(digests.values()))[:10]
-    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()[:10]
+    return hashlib.sha256("".join(digests[name] for name in sorted(digests)).encode()).hexdigest()[
+        :10
+    ]
 
 
 def lora_hash(path: Path) -> str:
-    """The webui's short hash of a LoRA, 12 digits of the sha256 of a safetensors file behind its header."""
+    """The webui's short hash of a LoRA, 12 digits of the sha256 of a safetensors file behind its
+    header."""
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     with file.open("rb") as stream:
         if file.suffix == ".safetensors":
@@ -216,11 +243,16 @@ def _own_text(text: dict[str, str]) -> tuple[Shot, tuple[int, int]]:
 
 
 def _webui_shot(info: Infotext) -> Shot:
-    """Raises KeyError, with a setting that is missing, or ValueError, which says what cannot be followed."""
+    """Raises KeyError, with a setting that is missing, or ValueError, which says what cannot be
+    followed."""
     settings = info.settings
     samplers = {theirs: ours for ours, theirs in WEBUI_SAMPLERS.items()}
     # webui's UniPC has a schedule of its own, whatever its text says
-    schedule = "Automatic" if settings["Sampler"] == "UniPC" else settings.get("Schedule type", "Automatic")
+    schedule = (
+        "Automatic"
+        if settings["Sampler"] == "UniPC"
+        else settings.get("Schedule type", "Automatic")
+    )
     if settings["Sampler"] not in samplers:
         raise ValueError(f"sampler {settings['Sampler']}; only {' and '.join(samplers)} are here")
     if schedule not in WEBUI_SCHEDULES:
@@ -228,7 +260,9 @@ def _webui_shot(info: Infotext) -> Shot:
     if others := [name for name in settings if name not in WEBUI_SETTINGS]:
         raise ValueError(f"{', '.join(others)}: not done here")
     prompt, loras = lora_tags(info.prompt)
-    if found := re.search(r"\[[^\[\]()]*[:|][^\[\]()]*\]|\bAND\b|<\w+:[^>]*>", f"{prompt}\n{info.negative_prompt}"):
+    if found := re.search(
+        r"\[[^\[\]()]*[:|][^\[\]()]*\]|\bAND\b|<\w+:[^>]*>", f"{prompt}\n{info.negative_prompt}"
+    ):
         raise ValueError(f"{found[0]} in its prompt: prompt editing is not done here")
     width, height = settings["Size"].split("x")
     sampler, seed = samplers[settings["Sampler"]], int(settings["Seed"])
@@ -256,17 +290,23 @@ def _webui_shot(info: Infotext) -> Shot:
 
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:
-    """What LoRAs are called in the text: by their files, and by their folders too where two files have one name.
+    """What LoRAs are called in the text: by their files, and by their folders too where two files
+    have one name.
 
     What would end a tag or a hash there, <, :, > and the comma, becomes an underline.
     """
     stems = [re.sub(r"[<:>,]", "_", path.stem) for path in paths]
-    return [s if stems.count(s) == 1 else f"{path.absolute().parent.name}-{s}" for s, path in zip(stems, paths)]
+    return [
+        s if stems.count(s) == 1 else f"{path.absolute().parent.name}-{s}"
+        for s, path in zip(stems, paths)
+    ]
 
 
 def lora_hashes(paths: Sequence[Path]) -> str:
     """The webui's "Lora hashes"."""
-    return ", ".join(f"{label}: {lora_hash(path)}" for label, path in zip(lora_labels(paths), paths))
+    return ", ".join(
+        f"{label}: {lora_hash(path)}" for label, path in zip(lora_labels(paths), paths)
+    )
 
 
 def tags(loras: Sequence[tuple[str, float]]) -> str:

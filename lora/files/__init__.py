@@ -32,7 +32,8 @@ TEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 
 @dataclass(frozen=True)
 class LoRASummary:
-    """What load_lora found: layers for each prefix, each (rank, alpha) with its number of layers, the metadata."""
+    """What load_lora found: layers for each prefix, each (rank, alpha) with its number of layers,
+    the metadata."""
 
     layers: dict[str, int]
     ranks: dict[tuple[int, float], int]
@@ -49,13 +50,16 @@ def save_lora(
 ) -> None:
     """Writes the LoRAs of the models into one file; it appears whole or not at all.
 
-    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; one without LoRALayers adds nothing
-    metadata: for the header, written as str; what the layers tell (ranks, alphas, SD 1 or 2) is added
+    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; one without LoRALayers adds
+        nothing
+    metadata: for the header, written as str; what the layers tell (ranks, alphas, SD 1 or 2) is
+        added
     dtype: of weights and alphas; float32 keeps every bit
-    layout: "kohya" for its tools, AUTOMATIC1111 and ComfyUI, or "peft" for diffusers (alpha / r goes into B)
+    layout: "kohya" for its tools, AUTOMATIC1111 and ComfyUI, or "peft" for diffusers (alpha / r
+        goes into B)
 
-    Raises LoRAError where there is no LoRA or a layer has several, a weight is not finite in `dtype`, or the file
-    cannot be written.
+    Raises LoRAError where there is no LoRA or a layer has several, a weight is not finite in
+    `dtype`, or the file cannot be written.
     """
     pairs = {}
     for prefix, model in models.items():
@@ -65,36 +69,48 @@ def save_lora(
                 raise LoRAError(f"{path}: {where} has several LoRAs ({names}): remove all but one")
             if prefix == "lora_te":
                 where = f"text_model.{where.removeprefix('text_model.')}"
-            kernel, ones = (layer.root.kernel_size, (1, 1)) if isinstance(layer.root, nn.Conv2d) else ((), ())
+            kernel, ones = (
+                (layer.root.kernel_size, (1, 1)) if isinstance(layer.root, nn.Conv2d) else ((), ())
+            )
             A, B = layer.A.view(layer.rank, -1, *kernel), layer.B.view(*layer.B.shape, *ones)
             pairs[f"{prefix}.{where}"] = Pair(A, B, layer.alpha)
     write(path, pairs, metadata or {}, layout, dtype)
 
 
-def load_lora(path: str | Path, models: Models, name: str = "lora", strength: float = 1.0) -> LoRASummary:
-    """Injects a LoRA file into models: all of the file, or nothing and a LoRAError that names file, layer and shapes.
+def load_lora(
+    path: str | Path, models: Models, name: str = "lora", strength: float = 1.0
+) -> LoRASummary:
+    """Injects a LoRA file into models: all of the file, or nothing and a LoRAError that names file,
+    layer and shapes.
 
     path: of a file in any of the layouts in formats.py, or of PEFT's folder
-    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; they are frozen, and the LoRA can be trained on
-    name: tells it from those that the models have already, which are frozen too and to which it is added
+    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; they are frozen, and the LoRA
+        can be trained on
+    name: tells it from those that the models have already, which are frozen too and to which it is
+        added
     strength: of all its layers, as by set_strength
 
-    Each layer has its own rank and alpha. A file that was made for another base model, that holds a key without a
-    place, a weight that is not finite or a variant other than plain LoRA is refused.
+    Each layer has its own rank and alpha. A file that was made for another base model, that holds a
+    key without a place, a weight that is not finite or a variant other than plain LoRA is refused.
     """
     check_strength(strength)
     for prefix, model in models.items():
         if name in lora_names(model):
             raise LoRAError(
-                f"{path}: the {prefix} model has a LoRA named {name!r} already: remove it, or name this one"
+                f"{path}: the {prefix} model has a LoRA named {name!r} already: remove it, or name"
+                " this one"
             )
         if any(layer.original is not None for layer in lora_layers(model).values()):
             raise LoRAError(f"{path}: the {prefix} model's LoRA is merged: unmerge first")
     file = read(path)
     table = {
-        kohya_name(prefix, where): (prefix, where) for prefix, model in models.items() for where, _ in adaptable(model)
+        kohya_name(prefix, where): (prefix, where)
+        for prefix, model in models.items()
+        for where, _ in adaptable(model)
     }
-    if leftover := [key for key_of in file.pairs.keys() - table.keys() for key in file.keys[key_of]]:
+    if leftover := [
+        key for key_of in file.pairs.keys() - table.keys() for key in file.keys[key_of]
+    ]:
         total = sum(map(len, file.keys.values()))
         remedy = f"pass the models that the file was made for{_made_for(file)}"
         raise no_place(path, leftover, total, ", ".join(models), remedy)
@@ -125,9 +141,11 @@ def load_lora(path: str | Path, models: Models, name: str = "lora", strength: fl
 
 
 def convert(source: str | Path, path: str | Path, layout: str) -> None:
-    """Writes a LoRA file of any layout in another, "kohya" or "peft", without a model; the metadata go along.
+    """Writes a LoRA file of any layout in another, "kohya" or "peft", without a model; the metadata
+    go along.
 
-    The weights keep their bits, but where alpha is not the rank and goes into PEFT's B: those are written in float32.
+    The weights keep their bits, but where alpha is not the rank and goes into PEFT's B: those are
+    written in float32.
     """
     file = read(source)
     dtype = file.dtype
@@ -143,18 +161,25 @@ def _check_fit(where: str, base: nn.Module, pair: Pair, file: LoRAFile) -> None:
         raise LoRAError(f"{where}: {reason}")
     weight = (base.root if isinstance(base, LoRALayer) else base).weight
     inputs, wanted = (tuple([*shape[1:], 1, 1][:3]) for shape in (pair.down.shape, weight.shape))
-    if len(pair.up) != len(weight) or inputs != wanted:  # of 1x1 convolutions there are files without the ones
+    # of 1x1 convolutions there are files without the ones
+    if len(pair.up) != len(weight) or inputs != wanted:
         raise LoRAError(
-            f"{where}: lora_down {list(pair.down.shape)} and lora_up {list(pair.up.shape)} for a weight "
-            f"{list(weight.shape)}: made for another base model{_made_for(file)}: load it into that one"
+            f"{where}: lora_down {list(pair.down.shape)} and lora_up {list(pair.up.shape)} for a"
+            f" weight {list(weight.shape)}: made for another base model{_made_for(file)}: load it"
+            " into that one"
         )
 
 
 def _made_for(file: LoRAFile) -> str:
-    """The base that a file was made for, by its metadata or the width of the text that its layers take."""
+    """The base that a file was made for, by its metadata or the width of the text that its layers
+    take."""
     base = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
     if base:
         return f" (its metadata says {base})"
-    widths = {pair.down.shape[1] for name, pair in file.pairs.items() if re.search(r"attn2_to_[kv]$", name)}
+    widths = {
+        pair.down.shape[1]
+        for name, pair in file.pairs.items()
+        if re.search(r"attn2_to_[kv]$", name)
+    }
     families = sorted({TEXT_WIDTHS[width] for width in widths if width in TEXT_WIDTHS})
     return f" (by its shapes {' or '.join(families)})" if families else ""

@@ -9,10 +9,16 @@ from lora.layer import LoRAError
 
 def main(argv: list[str] | None = None) -> None:
     """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
-    parser = argparse.ArgumentParser(prog="python -m lora.files", description="Converts a LoRA file, without a model.")
-    parser.add_argument("source", type=Path, metavar="IN", help="a file of any layout, or PEFT's folder")
+    parser = argparse.ArgumentParser(
+        prog="python -m lora.files", description="Converts a LoRA file, without a model."
+    )
+    parser.add_argument(
+        "source", type=Path, metavar="IN", help="a file of any layout, or PEFT's folder"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
-    parser.add_argument("--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers")
+    parser.add_argument(
+        "--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers"
+    )
     args = parser.parse_args(argv)
     try:
         convert(args.source, args.out, args.to)

@@ -24,17 +24,26 @@ TOOLS_OWN = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_
 
 
 def write(
-    path: str | Path, pairs: Mapping[str, Pair], metadata: Mapping[str, object], layout: str, dtype: torch.dtype
+    path: str | Path,
+    pairs: Mapping[str, Pair],
+    metadata: Mapping[str, object],
+    layout: str,
+    dtype: torch.dtype,
 ) -> None:
-    """Writes a file, whole or not at all, the same bytes for the same arguments; alpha is the rank in a "peft" one.
+    """Writes a file, whole or not at all, the same bytes for the same arguments; alpha is the rank
+    in a "peft" one.
 
-    pairs: by kohya's name of the layer, or by prefix and path, dotted, which "peft" needs beyond SD's own names
+    pairs: by kohya's name of the layer, or by prefix and path, dotted, which "peft" needs beyond
+        SD's own names
     metadata: for the header, as str; what describes the layers is computed
 
-    PEFT's layout has no tensor for alpha, and not all tools read it in the header: alpha / r goes into B. Where they
-    differ, float32 keeps what half precision would round. Raises LoRAError.
+    PEFT's layout has no tensor for alpha, and not all tools read it in the header: alpha / r goes
+    into B. Where they differ, float32 keeps what half precision would round. Raises LoRAError.
     """
-    path, metadata = Path(path), {key: value for key, value in metadata.items() if key not in TOOLS_OWN}
+    path, metadata = (
+        Path(path),
+        {key: value for key, value in metadata.items() if key not in TOOLS_OWN},
+    )
     if not pairs:
         raise LoRAError(f"{path}: nothing to save, no model has a LoRA: inject first")
     if layout == "kohya":
@@ -48,7 +57,9 @@ def write(
     for key, tensor in tensors.items():
         tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
         if not tensors[key].isfinite().all():
-            raise LoRAError(f"{path}: {key} is not finite in {dtype}: training diverged, or save as float32")
+            raise LoRAError(
+                f"{path}: {key} is not finite in {dtype}: training diverged, or save as float32"
+            )
     if not path.parent.is_dir():
         raise LoRAError(f"{path}: its folder does not exist: make it first")
     partial = path.with_name(f".{path.name}.part")
@@ -66,12 +77,21 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
     for name, (down, up, alpha) in pairs.items():
         parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
         tensors |= {f"{name.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
-    rank, alpha = _one({len(pair.down) for pair in pairs.values()}), _one({pair.alpha for pair in pairs.values()})
-    header = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": alpha}
+    rank, alpha = (
+        _one({len(pair.down) for pair in pairs.values()}),
+        _one({pair.alpha for pair in pairs.values()}),
+    )
+    header = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+    }
     if kernels := [pair for pair in pairs.values() if pair.down.shape[2:].numel() > 1]:
         settings = {"conv_dim": _one({len(pair.down) for pair in kernels})}
         settings["conv_alpha"] = _one({pair.alpha for pair in kernels})
-        header["ss_network_args"] = json.dumps({name: str(value) for name, value in settings.items()})
+        header["ss_network_args"] = json.dumps(
+            {name: str(value) for name, value in settings.items()}
+        )
     return tensors, header
 
 
@@ -81,7 +101,9 @@ def _one(values: set) -> object:
 
 
 def _guessed_base(pairs: Mapping[str, Pair]) -> dict[str, object]:
-    widths = {pair.down.shape[1] for name, pair in pairs.items() if re.search(r"attn2[._]to_[kv]$", name)}
+    widths = {
+        pair.down.shape[1] for name, pair in pairs.items() if re.search(r"attn2[._]to_[kv]$", name)
+    }
     version, v2 = BASES.get(next(iter(widths), 0), (None, None))
     return {} if version is None else {"ss_base_model_version": version, "ss_v2": v2}
 
@@ -91,15 +113,23 @@ def _peft(path: Path, pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dic
     for name, (down, up, alpha) in pairs.items():
         full = name if "." in name else dotted(name)
         if full is None:
-            raise LoRAError(f"{path}: {name} is no layer of Stable Diffusion that PEFT's layout has a name for")
+            raise LoRAError(
+                f"{path}: {name} is no layer of Stable Diffusion that PEFT's layout has a name for"
+            )
         prefix, _, module = full.partition(".")
         network = next((network for network, kohya in NETWORKS.items() if kohya == prefix), None)
         if network is None:
-            raise LoRAError(f"{path}: {prefix} has no name in PEFT's layout: use {' or '.join(NETWORKS.values())}")
+            raise LoRAError(
+                f"{path}: {prefix} has no name in PEFT's layout: use"
+                f" {' or '.join(NETWORKS.values())}"
+            )
         key = f"{network}.{module}"
         tensors[f"{key}.lora_A.weight"] = down
-        tensors[f"{key}.lora_B.weight"] = up if alpha == len(down) else up.float() * (alpha / len(down))
-        # CLIP has no level text_model since transformers 5.6; PEFT compares the end of a path, so both are found
+        tensors[f"{key}.lora_B.weight"] = (
+            up if alpha == len(down) else up.float() * (alpha / len(down))
+        )
+        # CLIP has no level text_model since transformers 5.6; PEFT compares the end of a path, so
+        # both are found
         ranks[network][module.removeprefix("text_model.")] = len(down)
     config = {}
     for network, rank_of in ranks.items():
@@ -108,15 +138,22 @@ def _peft(path: Path, pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dic
         settings = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
         settings["target_modules"] = sorted(rank_of)
         config |= {f"{network}.{key}": value for key, value in settings.items()}
-    return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    return tensors, {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True),
+    }
 
 
 def _serialize(tensors: dict[str, Tensor], metadata: Mapping[str, object]) -> bytes:
-    """A safetensors file with sorted metadata: the library writes several in an order that changes from run to run."""
+    """A safetensors file with sorted metadata: the library writes several in an order that changes
+    from run to run."""
     data = save(tensors)
     length = int.from_bytes(data[:8], "little")
     metadata = {**metadata, "sshs_model_hash": hashlib.sha256(data[8 + length :]).hexdigest()}
-    header = {"__metadata__": {key: str(metadata[key]) for key in sorted(metadata)}, **json.loads(data[8 : 8 + length])}
+    header = {
+        "__metadata__": {key: str(metadata[key]) for key in sorted(metadata)},
+        **json.loads(data[8 : 8 + length]),
+    }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[8 + length :]

@@ -10,8 +10,9 @@
 | the same, text encoder | `text_encoder.text_model...q_proj.lora_linear_layer.down.weight` | r |
 | diffusers to 0.17 | `mid_block...attn2.processor.to_k_lora.down.weight` | r |
 
-A is (r, in), B is (out, r), with two more dimensions of 1 where the layer is a 1x1 convolution. The one form is kohya's
-name. Its underscores cannot be turned back into dots but with a model's names or, without it, with the words of SD's.
+A is (r, in), B is (out, r), with two more dimensions of 1 where the layer is a 1x1 convolution. The
+one form is kohya's name. Its underscores cannot be turned back into dots but with a model's names
+or, without it, with the words of SD's.
 """
 
 import json
@@ -50,24 +51,32 @@ REFUSED: dict[str, str] = {
     r".*\.lora_mid\.": "a LoCon with a core tensor (LyCORIS): use a plain LoRA",
     r"lora_te2_|text_encoder_2\.": "for SDXL, with two text encoders: use one for SD 1 or SD 2",
     r"(unet|text_encoder):\d+:": "in the format of cloneofsimo's lora: convert it to kohya's",
-    r"diffusion_model\.": "in ComfyUI's names, as LoRAs of Flux, Wan and others are: use one for SD 1 or SD 2 in "
-    "kohya's names (lora_unet_) or diffusers' (unet.)",
-    r"transformer\.|lora_transformer_": "for a diffusion transformer (Flux, SD 3 and others): use one for SD 1 or SD 2",
+    r"diffusion_model\.": (
+        "in ComfyUI's names, as LoRAs of Flux, Wan and others are: use one for SD 1 or SD 2 in "
+        "kohya's names (lora_unet_) or diffusers' (unet.)"
+    ),
+    r"transformer\.|lora_transformer_": (
+        "for a diffusion transformer (Flux, SD 3 and others): use one for SD 1 or SD 2"
+    ),
     r"emb_params$": "a textual inversion, no LoRA: load it as an embedding",
 }
-"""A pattern that the beginning of some key matches -> what the file is and what to do, where it cannot be read."""
+"""A pattern that the beginning of some key matches -> what the file is and what to do, where it
+cannot be read."""
 
 CONTENTS: dict[bytes, str] = {
     b"$": "empty, 0 bytes: download it again",
     b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
     b"<": "a web page, not the weights: download it again",
-    rb"PK\x03\x04|\x80[\x02-\x05]": "a pickle, which may run code: convert it to safetensors in a sandbox",
+    rb"PK\x03\x04|\x80[\x02-\x05]": (
+        "a pickle, which may run code: convert it to safetensors in a sandbox"
+    ),
 }
 """A pattern that the beginning of a file matches -> what it is, where it is no safetensors file."""
 
 KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""PEFT's init_lora_weights that leave W0 as it was. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA take from it what A and B
-begin with (`tuners/lora/layer.py` of PEFT 0.21): behind the original W0 it counts twice. What is unknown may too."""
+"""PEFT's init_lora_weights that leave W0 as it was. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA take
+from it what A and B begin with (`tuners/lora/layer.py` of PEFT 0.21): behind the original W0 it
+counts twice. What is unknown may too."""
 
 WORDS = (
     r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|text_model|self_attn|[qkv]_proj"
@@ -78,7 +87,8 @@ PIECES = rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|m
 
 
 class Pair(NamedTuple):
-    """One layer's LoRA. down: A, (r, in[, height, width]); up: B, (out, r[, 1, 1]); alpha: above 0."""
+    """One layer's LoRA. down: A, (r, in[, height, width]); up: B, (out, r[, 1, 1]); alpha: above
+    0."""
 
     down: Tensor
     up: Tensor
@@ -87,7 +97,8 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A file's pairs by kohya's name of the layer, the keys that each came from, and the metadata."""
+    """A file's pairs by kohya's name of the layer, the keys that each came from, and the
+    metadata."""
 
     pairs: dict[str, Pair]
     keys: dict[str, list[str]]
@@ -101,7 +112,8 @@ class LoRAFile:
 
 
 def kohya_name(prefix: str, path: str) -> str:
-    """Kohya's name of a layer; of a text encoder's always with text_model, which CLIP had before transformers 5.6."""
+    """Kohya's name of a layer; of a text encoder's always with text_model, which CLIP had before
+    transformers 5.6."""
     if prefix == "lora_te":
         path = f"text_model.{path.removeprefix('text_model.')}"
     return f"{prefix}.{path}".replace(".", "_")
@@ -110,8 +122,8 @@ def kohya_name(prefix: str, path: str) -> str:
 def read(path: str | Path) -> LoRAFile:
     """Reads a file of any layout above, or PEFT's folder, told by the keys.
 
-    Raises LoRAError, one line with the file and what to do, where it is another kind of file, holds keys that no
-    layout knows, or a layer is not whole.
+    Raises LoRAError, one line with the file and what to do, where it is another kind of file, holds
+    keys that no layout knows, or a layer is not whole.
     """
     path = Path(path)
     path = path / "adapter_model.safetensors" if path.is_dir() else path
@@ -136,39 +148,61 @@ def read(path: str | Path) -> LoRAFile:
     if not keys:
         example = f", such as {min(tensors)}" if tensors else ""
         raise LoRAError(
-            f"{path}: no LoRA among its {len(tensors)} keys{example}: give a LoRA file, not a model's checkpoint"
+            f"{path}: no LoRA among its {len(tensors)} keys{example}: give a LoRA file, not a"
+            " model's checkpoint"
         )
     if leftover:
-        raise no_place(path, leftover, len(tensors), "a LoRA's layers", "use a plain LoRA, not a variant")
+        raise no_place(
+            path, leftover, len(tensors), "a LoRA's layers", "use a plain LoRA, not a variant"
+        )
     pairs = {}
     for name in keys:
         pair = _checked(f"{path}: {name}", parts[name])
         if name in settings and "alpha" not in parts[name]:
-            pair = pair._replace(alpha=_config_alpha(f"{path}: {name}", *settings[name], rank=len(pair.down)))
+            pair = pair._replace(
+                alpha=_config_alpha(f"{path}: {name}", *settings[name], rank=len(pair.down))
+            )
         pairs[name] = pair
     if zeros := sum(bool((part["alpha"] == 0).all()) for part in parts.values() if "alpha" in part):
-        warnings.warn(f"{path}: alpha 0 of {zeros} layers is read as their rank, as kohya does", stacklevel=3)
+        warnings.warn(
+            f"{path}: alpha 0 of {zeros} layers is read as their rank, as kohya does", stacklevel=3
+        )
     return LoRAFile(pairs, dict(keys), metadata)
 
 
-def no_place(path: str | Path, leftover: list[str], total: int, where: str, remedy: str) -> LoRAError:
+def no_place(
+    path: str | Path, leftover: list[str], total: int, where: str, remedy: str
+) -> LoRAError:
     """The error for keys that nothing takes: how many of the file's, and the first five."""
     named = ", ".join(sorted(leftover)[:5])
-    return LoRAError(f"{path}: {len(leftover)} of {total} keys have no place in {where}, such as {named}: {remedy}")
+    return LoRAError(
+        f"{path}: {len(leftover)} of {total} keys have no place in {where}, such as {named}:"
+        f" {remedy}"
+    )
 
 
 def dotted(name: str) -> str | None:
-    """lora_unet_mid_block_attentions_0_proj_in -> lora_unet.mid_block.attentions.0.proj_in; None where unknown."""
+    """lora_unet_mid_block_attentions_0_proj_in -> lora_unet.mid_block.attentions.0.proj_in; None
+    where unknown."""
     prefix = next((prefix for prefix in NETWORKS.values() if name.startswith(f"{prefix}_")), None)
     if prefix is None:
         return None
-    path = re.sub(rf"(?<![^_])({WORDS})(?![^_])|_", lambda m: m[1] or ".", name.removeprefix(f"{prefix}_"))
-    return f"{prefix}.{path}" if all(re.fullmatch(PIECES, piece) for piece in path.split(".")) else None
+    path = re.sub(
+        rf"(?<![^_])({WORDS})(?![^_])|_", lambda m: m[1] or ".", name.removeprefix(f"{prefix}_")
+    )
+    return (
+        f"{prefix}.{path}"
+        if all(re.fullmatch(PIECES, piece) for piece in path.split("."))
+        else None
+    )
 
 
 def _layer_of(key: str) -> tuple[str, str] | None:
-    """The layer of a key, prefix and dotted path but in kohya's layout without dots, and its part."""
-    layout, match = next(((layout, m) for layout, p in KEYS.items() if (m := p.fullmatch(key))), (None, None))
+    """The layer of a key, prefix and dotted path but in kohya's layout without dots, and its
+    part."""
+    layout, match = next(
+        ((layout, m) for layout, p in KEYS.items() if (m := p.fullmatch(key))), (None, None)
+    )
     if match is None:
         return None
     path, part = match[1], PARTS.get(match[2], match[2])
@@ -176,7 +210,12 @@ def _layer_of(key: str) -> tuple[str, str] | None:
         head, dot, rest = path.partition(".")
         path = f"{NETWORKS.get(head, head)}_{rest.replace('.', '_')}" if dot else path
         path = re.sub(r"^lora_te1?_(text_model_)?", "lora_te_text_model_", path)
-        return re.sub(r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_", _from_compvis, path), part
+        return (
+            re.sub(
+                r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_", _from_compvis, path
+            ),
+            part,
+        )
 
     path = path.removeprefix("base_model.model.")
     head, _, rest = path.partition(".")
@@ -212,7 +251,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _other_content(path: Path, error: Exception) -> str:
-    """What a file is that is no whole safetensors file, by its first bytes or by the error, and what to do."""
+    """What a file is that is no whole safetensors file, by its first bytes or by the error, and
+    what to do."""
     start = path.read_bytes()[:512].lstrip(b"\xef\xbb\xbf \r\n\t")
     for mark, what in CONTENTS.items():
         if re.match(mark, start):
@@ -220,17 +260,25 @@ def _other_content(path: Path, error: Exception) -> str:
     return f"not a whole safetensors file: download or convert it again ({error})"
 
 
-def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, dict]:
+def _read_configs(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, dict]:
     """PEFT's configuration of each network, by kohya's prefix; empty where there is none."""
     beside = path.parent / "adapter_config.json"
     alone = any(key.startswith("base_model.model.") for key in tensors)
     if alone and not beside.is_file():
         raise LoRAError(f"{beside}: missing, it holds alpha: put PEFT's file beside {path.name}")
-    source, text = (beside, beside.read_text()) if alone else (path, metadata.get("lora_adapter_metadata", "{}"))
+    source, text = (
+        (beside, beside.read_text())
+        if alone
+        else (path, metadata.get("lora_adapter_metadata", "{}"))
+    )
     try:
         flat = dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise LoRAError(f"{source}: PEFT's configuration is not a JSON object ({error}): get it again") from None
+        raise LoRAError(
+            f"{source}: PEFT's configuration is not a JSON object ({error}): get it again"
+        ) from None
     configs = defaultdict(dict)
     for key, value in flat.items():
         head, _, rest = key.partition(".")
@@ -238,11 +286,14 @@ def _read_configs(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             configs[prefix][rest if head in NETWORKS else key] = value
     for config in configs.values():
         if config.get("use_dora"):
-            raise LoRAError(f"{source}: a DoRA (use_dora), which cannot be loaded: use a plain LoRA")
+            raise LoRAError(
+                f"{source}: a DoRA (use_dora), which cannot be loaded: use a plain LoRA"
+            )
         if (init := config.get("init_lora_weights", True)) not in KEEP_BASE:
             raise LoRAError(
-                f"{source}: made for weights that init_lora_weights {init!r} changed, not for the model's own: save it "
-                "with PEFT's path_initial_model_for_weight_conversion, or use a plain LoRA"
+                f"{source}: made for weights that init_lora_weights {init!r} changed, not for the"
+                " model's own: save it with PEFT's path_initial_model_for_weight_conversion, or"
+                " use a plain LoRA"
             )
     return dict(configs)
 
@@ -251,12 +302,19 @@ def _config_alpha(where: str, config: Mapping, module: str, rank: int) -> float:
     """A layer's alpha by PEFT's configuration, whose patterns match the end of a path."""
     try:
         patterns = config.get("alpha_pattern") or {}
-        alpha = next((a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), None)
+        alpha = next(
+            (a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), None
+        )
         alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
     except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise LoRAError(f"{where}: PEFT's configuration has no readable alpha ({error}): mend it") from None
+        raise LoRAError(
+            f"{where}: PEFT's configuration has no readable alpha ({error}): mend it"
+        ) from None
     if not math.isfinite(alpha) or alpha <= 0:
-        raise LoRAError(f"{where}: PEFT's configuration has alpha {alpha}: it must be a positive number: mend it")
+        raise LoRAError(
+            f"{where}: PEFT's configuration has alpha {alpha}: it must be a positive number:"
+            " mend it"
+        )
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
@@ -269,18 +327,33 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
     parts = {name: tensor.float() if name == "alpha" else tensor for name, tensor in parts.items()}
     for tensor in (down, up):
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise LoRAError(f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or float32")
+            raise LoRAError(
+                f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or"
+                " float32"
+            )
         if tensor.ndim not in (2, 4):
-            raise LoRAError(f"{where}: {shapes}: neither matrices nor convolutions: the file is damaged, get it again")
+            raise LoRAError(
+                f"{where}: {shapes}: neither matrices nor convolutions: the file is damaged, get it"
+                " again"
+            )
     for tensor in parts.values():
         if not tensor.isfinite().all():
-            raise LoRAError(f"{where}: a value is not finite ({shapes}): training diverged, use an earlier file")
+            raise LoRAError(
+                f"{where}: a value is not finite ({shapes}): training diverged, use an earlier file"
+            )
     if up.shape[2:].numel() != 1:
-        raise LoRAError(f"{where}: {shapes}: lora_up must be 1x1: use a LoCon as kohya and LyCORIS write it")
+        raise LoRAError(
+            f"{where}: {shapes}: lora_up must be 1x1: use a LoCon as kohya and LyCORIS write it"
+        )
     rank = len(down)
     if rank != up.shape[1] or rank == 0:
-        raise LoRAError(f"{where}: {shapes}: the ranks differ or are 0: the file is damaged, get it again")
+        raise LoRAError(
+            f"{where}: {shapes}: the ranks differ or are 0: the file is damaged, get it again"
+        )
     alpha = parts.get("alpha", torch.tensor(rank))
     if alpha.numel() != 1 or alpha < 0:
-        raise LoRAError(f"{where}: alpha of shape {list(alpha.shape)} must be one number, not negative: mend the file")
+        raise LoRAError(
+            f"{where}: alpha of shape {list(alpha.shape)} must be one number, not negative: mend"
+            " the file"
+        )
     return Pair(down, up, float(alpha) or float(rank))

@@ -1,4 +1,5 @@
-"""What a LoRA file says of its training, in the words of kohya's tools and of the standard modelspec."""
+"""What a LoRA file says of its training, in the words of kohya's tools and of the standard
+modelspec."""
 
 import json
 from collections import Counter
@@ -13,16 +14,21 @@ ARCHITECTURES = {
     (1024, "epsilon"): "stable-diffusion-v2-512",
     (1024, "v_prediction"): "stable-diffusion-v2-768-v",
 }
-"""Width of the text embedding and prediction type -> the name in the metadata standard modelspec."""
+"""Width of the text embedding and prediction type -> the name in the metadata standard
+modelspec."""
 
 
 def metadata(
-    settings: Mapping[str, Any], images: Sequence[Any], optimizer: torch.optim.Optimizer, context_dim: int
+    settings: Mapping[str, Any],
+    images: Sequence[Any],
+    optimizer: torch.optim.Optimizer,
+    context_dim: int,
 ) -> dict[str, object]:
-    """What kohya's tools and the webui show of a training, by their ss_ keys, and by those of the standard modelspec.
+    """What kohya's tools and the webui show of a training, by their ss_ keys, and by those of the
+    standard modelspec.
 
-    settings: the arguments of train_lora.py, the `size` in px, the `steps` of the run, the `batches` of an epoch, and
-        the U-Net's `prediction` type
+    settings: the arguments of train_lora.py, the `size` in px, the `steps` of the run, the
+        `batches` of an epoch, and the U-Net's `prediction` type
     images: each with a `path`, `caption` and `repeats`
     context_dim: width of the text embedding
 
@@ -33,7 +39,9 @@ def metadata(
     for image in images:
         name = image.path.parent.name
         folders.setdefault(name, {"n_repeats": image.repeats, "img_count": 0})["img_count"] += 1
-        tags.setdefault(name, Counter()).update(tag.strip() for tag in image.caption.split(",") if tag.strip())
+        tags.setdefault(name, Counter()).update(
+            tag.strip() for tag in image.caption.split(",") if tag.strip()
+        )
     name, size, prediction = "lora", settings["size"], settings["prediction"]
     keys = {
         "ss_output_name": name,
@@ -48,7 +56,9 @@ def metadata(
         "ss_tag_frequency": json.dumps(tags),
         "ss_learning_rate": settings["lr"],
         "ss_unet_lr": settings["lr"],
-        "ss_text_encoder_lr": settings["text_encoder_lr"] if settings["train_text_encoder"] else None,
+        "ss_text_encoder_lr": (
+            settings["text_encoder_lr"] if settings["train_text_encoder"] else None
+        ),
         "ss_optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
         "ss_lr_scheduler": settings["schedule"],
         "ss_debiased_estimation": settings["debiased_estimation_loss"],
@@ -75,7 +85,8 @@ def metadata(
 
 
 def trained_otherwise(said: Mapping[str, str], clip_skip: int, prediction_type: str) -> list[str]:
-    """What a file's metadata says of its training that is other than what it is used with, a sentence each.
+    """What a file's metadata says of its training that is other than what it is used with, a
+    sentence each.
 
     said: the header's metadata, whoever wrote it; what it does not say cannot differ
     """

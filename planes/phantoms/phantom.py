@@ -1,4 +1,5 @@
-"""Procedural ultrasound phantoms: the anatomy of five planes, and images of it in the two datasets' own layouts.
+"""Procedural ultrasound phantoms: the anatomy of five planes, and images of it in the two datasets'
+own layouts.
 
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
@@ -40,17 +41,27 @@ def _at(pose: Pose, u: float, v: float) -> tuple[float, float]:
 
 
 def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
-    """A bright elliptical skull, the midline echo broken by the cavum, two dark thalami, a ventricle."""
+    """A bright elliptical skull, the midline echo broken by the cavum, two dark thalami, a
+    ventricle."""
     p = _pose(rng, growth, 0.6, 0.41)
     ratio = rng.uniform(0.74, 0.82)
     head = tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle)
     tissue.paint(head, DIM + 2, 1.0)
     for side in (-1, 1):
-        tissue.paint(tissue.ellipse(*_at(p, 0.02, 0.13 * side), 0.2 * p.size, 0.1 * p.size, p.angle), DIM - 10)
-    tissue.paint(tissue.ellipse(*_at(p, 0.5, 0.33), 0.26 * p.size, 0.08 * p.size, p.angle + 0.2), FLUID + 12)
+        tissue.paint(
+            tissue.ellipse(*_at(p, 0.02, 0.13 * side), 0.2 * p.size, 0.1 * p.size, p.angle),
+            DIM - 10,
+        )
+    tissue.paint(
+        tissue.ellipse(*_at(p, 0.5, 0.33), 0.26 * p.size, 0.08 * p.size, p.angle + 0.2), FLUID + 12
+    )
     tissue.paint(tissue.rod(p.cx, p.cy, 0.86 * p.size, 0.014, p.angle), BRIGHT + 2)
     tissue.paint(tissue.rod(*_at(p, -0.45, 0), 0.1 * p.size, 0.07 * p.size, p.angle), FLUID + 8)
-    tissue.paint(tissue.ring(p.cx, p.cy, p.size, ratio * p.size, rng.uniform(0.022, 0.034), p.angle), BONE, 9.0)
+    tissue.paint(
+        tissue.ring(p.cx, p.cy, p.size, ratio * p.size, rng.uniform(0.022, 0.034), p.angle),
+        BONE,
+        9.0,
+    )
 
 
 def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
@@ -59,26 +70,36 @@ def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
     tissue.paint(tissue.ellipse(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, p.angle), DIM + 5)
     tissue.paint(tissue.ring(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, 0.016, p.angle), BRIGHT - 6)
     tissue.paint(
-        tissue.rod(p.cx, p.cy, p.size, rng.uniform(0.036, 0.05), p.angle, rng.uniform(0.1, 0.5)), BONE + 2, 160
+        tissue.rod(p.cx, p.cy, p.size, rng.uniform(0.036, 0.05), p.angle, rng.uniform(0.1, 0.5)),
+        BONE + 2,
+        160,
     )
 
 
 def abdomen(tissue: Tissue, rng: Rng, growth: float) -> None:
-    """A round section: thin wall, liver, the dark stomach bubble, the umbilical vein, the spine with its shadow."""
+    """A round section: thin wall, liver, the dark stomach bubble, the umbilical vein, the spine
+    with its shadow."""
     p = _pose(rng, growth, 3.14, 0.39)
     ratio = rng.uniform(0.9, 1.0)
     tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle), TISSUE + 3, 1.0)
     tissue.paint(tissue.ring(p.cx, p.cy, p.size, ratio * p.size, 0.018, p.angle), BRIGHT - 1)
     stomach = rng.uniform(0.17, 0.25)
     tissue.paint(
-        tissue.ellipse(*_at(p, -0.42, 0.25), stomach * p.size, 0.8 * stomach * p.size, rng.uniform(0, 3)), FLUID
+        tissue.ellipse(
+            *_at(p, -0.42, 0.25), stomach * p.size, 0.8 * stomach * p.size, rng.uniform(0, 3)
+        ),
+        FLUID,
     )
-    tissue.paint(tissue.rod(*_at(p, 0.18, -0.12), 0.26 * p.size, 0.09 * p.size, p.angle + 0.9, 2.0), FLUID + 8)
+    tissue.paint(
+        tissue.rod(*_at(p, 0.18, -0.12), 0.26 * p.size, 0.09 * p.size, p.angle + 0.9, 2.0),
+        FLUID + 8,
+    )
     tissue.paint(tissue.ellipse(*_at(p, 0.1, 0.78), 0.12 * p.size, 0.1 * p.size), BONE - 2, 45)
 
 
 def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
-    """A round section: ribs as short bright arcs with shadows, grey lungs, the heart's four chambers, the spine."""
+    """A round section: ribs as short bright arcs with shadows, grey lungs, the heart's four
+    chambers, the spine."""
     p = _pose(rng, growth, 3.14, 0.39)
     tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, 0.93 * p.size, p.angle), TISSUE, 1.0)
     for turn in np.arange(0, 2 * np.pi, 2 * np.pi / 7) + rng.uniform(-0.1, 0.1, 7):
@@ -88,7 +109,12 @@ def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
     heart, tilt = p.size * rng.uniform(0.46, 0.54), p.angle + rng.uniform(0.6, 0.95)
     hx, hy = _at(p, -0.16, -0.06)
     tissue.paint(tissue.ellipse(hx, hy, heart, 0.8 * heart, tilt), BRIGHT - 4)
-    for u, v, size in ((-0.36, -0.34, 0.33), (-0.36, 0.34, 0.33), (0.38, -0.3, 0.31), (0.38, 0.3, 0.31)):
+    for u, v, size in (
+        (-0.36, -0.34, 0.33),
+        (-0.36, 0.34, 0.33),
+        (0.38, -0.3, 0.31),
+        (0.38, 0.3, 0.31),
+    ):
         c, s = np.cos(tilt), np.sin(tilt)
         cx, cy = hx + heart * (c * u - s * v), hy + heart * (s * u + c * v)
         tissue.paint(tissue.ellipse(cx, cy, size * heart, 0.8 * size * heart, tilt), FLUID + 6)
@@ -99,16 +125,25 @@ def other(tissue: Tissue, rng: Rng, growth: float) -> None:
     """None of the four: a profile, limbs in fluid, the placenta, or a coiled cord."""
     kind = rng.integers(4)
     if kind == 0:  # a face in profile at the edge of the amniotic fluid
-        tissue.paint(tissue.ellipse(rng.uniform(-0.3, 0.3), 0.2, 0.55, 0.2 * growth, rng.normal(0, 0.2)), FLUID)
+        tissue.paint(
+            tissue.ellipse(rng.uniform(-0.3, 0.3), 0.2, 0.55, 0.2 * growth, rng.normal(0, 0.2)),
+            FLUID,
+        )
         x0 = rng.uniform(-0.1, 0.1)
         for k, size in enumerate((0.11, 0.055, 0.05, 0.06)):
             center = (x0 - 0.2 + 0.13 * k, 0.46 + 0.02 * k)
             tissue.paint(tissue.ring(*center, size * growth, size * growth, 0.02), BRIGHT + 2, 8)
     elif kind == 1:  # hands and feet: small bright parts in fluid
-        tissue.paint(tissue.ellipse(rng.normal(0, 0.05), 0.5, 0.5, 0.3 * growth, rng.normal(0, 0.3)), FLUID)
+        tissue.paint(
+            tissue.ellipse(rng.normal(0, 0.05), 0.5, 0.5, 0.3 * growth, rng.normal(0, 0.3)), FLUID
+        )
         for _ in range(rng.integers(5, 9)):
             center = (rng.uniform(-0.3, 0.3), rng.uniform(0.36, 0.66))
-            tissue.paint(tissue.rod(*center, rng.uniform(0.02, 0.05), 0.025, rng.uniform(0, 3.1)), BRIGHT + 4, 12)
+            tissue.paint(
+                tissue.rod(*center, rng.uniform(0.02, 0.05), 0.025, rng.uniform(0, 3.1)),
+                BRIGHT + 4,
+                12,
+            )
     elif kind == 2:  # the placenta: a thick layer over dark fluid
         edge = rng.uniform(0.38, 0.5)
         wave = 0.03 * np.sin(rng.uniform(5, 9) * tissue.x + rng.uniform(0, 6))
@@ -135,8 +170,13 @@ ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = {
 
 
 def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
-    """One image (height, width) uint8 of a plane. `patient` draws what a patient's images share, `image` the rest."""
-    probe, growth, level = site.probe(patient), patient.uniform(0.85, 1.1), TISSUE + patient.normal(0, 2)
+    """One image (height, width) uint8 of a plane. `patient` draws what a patient's images share,
+    `image` the rest."""
+    probe, growth, level = (
+        site.probe(patient),
+        patient.uniform(0.85, 1.1),
+        TISSUE + patient.normal(0, 2),
+    )
     tissue = Tissue(probe, image, level)
     ANATOMY[plane](tissue, image, growth)
     return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
@@ -145,10 +185,12 @@ def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
 def write_spanish_layout(
     root: Path, train: int | Mapping[Plane, int], test: int, seed: int, site: Site = SITE_A
 ) -> None:
-    """Phantoms laid out as FETAL_PLANES_DB: `train` and `test` images per plane, one to four of a patient.
+    """Phantoms laid out as FETAL_PLANES_DB: `train` and `test` images per plane, one to four of a
+    patient.
 
     train: of every plane, or of each its own
-    Writes root/FETAL_PLANES_DB_data.csv and root/Images/*.png; the file's odd spaces are the original's.
+    Writes root/FETAL_PLANES_DB_data.csv and root/Images/*.png; the file's odd spaces are the
+    original's.
     """
     codes = {Plane.OTHER: 1, Plane.ABDOMEN: 2, Plane.BRAIN: 3, Plane.FEMUR: 5, Plane.THORAX: 6}
     labels = {plane: f"Fetal {plane}" for plane in PLANES} | {Plane.OTHER: "Other"}
@@ -164,18 +206,33 @@ def write_spanish_layout(
             for n, plane in enumerate(planes):
                 k, of = planes[: n + 1].count(plane), planes.count(plane)
                 name = f"Patient{number:05}_Plane{codes[plane]}_{k}_of_{of}"
-                patient, image = np.random.default_rng([seed, 2, number]), np.random.default_rng([seed, 3, number, n])
-                Image.fromarray(phantom(plane, site, patient, image)).save(root / "Images" / f"{name}.png")
+                patient, image = (
+                    np.random.default_rng([seed, 2, number]),
+                    np.random.default_rng([seed, 3, number, n]),
+                )
+                Image.fromarray(phantom(plane, site, patient, image)).save(
+                    root / "Images" / f"{name}.png"
+                )
                 sub_plane = "Other" if plane is Plane.BRAIN else "Not A Brain"
                 rows.append([name, number, labels[plane], sub_plane, "Other", "Other", f"{flag} "])
-    header = ["Image_name", "Patient_num", "Plane", "Brain_plane", "Operator", "US_Machine", "Train "]
+    header = [
+        "Image_name",
+        "Patient_num",
+        "Plane",
+        "Brain_plane",
+        "Operator",
+        "US_Machine",
+        "Train ",
+    ]
     _write_csv(root / "FETAL_PLANES_DB_data.csv", header, rows, ";")
 
 
 def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE_B) -> None:
-    """Phantoms laid out as the African dataset: `patients` per country, one image of each plane; every other one tests.
+    """Phantoms laid out as the African dataset: `patients` per country, one image of each plane;
+    every other one tests.
 
-    Writes root/African_planes_database.csv and root/<country>/*.png; no Other, and no thorax in Ghana and Uganda.
+    Writes root/African_planes_database.csv and root/<country>/*.png; no Other, and no thorax in
+    Ghana and Uganda.
     """
     rows = []
     for c, (center, code) in enumerate(COUNTRIES.items()):
@@ -187,7 +244,9 @@ def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE
                     np.random.default_rng([seed, 4, c, number]),
                     np.random.default_rng([seed, 5, c, number, n]),
                 )
-                Image.fromarray(phantom(plane, site, patient, image)).save(root / center / f"{name}.png")
+                Image.fromarray(phantom(plane, site, patient, image)).save(
+                    root / center / f"{name}.png"
+                )
                 rows.append([number, f"Fetal {plane}", number % 2, center, name])
     header = ["Patient_num", "Plane", "Train", "Center", "Filename"]
     _write_csv(root / "African_planes_database.csv", header, rows, ",")

@@ -1,4 +1,5 @@
-"""A scanner in numpy: tissue painted shape by shape, seen by a curved probe, with speckle, shadows and noise.
+"""A scanner in numpy: tissue painted shape by shape, seen by a curved probe, with speckle, shadows
+and noise.
 
 A map of echo levels (dB) and of attenuation is given speckle, log-compressed and scan-converted:
 
@@ -6,8 +7,9 @@ A map of echo levels (dB) and of attenuation is given speckle, log-compressed an
     envelope    = |PSF * (amplitude n)|,  n complex normal
     pixel       = clip(1 + (20 log10 envelope + gain) / dynamic range, 0, 1)
 
-In a uniform region the envelope is Rayleigh distributed, as fully developed speckle is (Wagner et al. 1983).
-Lengths are fractions of the depth that the image shows; x runs to the right, y down from the probe's face.
+In a uniform region the envelope is Rayleigh distributed, as fully developed speckle is (Wagner et
+al. 1983). Lengths are fractions of the depth that the image shows; x runs to the right, y down from
+the probe's face.
 """
 
 from dataclasses import dataclass
@@ -38,7 +40,8 @@ class Probe:
 
 
 class Tissue:
-    """What lies below the probe: echo level and attenuation on a polar grid (depth x beam), painted shape by shape."""
+    """What lies below the probe: echo level and attenuation on a polar grid (depth x beam), painted
+    shape by shape."""
 
     def __init__(self, probe: Probe, rng: Rng, level: float = TISSUE):
         depths, beams = probe.height, max(48, round(probe.width * 0.75))
@@ -53,8 +56,11 @@ class Tissue:
             u, v, phase = *rng.normal(0, 7, 2).tolist(), rng.uniform(0, 2 * np.pi)
             self.echo += rng.uniform(0.5, 2.5) * np.sin(u * self.x + v * self.y + phase)
 
-    def paint(self, distance: np.ndarray, level: float, attenuation: float = 0.0, soft: float = 0.008) -> None:
-        """Fill where the signed distance (depths) is negative, with an edge `soft` wide; `level` in dB."""
+    def paint(
+        self, distance: np.ndarray, level: float, attenuation: float = 0.0, soft: float = 0.008
+    ) -> None:
+        """Fill where the signed distance (depths) is negative, with an edge `soft` wide; `level` in
+        dB."""
         mask = 1 / (1 + np.exp(np.clip(distance / soft, -40, 40)))
         texture = self.echo - TISSUE if level > FLUID else 0  # fluid has no texture
         self.echo += mask * (level + 0.3 * np.clip(texture, -6, 6) - self.echo)
@@ -70,12 +76,17 @@ class Tissue:
         u, v = self.local(cx, cy, angle)
         return (np.hypot(u / rx, v / ry) - 1) * min(rx, ry)
 
-    def ring(self, cx: float, cy: float, rx: float, ry: float, thick: float, angle: float = 0.0) -> np.ndarray:
+    def ring(
+        self, cx: float, cy: float, rx: float, ry: float, thick: float, angle: float = 0.0
+    ) -> np.ndarray:
         """Signed distance to the outline of an ellipse, `thick` wide."""
         return np.abs(self.ellipse(cx, cy, rx, ry, angle)) - thick / 2
 
-    def rod(self, cx: float, cy: float, half: float, thick: float, angle: float, bend: float = 0.0) -> np.ndarray:
-        """Signed distance to a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 / depth)."""
+    def rod(
+        self, cx: float, cy: float, half: float, thick: float, angle: float, bend: float = 0.0
+    ) -> np.ndarray:
+        """Signed distance to a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 /
+        depth)."""
         u, v = self.local(cx, cy, angle)
         v = v - bend * u**2 / 2
         return np.hypot(np.maximum(np.abs(u) - half, 0), v) - thick / 2
@@ -86,7 +97,8 @@ def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
     shape = tissue.echo.shape
     spread = 2 * np.cumsum(tissue.attenuation, axis=0) / shape[0]
     amplitude = 10 ** ((tissue.echo - spread) / 20)
-    amplitude = np.hypot(amplitude, 10 ** (probe.noise / 20))  # two independent Gaussians add up to one
+    # two independent Gaussians add up to one
+    amplitude = np.hypot(amplitude, 10 ** (probe.noise / 20))
     envelope = sum(np.abs(speckle(amplitude, probe, rng)) for _ in range(probe.looks)) / probe.looks
     decibel = 20 * np.log10(envelope + 1e-6) + probe.gain + probe.tgc * (tissue.depth - 0.5)
     polar = np.clip(1 + decibel / probe.dynamic_range, 0, 1)
@@ -94,10 +106,14 @@ def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
 
 
 def speckle(amplitude: np.ndarray, probe: Probe, rng: Rng) -> np.ndarray:
-    """Scatterers of the given amplitude, blurred by the point spread function; of unit power where amplitude is 1."""
+    """Scatterers of the given amplitude, blurred by the point spread function; of unit power where
+    amplitude is 1."""
     depths, beams = amplitude.shape
-    real, imaginary = rng.standard_normal((2, depths, beams), dtype=np.float32) / np.float32(np.sqrt(2))
-    beam = 2 * probe.half_angle * (probe.radius + 0.5) / beams  # a beam's width at mid-depth, depths
+    real, imaginary = rng.standard_normal((2, depths, beams), dtype=np.float32) / np.float32(
+        np.sqrt(2)
+    )
+    # a beam's width at mid-depth, depths
+    beam = 2 * probe.half_angle * (probe.radius + 0.5) / beams
     f_axial = np.fft.fftfreq(depths).astype(np.float32)[:, None]
     f_lateral = np.fft.fftfreq(beams).astype(np.float32)[None]
     reach = (probe.axial * depths * f_axial) ** 2 + (probe.lateral / beam * f_lateral) ** 2
@@ -107,14 +123,17 @@ def speckle(amplitude: np.ndarray, probe: Probe, rng: Rng) -> np.ndarray:
 
 
 def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
-    """Polar (depth, beam) in [0, 1] -> pixels (height, width) uint8, black outside the sector; bilinear."""
+    """Polar (depth, beam) in [0, 1] -> pixels (height, width) uint8, black outside the sector;
+    bilinear."""
     top = probe.radius * np.cos(probe.half_angle)
     scale = (probe.radius + 1 - top) / probe.height  # depths per pixel
     y = (np.arange(probe.height)[:, None] + 0.5) * scale + top
     x = (np.arange(probe.width)[None] + 0.5 - probe.width / 2) * scale
     row = (np.hypot(x, y) - probe.radius) * (polar.shape[0] - 1)
     column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * (polar.shape[1] - 1)
-    inside = (row >= 0) & (row <= polar.shape[0] - 1) & (column >= 0) & (column <= polar.shape[1] - 1)
+    inside = (
+        (row >= 0) & (row <= polar.shape[0] - 1) & (column >= 0) & (column <= polar.shape[1] - 1)
+    )
     r, c = np.clip(row, 0, polar.shape[0] - 1.001), np.clip(column, 0, polar.shape[1] - 1.001)
     r0, c0 = r.astype(int), c.astype(int)
     fr, fc = r - r0, c - c0
@@ -124,14 +143,19 @@ def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
 
 
 def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
-    """What scanners draw over the image: a line of text, a depth scale, a grey bar, now and then calipers."""
+    """What scanners draw over the image: a line of text, a depth scale, a grey bar, now and then
+    calipers."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     width, height = picture.size
     shade = int(rng.integers(120, 256))
     if letters:
         text = "".join(chr(c) for c in rng.integers(48, 91, letters))
-        draw.text((int(rng.integers(1, max(2, width // 4))), int(rng.choice([1, height - 13]))), text, fill=shade)
+        draw.text(
+            (int(rng.integers(1, max(2, width // 4))), int(rng.choice([1, height - 13]))),
+            text,
+            fill=shade,
+        )
     if rng.random() < 0.6:
         x = width - 3
         for y in range(4, height - 4, max(4, height // 12)):
@@ -141,7 +165,10 @@ def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
         picture.paste(Image.fromarray(bar), (2, height // 3))
     if rng.random() < 0.3:
         for _ in range(2):
-            x, y = int(rng.integers(width // 4, 3 * width // 4)), int(rng.integers(height // 4, 3 * height // 4))
+            x, y = (
+                int(rng.integers(width // 4, 3 * width // 4)),
+                int(rng.integers(height // 4, 3 * height // 4)),
+            )
             draw.line((x - 3, y, x + 3, y), fill=255)
             draw.line((x, y - 3, x, y + 3), fill=255)
     return np.asarray(picture)

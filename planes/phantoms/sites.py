@@ -1,7 +1,8 @@
 """The equipment of the phantoms' sites: the ranges that a patient's probe is drawn from.
 
-A stands for the Spanish hospital and B for the African ones. C is for choosing settings on, so that B is read by the
-report alone; D differs from all in geometry, speckle and contrast at once, and is looked at last.
+A stands for the Spanish hospital and B for the African ones. C is for choosing settings on, so that
+B is read by the report alone; D differs from all in geometry, speckle and contrast at once, and is
+looked at last.
 """
 
 from dataclasses import dataclass, fields
@@ -28,7 +29,12 @@ class Site:
     def probe(self, rng: Rng) -> Probe:
         width, height = self.sizes[rng.integers(len(self.sizes))]
         ranges = {f.name: getattr(self, f.name) for f in fields(Probe) if f.name in _DRAWN}
-        return Probe(width, height, **{k: rng.uniform(*r) for k, r in ranges.items()}, looks=rng.integers(*self.looks))
+        return Probe(
+            width,
+            height,
+            **{k: rng.uniform(*r) for k, r in ranges.items()},
+            looks=rng.integers(*self.looks),
+        )
 
 
 _DRAWN = {"half_angle", "radius", "axial", "lateral", "dynamic_range", "gain", "tgc", "noise"}
@@ -46,7 +52,8 @@ SITE_A = Site(  # a well-equipped hospital: wide curved probes, compounding, low
     looks=(2, 5),
     letters=(0, 6),
 )
-SITE_B = Site(  # portable scanners: narrower sectors, coarse speckle, high contrast, noise, more writing
+# portable scanners: narrower sectors, coarse speckle, high contrast, noise, more writing
+SITE_B = Site(
     sizes=((150, 129), (120, 135), (150, 120), (180, 150)),
     half_angle=(0.42, 0.62),
     radius=(0.15, 0.35),
@@ -60,7 +67,8 @@ SITE_B = Site(  # portable scanners: narrower sectors, coarse speckle, high cont
     letters=(4, 14),
 )
 
-SITE_C = Site(  # a clinic between the two: every choice is made on it, so that B is read by the report alone
+# a clinic between the two: every choice is made on it, so that B is read by the report alone
+SITE_C = Site(
     sizes=((200, 170), (176, 150), (188, 176)),
     half_angle=(0.45, 0.58),
     radius=(0.5, 0.8),
@@ -73,7 +81,9 @@ SITE_C = Site(  # a clinic between the two: every choice is made on it, so that 
     looks=(2, 4),
     letters=(2, 9),
 )
-SITE_D = Site(  # phased arrays without compounding, a wide dynamic range: unlike all before, and looked at once, last
+# phased arrays without compounding, a wide dynamic range: unlike all before, and looked at once,
+# last
+SITE_D = Site(
     sizes=((210, 140), (160, 160), (196, 172)),
     half_angle=(0.62, 0.76),
     radius=(0.04, 0.14),

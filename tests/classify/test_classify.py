@@ -1,4 +1,5 @@
-"""The classifiers: networks and weights, images and augmentation, training, and classify.py as its user meets it."""
+"""The classifiers: networks and weights, images and augmentation, training, and classify.py as its
+user meets it."""
 
 import argparse
 import csv
@@ -24,7 +25,15 @@ from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
 from classify import ClassifyError
-from classify.data import INPUT_RANGES, RECIPES, PlaneImages, batches, decode, draw_augmentation, prepare
+from classify.data import (
+    INPUT_RANGES,
+    RECIPES,
+    PlaneImages,
+    batches,
+    decode,
+    draw_augmentation,
+    prepare,
+)
 from classify.models import MODELS, build, find_head, load, read_weights, save
 from classify.train import MOMENTUM, predict, train_epoch
 from planes import PLANES, Plane
@@ -53,7 +62,10 @@ def test_each_network_has_a_five_way_head_and_else_the_published_parameters(name
         model = build(name, "none", 224)
     width = find_head(model)[1].in_features
     assert find_head(model)[1].out_features == len(PLANES) == 5
-    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name] - (width + 1) * 1000 + (width + 1) * 5
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == PARAMETERS[name] - (width + 1) * 1000 + (width + 1) * 5
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "vit_b_16"])
@@ -91,7 +103,11 @@ def test_a_thousand_class_file_keeps_its_backbone_and_gets_a_new_head(tmp_path):
     model = build("mobilenet_v2", tmp_path / "weights.pth", 96)
     loaded = model.state_dict()
     assert loaded["classifier.1.weight"].shape == (5, 1280)
-    assert all(torch.equal(loaded[key], value) for key, value in state.items() if not key.startswith("classifier"))
+    assert all(
+        torch.equal(loaded[key], value)
+        for key, value in state.items()
+        if not key.startswith("classifier")
+    )
 
 
 def test_a_five_class_file_keeps_its_head_in_either_format(tmp_path):
@@ -106,8 +122,13 @@ def test_a_five_class_file_keeps_its_head_in_either_format(tmp_path):
 def test_the_old_key_names_of_densenet_files_are_understood(tmp_path):
     with torch.device("meta"):
         names = tv.densenet169().state_dict().keys()
-    old = {re.sub(r"(denselayer\d+\.)(norm|conv)(\d)", r"\1\2.\3", name): torch.zeros(1) for name in names}
-    assert "features.denseblock1.denselayer1.norm.1.weight" in old and "features.norm5.weight" in old
+    old = {
+        re.sub(r"(denselayer\d+\.)(norm|conv)(\d)", r"\1\2.\3", name): torch.zeros(1)
+        for name in names
+    }
+    assert (
+        "features.denseblock1.denselayer1.norm.1.weight" in old and "features.norm5.weight" in old
+    )
     torch.save(old, tmp_path / "old.pth")
     assert read_weights("densenet169", tmp_path / "old.pth")[0].keys() == names
 
@@ -169,7 +190,8 @@ def test_imagenet_weights_come_through_torchvision(tmp_path, monkeypatch):
     state = tv.mobilenet_v2().state_dict()
     asked = []
     monkeypatch.setattr(
-        "torchvision.models._api.load_state_dict_from_url", lambda url, **kw: asked.append(url) or state
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda url, **kw: asked.append(url) or state,
     )
     model = build("mobilenet_v2", "imagenet", 64)
     assert asked == [tv.MobileNet_V2_Weights.IMAGENET1K_V1.url]
@@ -189,9 +211,12 @@ def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(tmp_
     with pytest.raises(ClassifyError) as error:
         build("resnet18", "imagenet", 64)
     url = tv.ResNet18_Weights.IMAGENET1K_V1.url
-    assert url in str(error.value) and str(tmp_path / "checkpoints" / Path(url).name) in str(error.value)
+    assert url in str(error.value) and str(tmp_path / "checkpoints" / Path(url).name) in str(
+        error.value
+    )
     assert "\n" not in str(error.value)
-    with pytest.raises(ClassifyError, match=re.escape(str(error.value))):  # which does not wait for the network again
+    # which does not wait for the network again
+    with pytest.raises(ClassifyError, match=re.escape(str(error.value))):
         build("resnet18", "imagenet", 64)
     assert len(tried) == 1
 
@@ -205,7 +230,9 @@ def test_weights_are_opened_by_what_is_in_the_file_whatever_its_name(tmp_path, n
     assert read_weights("mobilenet_v2", tmp_path / name)[0].keys() == state.keys()
 
 
-@pytest.mark.skipif(not FILE.is_file(), reason="needs ../shared/data/weights, which is not part of the project")
+@pytest.mark.skipif(
+    not FILE.is_file(), reason="needs ../shared/data/weights, which is not part of the project"
+)
 def test_real_imagenet_weights_load_and_keep_their_batch_norm():
     model = build("mobilenet_v2", FILE, 224)
     state = torch.load(FILE, weights_only=True)
@@ -215,7 +242,11 @@ def test_real_imagenet_weights_load_and_keep_their_batch_norm():
 
 def test_a_saved_classifier_is_read_back_with_its_description(tmp_path):
     model = build("mobilenet_v2", "none", 64).eval()
-    save(tmp_path / "model.safetensors", model, {"model": "mobilenet_v2", "size": 64, "input_range": "zero-one"})
+    save(
+        tmp_path / "model.safetensors",
+        model,
+        {"model": "mobilenet_v2", "size": 64, "input_range": "zero-one"},
+    )
     again, description = load(tmp_path / "model.safetensors")
     x = torch.rand(2, 3, 64, 64)
     assert torch.equal(again(x), model(x)) and not again.training
@@ -256,7 +287,11 @@ def test_grey_and_colour_images_become_three_channels_of_the_size_asked_for(tmp_
 
 def test_images_that_were_moved_to_a_device_give_the_same_batches(tmp_path):
     rng = np.random.default_rng(0)
-    records = records_of(tmp_path / "a", [rng.integers(0, 255, (20, 20), dtype=np.uint8) for _ in range(7)], PLANES * 2)
+    records = records_of(
+        tmp_path / "a",
+        [rng.integers(0, 255, (20, 20), dtype=np.uint8) for _ in range(7)],
+        PLANES * 2,
+    )
     here, there = PlaneImages(records, 16), PlaneImages(records, 16)
     there.move(torch.device("cpu"), 1 << 20)
     assert there.moved is None  # nothing is kept yet
@@ -309,7 +344,8 @@ def test_input_ranges_are_the_paper_s_the_notebook_s_and_imagenet_s():
 
 
 def angle_and_flips(affine):
-    """Degrees, and whether flipped in x and in y, of (B, 2, 3) matrices: rotation times diag(+-1, +-1)."""
+    """Degrees, and whether flipped in x and in y, of (B, 2, 3) matrices: rotation times diag(+-1,
+    +-1)."""
     a, b, c, d = affine[:, 0, 0], affine[:, 0, 1], affine[:, 1, 0], affine[:, 1, 1]
     x, y = a < 0, d < 0  # the cosine of 25 degrees is positive
     sine = torch.where(x, -c, c)
@@ -331,7 +367,9 @@ def test_augmentation_has_the_paper_s_statistics():
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     whole = draw_augmentation(RECIPES["paper"], 0, 1, torch.arange(6))
-    assert torch.equal(draw_augmentation(RECIPES["paper"], 0, 1, torch.tensor([4, 2])), whole[[4, 2]])
+    assert torch.equal(
+        draw_augmentation(RECIPES["paper"], 0, 1, torch.tensor([4, 2])), whole[[4, 2]]
+    )
     assert not torch.equal(draw_augmentation(RECIPES["paper"], 0, 2, torch.arange(6)), whole)
     assert not torch.equal(draw_augmentation(RECIPES["paper"], 1, 1, torch.arange(6)), whole)
 
@@ -343,7 +381,9 @@ def test_flips_and_rotation_move_the_pixels_as_their_names_say():
     flat = prepare(x, "zero-one")
     for diagonal, axes in (((-1, 1), [3]), ((1, -1), [2]), ((-1, -1), [2, 3])):
         affine = torch.tensor([[[diagonal[0], 0, 0], [0, diagonal[1], 0]]]).float()
-        torch.testing.assert_close(prepare(x, "zero-one", affine), flat.flip(axes), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            prepare(x, "zero-one", affine), flat.flip(axes), atol=1e-4, rtol=0
+        )
     affine = draw_augmentation(RECIPES["paper"], 0, 0, torch.tensor([0]))
     angle, flip_x, flip_y = angle_and_flips(affine)
     moved = TF.rotate(flat, angle.item(), TF.InterpolationMode.BILINEAR)
@@ -371,7 +411,11 @@ def test_the_notebook_s_augmentation_crops_what_torchvision_would_and_turns_by_a
 
     theirs = torch.stack(  # the areas that torchvision's own crop draws have the same distribution
         [
-            torch.tensor(RandomResizedCrop.get_params(torch.empty(1, 400, 400), [0.08, 1.0], [3 / 4, 4 / 3])[2:])
+            torch.tensor(
+                RandomResizedCrop.get_params(torch.empty(1, 400, 400), [0.08, 1.0], [3 / 4, 4 / 3])[
+                    2:
+                ]
+            )
             for _ in range(3000)
         ]
     )
@@ -421,7 +465,10 @@ def test_batches_do_not_depend_on_the_number_of_workers(tmp_path, workers):
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 255, (20, 20), dtype=np.uint8) for _ in range(10)]
     images = PlaneImages(records_of(tmp_path / "a", pictures, PLANES * 2), 16)
-    alone, helped = batches(images, 4, 0, shuffle_seed=5), batches(images, 4, workers, shuffle_seed=5)
+    alone, helped = (
+        batches(images, 4, 0, shuffle_seed=5),
+        batches(images, 4, workers, shuffle_seed=5),
+    )
     orders = []
     for _ in range(2):  # epochs
         pairs = list(zip(alone, helped, strict=True))
@@ -457,7 +504,12 @@ def shapes(count, rng):
 def tiny_network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 6 * 6, 5)
+        nn.Conv2d(3, 16, 5, 2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 6 * 6, 5),
     )
 
 
@@ -477,17 +529,28 @@ def test_training_learns_shapes_that_it_can_tell_apart(tmp_path):
 
 
 def test_the_loss_of_an_epoch_is_the_mean_over_images_not_over_batches(tmp_path):
-    images = PlaneImages(records_of(tmp_path / "a", shapes(7, np.random.default_rng(0)), PLANES * 2), 32)
+    images = PlaneImages(
+        records_of(tmp_path / "a", shapes(7, np.random.default_rng(0)), PLANES * 2), 32
+    )
     model = tiny_network()
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
     whole = train_epoch(model, batches(images, 7), frozen, "zero-one")
-    assert train_epoch(model, batches(images, 3), frozen, "zero-one") == pytest.approx(whole, rel=1e-5)
-    expected = -predict(model, batches(images, 7), "zero-one")[torch.arange(7), images.targets].log().mean().item()
+    assert train_epoch(model, batches(images, 3), frozen, "zero-one") == pytest.approx(
+        whole, rel=1e-5
+    )
+    expected = (
+        -predict(model, batches(images, 7), "zero-one")[torch.arange(7), images.targets]
+        .log()
+        .mean()
+        .item()
+    )
     assert whole == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_epoch_trains_and_prediction_does_not(tmp_path):
-    images = PlaneImages(records_of(tmp_path / "a", shapes(5, np.random.default_rng(0)), PLANES), 32)
+    images = PlaneImages(
+        records_of(tmp_path / "a", shapes(5, np.random.default_rng(0)), PLANES), 32
+    )
     norm = nn.BatchNorm2d(3)
     model = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
     predict(model, batches(images, 5), "zero-one")
@@ -497,22 +560,29 @@ def test_an_epoch_trains_and_prediction_does_not(tmp_path):
 
 
 def test_the_augmentation_gets_the_indices_of_the_batch(tmp_path):
-    images = PlaneImages(records_of(tmp_path / "a", shapes(7, np.random.default_rng(0)), PLANES * 2), 32)
+    images = PlaneImages(
+        records_of(tmp_path / "a", shapes(7, np.random.default_rng(0)), PLANES * 2), 32
+    )
     model, seen = tiny_network(), []
 
     def black(indices):
         seen.extend(indices.tolist())
-        return torch.tensor([[1.0, 0, 9], [0, 1, 9]]).expand(len(indices), 2, 3)  # far outside the image
+        # far outside the image
+        return torch.tensor([[1.0, 0, 9], [0, 1, 9]]).expand(len(indices), 2, 3)
 
     frozen = torch.optim.SGD(model.parameters(), lr=0.0)
     loss = train_epoch(model, batches(images, 2, shuffle_seed=1), frozen, "zero-one", black)
     assert sorted(seen) == list(range(7))
     blank = model(torch.zeros(1, 3, 32, 32)).expand(7, -1)
-    assert loss == pytest.approx(nn.functional.cross_entropy(blank, torch.tensor(images.targets)).item(), rel=1e-5)
+    assert loss == pytest.approx(
+        nn.functional.cross_entropy(blank, torch.tensor(images.targets)).item(), rel=1e-5
+    )
 
 
 def test_a_loss_that_explodes_ends_the_run(tmp_path):
-    images = PlaneImages(records_of(tmp_path / "a", shapes(10, np.random.default_rng(0)), PLANES * 2), 32)
+    images = PlaneImages(
+        records_of(tmp_path / "a", shapes(10, np.random.default_rng(0)), PLANES * 2), 32
+    )
     model = tiny_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
     with pytest.raises(ClassifyError, match="learning rate"):
@@ -534,7 +604,8 @@ def run(*flags):
 
 @pytest.fixture(scope="module")
 def sites(tmp_path_factory):
-    """Both datasets' layouts with drawn shapes, and a list of synthetic ones: 4 + 2 images a plane."""
+    """Both datasets' layouts with drawn shapes, and a list of synthetic ones: 4 + 2 images a
+    plane."""
     root = tmp_path_factory.mktemp("sites")
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in shapes(50, rng)]
@@ -567,25 +638,56 @@ def sites(tmp_path_factory):
 
 
 def flags(sites, out, *more):
-    places = ["--spanish", sites / "spanish", "--african", sites / "african", "--out", out, "--device", "cpu"]
-    small = ["--model", "mobilenet_v2", "--weights", "none", "--size", 64, "--epochs", 1, "--batch-size", 8]
+    places = [
+        "--spanish",
+        sites / "spanish",
+        "--african",
+        sites / "african",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
+    small = [
+        "--model",
+        "mobilenet_v2",
+        "--weights",
+        "none",
+        "--size",
+        64,
+        "--epochs",
+        1,
+        "--batch-size",
+        8,
+    ]
     return [*places, *small, *more]
 
 
 @pytest.fixture(scope="module")
 def trained(sites, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    mix = ["--synthetic", sites / "synthetic" / "manifest.csv", "--augment", "--validation", 4, "--workers", 1]
+    mix = [
+        "--synthetic",
+        sites / "synthetic" / "manifest.csv",
+        "--augment",
+        "--validation",
+        4,
+        "--workers",
+        1,
+    ]
     return out, mix, run(*flags(sites, out, *mix))
 
 
-@pytest.mark.parametrize("batch", [4, 999])  # of several steps a later one finds it, after a single one the test does
+# of several steps a later one finds it, after a single one the test does
+@pytest.mark.parametrize("batch", [4, 999])
 def test_a_training_gone_wrong_is_said_and_leaves_no_scores(sites, tmp_path, batch, capsys):
     with pytest.raises(ClassifyError, match=r"not? (longer )?finite; lower the learning rate"):
         run(*flags(sites, tmp_path / "out", "--lr", 1e30, "--batch-size", batch))
     with pytest.raises(SystemExit):
         run(*flags(sites, tmp_path / "out", "--lr", "inf"))
-    assert "--lr inf: must be positive" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "--lr inf: must be positive" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize(
@@ -595,7 +697,9 @@ def test_a_training_gone_wrong_is_said_and_leaves_no_scores(sites, tmp_path, bat
         (signal.SIGTERM, ["--balanced-sampling", "--contrast"]),
     ],
 )
-def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bits(sites, tmp_path, number, more):
+def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bits(
+    sites, tmp_path, number, more
+):
     more = [*more, "--epochs", 3, "--validation", 4]  # dropout makes it random besides
     run(*flags(sites, tmp_path / "whole", *more))
     done = []
@@ -611,8 +715,12 @@ def test_a_run_that_is_asked_to_stop_goes_on_from_its_last_epoch_to_the_same_bit
     out = [str(flag) for flag in flags(sites, tmp_path / "cut", *more)]
     with pytest.raises(SystemExit) as stop:
         module["main"](module["parse_args"](out))
-    assert stop.value.code == 128 + number and [p.name for p in (tmp_path / "cut").iterdir()] == ["checkpoint.pt"]
-    with pytest.raises(ClassifyError, match=r"other settings \(--lr was 0\.001, is 0\.5\): use its own"):
+    assert stop.value.code == 128 + number and [p.name for p in (tmp_path / "cut").iterdir()] == [
+        "checkpoint.pt"
+    ]
+    with pytest.raises(
+        ClassifyError, match=r"other settings \(--lr was 0\.001, is 0\.5\): use its own"
+    ):
         run(*out, "--lr", 0.5, "--resume")
     run(*out, "--resume")
     for name in ("model.safetensors", "predictions.csv", "train.csv", "metrics.json"):
@@ -627,18 +735,29 @@ def test_a_test_set_of_one_plane_has_no_auc_which_json_says_by_null(sites, tmp_p
     header, *rows = table.read_text().splitlines()
     test = [row for row in rows if ",0," in row]
     plane = test[0].split(",")[1]
-    table.write_text("\n".join([header, *(row for row in rows if row not in test or plane in row)]) + "\n")
+    table.write_text(
+        "\n".join([header, *(row for row in rows if row not in test or plane in row)]) + "\n"
+    )
     run(*flags(sites, tmp_path / "out", "--african", tmp_path / "african"))
     text = (tmp_path / "out" / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert metrics["scores"]["plain"]["auc"] is None and metrics["intervals"]["notebook"]["auc"] == [None, None]
+    assert metrics["scores"]["plain"]["auc"] is None and metrics["intervals"]["notebook"][
+        "auc"
+    ] == [None, None]
     assert 0 <= metrics["scores"]["plain"]["accuracy"] <= 1
     assert "AUC: none, since the test images are all" in capsys.readouterr().out
 
 
 def test_a_run_writes_its_model_predictions_metrics_figure_losses_and_arguments(trained):
     out, _, result = trained
-    names = {"model.safetensors", "predictions.csv", "metrics.json", "confusion.png", "train.csv", "args.json"}
+    names = {
+        "model.safetensors",
+        "predictions.csv",
+        "metrics.json",
+        "confusion.png",
+        "train.csv",
+        "args.json",
+    }
     assert {path.name for path in out.iterdir()} == names
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == json.loads(json.dumps(result))
@@ -654,11 +773,20 @@ def test_a_run_writes_its_model_predictions_metrics_figure_losses_and_arguments(
     assert len(rows) == 8 and np.mean(hits) == metrics["scores"]["plain"]["accuracy"]
     for row in rows:
         values = [float(row[plane]) for plane in PLANES]
-        assert sum(values) == pytest.approx(1, abs=1e-5) and PLANES[int(np.argmax(values))] == row["prediction"]
+        assert (
+            sum(values) == pytest.approx(1, abs=1e-5)
+            and PLANES[int(np.argmax(values))] == row["prediction"]
+        )
     losses = list(csv.DictReader((out / "train.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in losses] == ["1"] and 0 <= float(losses[0]["validation_accuracy"]) <= 1
+    assert [row["epoch"] for row in losses] == ["1"] and 0 <= float(
+        losses[0]["validation_accuracy"]
+    ) <= 1
     record = json.loads((out / "args.json").read_text())
-    assert record["arguments"]["lr"] == 1e-3 and record["versions"]["torchvision"] and len(record["inputs"]) == 4
+    assert (
+        record["arguments"]["lr"] == 1e-3
+        and record["versions"]["torchvision"]
+        and len(record["inputs"]) == 4
+    )
 
 
 def test_the_saved_model_predicts_what_the_table_says(trained, sites):
@@ -674,7 +802,9 @@ def test_the_saved_model_predicts_what_the_table_says(trained, sites):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_files_whatever_the_number_of_workers(trained, sites, tmp_path):
+def test_the_same_seed_gives_the_same_files_whatever_the_number_of_workers(
+    trained, sites, tmp_path
+):
     out, mix, _ = trained
     run(*flags(sites, tmp_path / "again", *mix[:-1], 3))
     for path in out.iterdir():
@@ -699,7 +829,8 @@ def test_repeated_test_images_are_marked_whatever_was_trained_on(trained):
 
 def test_a_number_of_passes_becomes_whole_epochs(sites, tmp_path):
     run(*flags(sites, tmp_path / "out")[:-4], "--batch-size", 8, "--passes", 47)
-    assert len((tmp_path / "out" / "train.csv").read_text().splitlines()) == 1 + 2  # 47 of 20 images
+    # 47 of 20 images
+    assert len((tmp_path / "out" / "train.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_a_patient_on_both_sides_is_refused(sites, tmp_path):
@@ -734,9 +865,11 @@ def test_a_mistake_is_refused_before_anything_is_written(sites, tmp_path, more, 
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises((ValueError, OSError), match=words) as error:
         run(*flags(sites, tmp_path / "out", *(flag.format(**places) for flag in more)))
-    assert type(error.value).__name__ in ("ClassifyError", "DatasetError", "NotADirectoryError") and "\n" not in str(
-        error.value
-    )
+    assert type(error.value).__name__ in (
+        "ClassifyError",
+        "DatasetError",
+        "NotADirectoryError",
+    ) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -749,7 +882,9 @@ def test_a_broken_test_image_is_refused_before_training(sites, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("more", [["--epochs", "0"], ["--lr", "0"], ["--seed", "-1"], ["--model", "vgg"]])
+@pytest.mark.parametrize(
+    "more", [["--epochs", "0"], ["--lr", "0"], ["--seed", "-1"], ["--model", "vgg"]]
+)
 def test_flags_out_of_range_are_refused(sites, tmp_path, more, capsys):
     with pytest.raises(SystemExit) as stop:
         script()["parse_args"]([str(flag) for flag in flags(sites, tmp_path, *more)])
@@ -765,5 +900,9 @@ def test_on_the_command_line_a_mistake_is_one_line_and_exit_code_2(sites, tmp_pa
     finally:
         (tmp_path / "away.png").rename(sites / "african" / "Ghana" / "scan15.png")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("classify.py: ") and "scan15" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith("classify.py: ")
+        and "scan15" in done.stderr
+    )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,5 @@
-"""What the paper left out of its classifiers: contrast drawn at random, classes drawn equally often, a falling rate."""
+"""What the paper left out of its classifiers: contrast drawn at random, classes drawn equally
+often, a falling rate."""
 
 import json
 import math
@@ -41,13 +42,21 @@ def images(counts):
 def test_contrast_depends_on_seed_epoch_and_index_alone():
     drawn = draw_contrast(3, 5, torch.arange(6))
     assert torch.equal(draw_contrast(3, 5, torch.tensor([4, 1])), drawn[[4, 1]])
-    for other in (draw_contrast(4, 5, torch.arange(6)), draw_contrast(3, 6, torch.arange(6)), drawn.roll(1, 0)):
+    for other in (
+        draw_contrast(4, 5, torch.arange(6)),
+        draw_contrast(3, 6, torch.arange(6)),
+        drawn.roll(1, 0),
+    ):
         assert not torch.isclose(other, drawn).any()
 
 
 def test_contrast_has_the_ranges_that_it_says():
     gamma, gain, offset = draw_contrast(0, 0, torch.arange(4000)).T.numpy()
-    for values, low, high in ((np.log(gamma), -0.7, 0.7), (gain, *CONTRAST_GAIN), (offset, -0.12, 0.12)):
+    for values, low, high in (
+        (np.log(gamma), -0.7, 0.7),
+        (gain, *CONTRAST_GAIN),
+        (offset, -0.12, 0.12),
+    ):
         assert low <= values.min() and values.max() <= high
         assert values.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low) + 1e-6)
         assert values.std() == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
@@ -71,13 +80,20 @@ def test_what_rotation_brings_in_stays_black_where_contrast_lifts_black():
 def test_balanced_batches_draw_every_class_equally_often_and_as_many_images_as_there_are():
     dataset = images((35, 162, 52, 106, 260))  # the paper's proportions: 615, so 123 of each
     loader = batches(dataset, 24, shuffle_seed=0, balanced=True)
-    passes = [[torch.cat(column).tolist() for column in zip(*((t, i) for _, t, i in loader))] for _ in range(2)]
+    passes = [
+        [torch.cat(column).tolist() for column in zip(*((t, i) for _, t, i in loader))]
+        for _ in range(2)
+    ]
     for targets, indices in passes:
         assert Counter(targets) == dict.fromkeys(range(5), 123)
         assert [dataset.targets[index % 615] for index in indices] == targets
         assert len({*targets[:24]}) == 5  # mixed
     assert passes[0] != passes[1]
-    assert [*BalancedSampler(dataset.targets, 0)] == passes[0][1] != [*BalancedSampler(dataset.targets, 1)]
+    assert (
+        [*BalancedSampler(dataset.targets, 0)]
+        == passes[0][1]
+        != [*BalancedSampler(dataset.targets, 1)]
+    )
 
 
 def test_what_is_left_over_goes_to_some_classes_and_one_that_is_absent_gets_nothing():
@@ -124,7 +140,17 @@ def classify(sites, out, *flags, epoch=None):
     script = runpy.run_path(str(ROOT / "classify.py"), run_name="classify_script")
     if epoch:
         script["parse_args"].__globals__["train_epoch"] = epoch
-    flags = ["--spanish", sites / "spanish", "--african", sites / "african", "--weights", "none", "--size", 64, *flags]
+    flags = [
+        "--spanish",
+        sites / "spanish",
+        "--african",
+        sites / "african",
+        "--weights",
+        "none",
+        "--size",
+        64,
+        *flags,
+    ]
     flags += ["--batch-size", 5, "--device", "cpu", "--out", out]
     script["main"](script["parse_args"]([str(flag) for flag in flags]))
 
@@ -137,7 +163,9 @@ def test_a_cosine_falls_from_the_rate_to_nearly_nothing_over_all_steps(sites, tm
         rates.extend(settings[-1]() for _ in range(len(loader)))
         return 1.0
 
-    classify(sites, tmp_path / "out", "--epochs", 4, "--lr", 0.01, "--schedule", "cosine", epoch=epoch)
+    classify(
+        sites, tmp_path / "out", "--epochs", 4, "--lr", 0.01, "--schedule", "cosine", epoch=epoch
+    )
     assert len(rates) == 8 and rates[0] == 0.01 and 0 < rates[-1] < 0.0005
     np.testing.assert_allclose(rates[4], 0.005)
     assert rates == sorted(rates, reverse=True)
@@ -157,7 +185,9 @@ def test_each_flag_changes_the_training_and_stands_in_the_file(sites, tmp_path):
         file = tmp_path / name / "model.safetensors"
         weights[name] = file.read_bytes()
         head = int.from_bytes(weights[name][:8], "little")
-        said[name] = json.loads(json.loads(weights[name][8 : 8 + head])["__metadata__"]["classifier"])
+        said[name] = json.loads(
+            json.loads(weights[name][8 : 8 + head])["__metadata__"]["classifier"]
+        )
     assert len({data[8 + int.from_bytes(data[:8], "little") :] for data in weights.values()}) == 4
     for name in ("contrast", "balanced_sampling", "schedule"):
         assert said[name][name] == ("cosine" if name == "schedule" else True)

@@ -1,4 +1,5 @@
-"""A trained classifier at work: probabilities to the bit, confidence set right, ONNX, and the mistakes around them."""
+"""A trained classifier at work: probabilities to the bit, confidence set right, ONNX, and the
+mistakes around them."""
 
 import csv
 import json
@@ -22,7 +23,9 @@ SCRIPT = runpy.run_path(str(ROOT / "classify.py"), run_name="script")
 
 
 def run(*flags):
-    return SCRIPT["main"](SCRIPT["parse_args"]([*map(str, flags), "--device", "cpu", "--workers", "0"]))
+    return SCRIPT["main"](
+        SCRIPT["parse_args"]([*map(str, flags), "--device", "cpu", "--workers", "0"])
+    )
 
 
 def table(path):
@@ -36,9 +39,30 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("trained")
     write_spanish_layout(root / "es", 5, test=0, seed=0)
     write_african_layout(root / "af", patients=4, seed=0)
-    flags = ["--spanish", root / "es", "--african", root / "af", "--weights", "none", "--model", "mobilenet_v2"]
+    flags = [
+        "--spanish",
+        root / "es",
+        "--african",
+        root / "af",
+        "--weights",
+        "none",
+        "--model",
+        "mobilenet_v2",
+    ]
     run(
-        *flags, "--size", 64, "--passes", 200, "--batch-size", 7, "--validation", 4, "--lr", 0.02, "--out", root / "run"
+        *flags,
+        "--size",
+        64,
+        "--passes",
+        200,
+        "--batch-size",
+        7,
+        "--validation",
+        4,
+        "--lr",
+        0.02,
+        "--out",
+        root / "run",
     )
     return root
 
@@ -51,7 +75,9 @@ def test_a_folder_gets_the_probabilities_of_the_test_to_the_bit_and_a_confidence
     rows = {Path(row["image"]).stem: row for row in table(tmp_path / "predictions.csv")}
     assert len(rows) == len([*(trained / "af").rglob("*.png")]) > len(tested) > 20
     for name, row in tested.items():
-        assert {plane: rows[name][plane] for plane in PLANES} == {plane: row[plane] for plane in PLANES}
+        assert {plane: rows[name][plane] for plane in PLANES} == {
+            plane: row[plane] for plane in PLANES
+        }
         assert rows[name]["prediction"] == row["prediction"]
     warmth = load(file)[1]["temperature"]
     p = np.array([[float(row[plane]) for plane in PLANES] for row in rows.values()])
@@ -65,12 +91,20 @@ def test_a_folder_gets_the_probabilities_of_the_test_to_the_bit_and_a_confidence
 def test_the_temperature_is_the_likeliest():
     rng = np.random.default_rng(0)
     logits = torch.from_numpy(rng.normal(size=(4000, 4)))
-    targets = torch.multinomial((logits / 2.5).softmax(dim=1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    targets = torch.multinomial(
+        (logits / 2.5).softmax(dim=1), 1, generator=torch.Generator().manual_seed(0)
+    )[:, 0]
     found = temperature(logits.softmax(dim=1), targets)
     assert found == pytest.approx(2.5, rel=0.1)
-    losses = [torch.nn.functional.cross_entropy(logits / t, targets) for t in (found, found * 1.05, found / 1.05)]
+    losses = [
+        torch.nn.functional.cross_entropy(logits / t, targets)
+        for t in (found, found * 1.05, found / 1.05)
+    ]
     assert min(losses) == losses[0]
-    assert temperature(torch.tensor([[0.6, 0.4]] * 3), torch.tensor([0, 0, 0])) == pytest.approx(1 / 20)  # at its end
+    # at its end
+    assert temperature(torch.tensor([[0.6, 0.4]] * 3), torch.tensor([0, 0, 0])) == pytest.approx(
+        1 / 20
+    )
 
 
 @pytest.mark.slow
@@ -87,10 +121,14 @@ def test_onnx_agrees_with_torch_and_says_what_feeds_it(tmp_path, name):
     facts = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
     assert facts["classes"] == [*PLANES] and facts["size"] == 64
     images = torch.rand(3, 3, 64, 64)  # another number than it was exported with
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
     with torch.no_grad():
         expected = model((images - mean) / std).softmax(dim=1).numpy()
-    (found,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images.numpy()})
+    (found,) = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(
+        None, {"images": images.numpy()}
+    )
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
     assert [file.name for file in tmp_path.iterdir() if "part" in file.name] == []
 
@@ -119,7 +157,10 @@ def test_a_folder_without_images_or_a_file_that_is_no_classifier_is_one_line(tra
     for flags, words in (
         (["--classifier", file, "--predict", tmp_path / "empty"], "no images in it or below it"),
         (["--classifier", file, "--predict", tmp_path / "none"], "no such folder"),
-        (["--classifier", trained / "run" / "args.json", "--export"], r"not a classifier written by classify\.py"),
+        (
+            ["--classifier", trained / "run" / "args.json", "--export"],
+            r"not a classifier written by classify\.py",
+        ),
     ):
         with pytest.raises(ClassifyError, match=words):
             run(*flags, "--out", tmp_path / "out")
@@ -130,8 +171,22 @@ def test_a_folder_without_images_or_a_file_that_is_no_classifier_is_one_line(tra
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not here")
 def test_on_the_233_african_images_a_folder_gets_what_testing_gave_to_the_bit(tmp_path):
     (weights,) = (SHARED / "weights").glob("*.pth")
-    flags = ["--spanish", SHARED / "FETAL_PLANES_ZENODO", "--manifest", SHARED / "manifests" / "lora_train_data.csv"]
-    flags += ["--african", SHARED / "Zenodo_dataset", "--weights", weights, "--model", "mobilenet_v2", "--size", 96]
+    flags = [
+        "--spanish",
+        SHARED / "FETAL_PLANES_ZENODO",
+        "--manifest",
+        SHARED / "manifests" / "lora_train_data.csv",
+    ]
+    flags += [
+        "--african",
+        SHARED / "Zenodo_dataset",
+        "--weights",
+        weights,
+        "--model",
+        "mobilenet_v2",
+        "--size",
+        96,
+    ]
     run(*flags, "--passes", 100, "--out", tmp_path / "run")
     run(
         "--classifier",

@@ -1,4 +1,5 @@
-"""Features, t-SNE and the figures: what is measured, how it is drawn, and that equal input gives equal files."""
+"""Features, t-SNE and the figures: what is measured, how it is drawn, and that equal input gives
+equal files."""
 
 import numpy as np
 import pytest
@@ -37,7 +38,11 @@ def noise_records(folder, count):
 
 def test_features_of_our_own_classifier_are_what_enters_its_head(tmp_path):
     model = build("mobilenet_v2", "none", 64).eval()
-    save(tmp_path / "model.safetensors", model, {"model": "mobilenet_v2", "size": 64, "input_range": "minus-one-one"})
+    save(
+        tmp_path / "model.safetensors",
+        model,
+        {"model": "mobilenet_v2", "size": 64, "input_range": "minus-one-one"},
+    )
     records = noise_records(tmp_path, 5)
     x = prepare(torch.stack([PlaneImages(records, 64)[n][0] for n in range(5)]), "minus-one-one")
     with torch.no_grad():
@@ -63,7 +68,9 @@ def test_taking_features_leaves_no_hook_behind(tmp_path):
 @pytest.mark.parametrize(("layer", "width"), [("logits", 1000), ("penultimate", 2048)])
 def test_inception_gives_logits_or_pooled_features(tmp_path, layer, width):
     torch.manual_seed(0)
-    torch.save(tv.inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth")
+    torch.save(
+        tv.inception_v3(weights=None, init_weights=False).state_dict(), tmp_path / "inception.pth"
+    )
     extractor = inception(tmp_path / "inception.pth", layer, size=96)
     assert features(extractor, noise_records(tmp_path, 2)).shape == (2, width)
     assert str(width) in extractor.name and "Inception v3" in extractor.name
@@ -90,7 +97,9 @@ def test_tsne_keeps_clusters_apart_and_fills_the_unit_square():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.eye(3, 20) * 30, 20, axis=0)
     points = tsne((groups + rng.normal(size=groups.shape)).astype(np.float32), seed=1)
-    np.testing.assert_allclose([points.min(axis=0), points.max(axis=0)], [[0, 0], [1, 1]], atol=1e-6)
+    np.testing.assert_allclose(
+        [points.min(axis=0), points.max(axis=0)], [[0, 0], [1, 1]], atol=1e-6
+    )
     distances = np.linalg.norm(points[:, None] - points, axis=2)
     np.fill_diagonal(distances, np.inf)
     assert (distances.argmin(axis=1) // 20 == np.arange(60) // 20).all()
@@ -98,7 +107,9 @@ def test_tsne_keeps_clusters_apart_and_fills_the_unit_square():
 
 def test_tsne_is_a_function_of_its_seed_and_takes_few_images():
     x = np.random.default_rng(0).normal(size=(60, 600)).astype(np.float32)
-    assert np.array_equal(tsne(x, seed=3), tsne(x, seed=3)) and not np.array_equal(tsne(x, seed=3), tsne(x, seed=4))
+    assert np.array_equal(tsne(x, seed=3), tsne(x, seed=3)) and not np.array_equal(
+        tsne(x, seed=3), tsne(x, seed=4)
+    )
     assert tsne(x[:12]).shape == (12, 2)  # fewer than the perplexity
     assert tsne(x[:4]).shape == (4, 2)
     with pytest.raises(ValueError, match="at least 4"):
@@ -107,12 +118,17 @@ def test_tsne_is_a_function_of_its_seed_and_takes_few_images():
 
 # --- figures ---
 
-MATRIX = np.array([[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]])
+MATRIX = np.array(
+    [[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]]
+)
 
 
 def sheet():
     rng = np.random.default_rng(0)
-    grey, colour = rng.integers(0, 255, (20, 30), dtype=np.uint8), rng.integers(0, 255, (30, 20, 3), dtype=np.uint8)
+    grey, colour = (
+        rng.integers(0, 255, (20, 30), dtype=np.uint8),
+        rng.integers(0, 255, (30, 20, 3), dtype=np.uint8),
+    )
     rows = [[grey, colour, Image.fromarray(grey)], [colour, None]]
     return figures.contact_sheet(rows, ["real", "with LoRA"], ["abdomen", "brain", "femur"])
 
@@ -126,26 +142,49 @@ def panels():
 
 def curves():
     return figures.loss_figure(
-        {"ES": [(1, 3.0), (2, 2.0), (3, 1.5)], "HB + DA": [(1, 2.5), (2, 1.0), (4, 0.5)], "none": []}
+        {
+            "ES": [(1, 3.0), (2, 2.0), (3, 1.5)],
+            "HB + DA": [(1, 2.5), (2, 1.0), (4, 0.5)],
+            "none": [],
+        }
     )
 
 
 def grid():
-    matrices = {(data, name): MATRIX for data in ("ES+DA", "HB+DA") for name in ("DenseNet169", "EfficientNet b0")}
+    matrices = {
+        (data, name): MATRIX
+        for data in ("ES+DA", "HB+DA")
+        for name in ("DenseNet169", "EfficientNet b0")
+    }
     del matrices["HB+DA", "EfficientNet b0"]
-    return figures.confusion_grid(matrices, ["ES+DA", "HB+DA"], ["DenseNet169", "EfficientNet b0"], CLASSES)
+    return figures.confusion_grid(
+        matrices, ["ES+DA", "HB+DA"], ["DenseNet169", "EfficientNet b0"], CLASSES
+    )
 
 
 def intervals():
-    hybrid = [Point("EfficientNet b0", 70.0, 64.5, 75.0, 72.96), Point("ViT b16", 82.0, 77.0, 86.5, seeds=False)]
-    return forest.interval_figure({"HB": hybrid, "HB-all": [Point("ViT b16", 78.0, 72.0, 83.0)]}, "accuracy, %")
+    hybrid = [
+        Point("EfficientNet b0", 70.0, 64.5, 75.0, 72.96),
+        Point("ViT b16", 82.0, 77.0, 86.5, seeds=False),
+    ]
+    return forest.interval_figure(
+        {"HB": hybrid, "HB-all": [Point("ViT b16", 78.0, 72.0, 83.0)]}, "accuracy, %"
+    )
 
 
 def gains():
     points = [
         Point("synthetic images\nHB+DA − ES+DA", 6.1, 2.4, 9.8, 11.84, kind="synthetic"),
         Point("brightness and contrast\nES+DA+contrast − ES+DA", 13.8, 11.2, 16.4, kind="real"),
-        Point("one against the other\nHB+DA − ES+DA+contrast", -7.7, -12.0, 0.1, float("nan"), False, "both"),
+        Point(
+            "one against the other\nHB+DA − ES+DA+contrast",
+            -7.7,
+            -12.0,
+            0.1,
+            float("nan"),
+            False,
+            "both",
+        ),
     ]
     return forest.forest_figure(points, "difference in accuracy, points")
 
@@ -153,7 +192,10 @@ def gains():
 def ranks():
     rng = np.random.default_rng(0)
     sources = ["spain"] * 5 + ["africa"] * 4 + ["synthetic"] * 3
-    rows = {f"r = {r}": {plane: (rng.random((12, 2)), sources) for plane in CLASSES[:4]} for r in (8, 32, 128)}
+    rows = {
+        f"r = {r}": {plane: (rng.random((12, 2)), sources) for plane in CLASSES[:4]}
+        for r in (8, 32, 128)
+    }
     return figures.tsne_grid(rows, "t-SNE of Inception v3, 1000 logits")
 
 
@@ -194,7 +236,9 @@ def visible_texts(figure):
     beyond = set()
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
-        beyond |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+        beyond |= {
+            tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high
+        }
     texts = figure.findobj(Text)
     return [text for text in texts if text.get_text() and text.get_visible() and text not in beyond]
 
@@ -228,13 +272,20 @@ def test_a_source_has_its_colour_and_shape_whatever_else_is_drawn():
     def marks(sources):
         points = np.linspace(0, 1, 2 * len(sources)).reshape(-1, 2)
         found = figures.tsne_grid({"": {"brain": (points, sources)}}).axes[0].collections
-        return [(to_hex(mark.get_facecolor()[0]).upper(), len(mark.get_offsets())) for mark in found]
+        return [
+            (to_hex(mark.get_facecolor()[0]).upper(), len(mark.get_offsets())) for mark in found
+        ]
 
     assert marks(["synthetic", "africa", "africa"]) == [("#D55E00", 2), ("#009E73", 1)]
     assert marks(["synthetic"]) == [("#009E73", 1)]
-    paper, own = (["spain", "africa", "synthetic"], ["source", "target", "synthetic"])  # never in one figure
+    # never in one figure
+    paper, own = (["spain", "africa", "synthetic"], ["source", "target", "synthetic"])
     for names in (paper, own):
-        assert len({figures.SOURCES[name] for name in names}) == len({figures.SOURCES[name][1] for name in names}) == 3
+        assert (
+            len({figures.SOURCES[name] for name in names})
+            == len({figures.SOURCES[name][1] for name in names})
+            == 3
+        )
 
 
 def test_a_contact_sheet_puts_images_and_labels_where_they_belong():
@@ -276,7 +327,11 @@ def test_the_interval_figure_draws_values_intervals_and_published_numbers_where_
     assert [point[3] for point in points] == axes.get_yticks().tolist()
     assert [point[4] for point in points] == [True, False, True]  # hollow: one seed
     assert published(axes) == [[72.96]]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["EfficientNet b0", "ViT b16", "ViT b16"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "EfficientNet b0",
+        "ViT b16",
+        "ViT b16",
+    ]
 
 
 def test_the_forest_has_a_line_at_zero_a_mark_for_each_kind_and_its_numbers_beside_it():
@@ -299,7 +354,9 @@ def test_the_rank_panel_has_a_row_for_each_rank_and_a_column_for_each_plane():
     axes = ranks().axes
     assert len(axes) == 12 and [a.get_title() for a in axes[:4]] == CLASSES[:4]
     assert [a.get_ylabel() for a in axes[::4]] == ["r = 8", "r = 32", "r = 128"]
-    colours = {tuple(to_hex(mark.get_facecolor()[0]).upper() for mark in a.collections) for a in axes}
+    colours = {
+        tuple(to_hex(mark.get_facecolor()[0]).upper() for mark in a.collections) for a in axes
+    }
     assert colours == {tuple(figures.SOURCES[name][0] for name in ("spain", "africa", "synthetic"))}
 
 
@@ -313,6 +370,10 @@ def test_figure_two_leaves_the_plane_empty_that_africa_does_not_have():
 def test_a_loss_curve_starts_at_one_and_more_curves_than_colours_are_refused():
     lines = curves().axes[0].lines
     assert len(lines) == 2 and lines[0].get_xdata().tolist() == [1, 2, 3]
-    assert lines[1].get_xdata().tolist() == [1, 2, 4] and lines[1].get_ydata().tolist() == [2.5, 1.0, 0.5]
+    assert lines[1].get_xdata().tolist() == [1, 2, 4] and lines[1].get_ydata().tolist() == [
+        2.5,
+        1.0,
+        0.5,
+    ]
     with pytest.raises(ValueError, match="9 curves"):
         figures.loss_figure({str(n): [(1, 1.0)] for n in range(9)})

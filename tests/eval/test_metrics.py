@@ -1,4 +1,5 @@
-"""The metrics against the authors' published run, scikit-learn, and a bootstrap whose truth is known."""
+"""The metrics against the authors' published run, scikit-learn, and a bootstrap whose truth is
+known."""
 
 import time
 from dataclasses import asdict
@@ -11,8 +12,11 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, r
 from eval.metrics import Scores, bootstrap, confusion, score
 from planes import PLANES
 
-# the authors' committed run: a row for each plane that the African set has, our class order in the columns
-PUBLISHED = np.array([[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]])
+# the authors' committed run: a row for each plane that the African set has, our class order in the
+# columns
+PUBLISHED = np.array(
+    [[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]]
+)
 NAMES = list(Scores.__dataclass_fields__)
 
 
@@ -30,7 +34,8 @@ def random_run(seed, n=300, planes=5):
 
 
 def notebook_auc(targets, predictions):
-    """The authors' rule, image by image: positive unless the prediction is another class of the targets."""
+    """The authors' rule, image by image: positive unless the prediction is another class of the
+    targets."""
     classes, areas = set(targets), []
     for c in classes:
         called = [0 if p in classes - {c} else 1 for p in predictions]
@@ -39,8 +44,16 @@ def notebook_auc(targets, predictions):
 
 
 def test_the_published_run_gives_the_published_numbers():
-    percent = {name: round(100 * value, 2) for name, value in asdict(score(*labels_of(PUBLISHED))).items()}
-    assert percent == {"accuracy": 78.54, "recall": 78.14, "precision": 97.44, "f_score": 85.85, "auc": 88.76}
+    percent = {
+        name: round(100 * value, 2) for name, value in asdict(score(*labels_of(PUBLISHED))).items()
+    }
+    assert percent == {
+        "accuracy": 78.54,
+        "recall": 78.14,
+        "precision": 97.44,
+        "f_score": 85.85,
+        "auc": 88.76,
+    }
     assert round(100 * score(*labels_of(PUBLISHED), "plain").auc, 2) == 88.71
 
 
@@ -59,7 +72,9 @@ def test_a_class_without_targets_does_not_count_in_the_averages():
 def test_the_confusion_matrix_has_targets_in_rows():
     np.testing.assert_array_equal(confusion(*labels_of(PUBLISHED)), PUBLISHED)
     targets, predictions, _ = random_run(0)
-    np.testing.assert_array_equal(confusion(targets, predictions), confusion_matrix(targets, predictions))
+    np.testing.assert_array_equal(
+        confusion(targets, predictions), confusion_matrix(targets, predictions)
+    )
     assert confusion(np.array([0, 6]), np.array([6, 6]), classes=7)[0, 6] == 1
 
 
@@ -68,11 +83,17 @@ def test_the_confusion_matrix_has_targets_in_rows():
 def test_all_scores_agree_with_scikit_learn(seed, planes):
     targets, predictions, _ = random_run(seed, planes=planes)
     present = range(planes)
-    p, r, f, _ = precision_recall_fscore_support(targets, predictions, labels=present, average="macro", zero_division=0)
+    p, r, f, _ = precision_recall_fscore_support(
+        targets, predictions, labels=present, average="macro", zero_division=0
+    )
     plain = np.mean([roc_auc_score(targets == c, predictions == c) for c in present])
     expected = Scores((targets == predictions).mean(), r, p, f, plain)
-    assert asdict(score(targets, predictions, "plain")) == pytest.approx(asdict(expected), abs=1e-12)
-    assert score(targets, predictions).auc == pytest.approx(np.mean(notebook_auc(targets, predictions)), abs=1e-12)
+    assert asdict(score(targets, predictions, "plain")) == pytest.approx(
+        asdict(expected), abs=1e-12
+    )
+    assert score(targets, predictions).auc == pytest.approx(
+        np.mean(notebook_auc(targets, predictions)), abs=1e-12
+    )
 
 
 def test_with_every_class_among_the_targets_both_auc_definitions_are_one():
@@ -85,8 +106,12 @@ def test_the_plain_auc_ranks_by_probabilities_where_there_are_some_and_ties_coun
     targets, predictions, rng = random_run(2, planes=planes)
     probabilities = rng.integers(0, 8, (len(targets), 5)) + 3 * np.eye(5)[targets]  # many ties
     expected = np.mean([roc_auc_score(targets == c, probabilities[:, c]) for c in range(planes)])
-    assert score(targets, predictions, "plain", probabilities).auc == pytest.approx(expected, abs=1e-12)
-    assert score(targets, predictions, "notebook", probabilities) == score(targets, predictions, "notebook")
+    assert score(targets, predictions, "plain", probabilities).auc == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert score(targets, predictions, "notebook", probabilities) == score(
+        targets, predictions, "notebook"
+    )
 
 
 def test_a_class_that_is_never_predicted_has_precision_zero():
@@ -125,21 +150,25 @@ def test_indices_that_cannot_be_are_refused(targets, predictions, complaint):
 
 
 def drawn_scores(targets, predictions, patients, definition, probabilities, replicates, seed):
-    """The bootstrap the slow way: copy the drawn patients' images one after the other, then score them."""
+    """The bootstrap the slow way: copy the drawn patients' images one after the other, then score
+    them."""
     names = np.unique(patients)
     rng = np.random.default_rng(seed)
     scores = []
     for drawn in rng.multinomial(len(names), np.full(len(names), 1 / len(names)), replicates):
         rows = np.concatenate([np.flatnonzero(patients == name) for name in names.repeat(drawn)])
         of_rows = None if probabilities is None else probabilities[rows]
-        scores.append(list(asdict(score(targets[rows], predictions[rows], definition, of_rows)).values()))
+        scores.append(
+            list(asdict(score(targets[rows], predictions[rows], definition, of_rows)).values())
+        )
     return np.array(scores)
 
 
 @pytest.mark.parametrize("definition", ["notebook", "plain", "probabilities"])
 def test_a_replicate_is_the_score_of_the_drawn_patients_images(definition):
     targets, predictions, rng = random_run(3, n=60, planes=4)
-    targets[:58][targets[:58] == 3] = 0  # the last plane has one patient: many replicates are without it
+    # the last plane has one patient: many replicates are without it
+    targets[:58][targets[:58] == 3] = 0
     targets[58:] = 3
     patients = np.arange(60) // 3
     probabilities = rng.random((60, 5)) if definition == "probabilities" else None
@@ -166,16 +195,23 @@ def test_replicates_with_a_single_class_do_not_count_for_the_auc():
 def test_the_intervals_hold_the_score_and_depend_on_the_seed_alone():
     targets, predictions = labels_of(PUBLISHED)
     patients = [f"patient {n % 66}" for n in range(len(targets))]
-    scores, intervals = asdict(score(targets, predictions)), bootstrap(targets, predictions, patients)
+    scores, intervals = (
+        asdict(score(targets, predictions)),
+        bootstrap(targets, predictions, patients),
+    )
     assert all(0 <= low < scores[name] < high <= 1 for name, (low, high) in intervals.items())
     assert bootstrap(targets, predictions, patients) == intervals
     assert bootstrap(targets, predictions, patients, seed=1) != intervals
     narrow = bootstrap(targets, predictions, patients, level=0.5)
-    assert all(intervals[name][0] < narrow[name][0] < narrow[name][1] < intervals[name][1] for name in NAMES)
+    assert all(
+        intervals[name][0] < narrow[name][0] < narrow[name][1] < intervals[name][1]
+        for name in NAMES
+    )
 
 
 def test_images_that_stand_and_fall_together_make_the_interval_wider():
-    """40 patients whose 9 images are all right or all wrong are worth 40 images: the interval is 3 times as wide."""
+    """40 patients whose 9 images are all right or all wrong are worth 40 images: the interval is 3
+    times as wide."""
     rng = np.random.default_rng(0)
     patients = np.arange(360) // 9
     targets = rng.integers(0, 4, 360)
@@ -187,7 +223,8 @@ def test_images_that_stand_and_fall_together_make_the_interval_wider():
 
 
 def test_95_percent_intervals_hold_the_truth_about_95_times_in_100():
-    """Patients differ in how often they are read right, 0.7 on average; 200 studies, binomial sd 1.5 points."""
+    """Patients differ in how often they are read right, 0.7 on average; 200 studies, binomial sd
+    1.5 points."""
     rng = np.random.default_rng(1)
     patients = np.arange(240) // 4
     covered = 0
@@ -195,7 +232,9 @@ def test_95_percent_intervals_hold_the_truth_about_95_times_in_100():
         targets = rng.integers(0, 4, 240)
         right = rng.random(240) < rng.beta(2.1, 0.9, 60)[patients]
         predictions = np.where(right, targets, (targets + 1) % 4)
-        low, high = bootstrap(targets, predictions, patients, replicates=200, seed=study)["accuracy"]
+        low, high = bootstrap(targets, predictions, patients, replicates=200, seed=study)[
+            "accuracy"
+        ]
         covered += low <= 0.7 <= high
     assert 0.90 <= covered / 200 <= 0.99
 

@@ -33,7 +33,9 @@ class Mistake(Exception):
 def held(tmp_path_factory):
     """A folder, and a process that holds it."""
     out = tmp_path_factory.mktemp("held") / "out"
-    with subprocess.Popen([sys.executable, "-c", HOLD, out], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, out], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "held\n"
         yield out, process
         process.kill()
@@ -52,7 +54,8 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_named(held, tmp_pat
 def test_every_script_keeps_out_of_a_folder_that_is_held(held, script):
     out, process = held
     main = runpy.run_path(str(ROOT / f"{script}.py"), run_name="refused")["main"]
-    before = Namespace(model=None, quick=True, manifests=None, plan=False, seed=0)  # what reproduce.py asks first
+    # what reproduce.py asks first
+    before = Namespace(model=None, quick=True, manifests=None, plan=False, seed=0)
     before = Namespace(source=None, spanish=None, african=None, **vars(before))
     with pytest.raises(OSError, match=rf"process {process.pid} on .* is at work there"):
         main(Namespace(out=out, **vars(before)))
@@ -103,8 +106,16 @@ def test_files_appear_when_all_of_them_are_whole(tmp_path):
     "error, code, line",
     [
         (Mistake("x: no such plane"), 2, "train_lora.py: x: no such plane\n"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "train_lora.py: [Errno 2] No such file: 'x'\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 2, "device; make room where --out is, and give the same"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "x"),
+            2,
+            "train_lora.py: [Errno 2] No such file: 'x'\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "device; make room where --out is, and give the same",
+        ),
         (KeyboardInterrupt(), 130, "\ntrain_lora.py: stopped\n"),
     ],
 )
@@ -116,7 +127,11 @@ def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     with pytest.raises(SystemExit) as stop:
         run(Namespace, main, Mistake)
-    assert stop.value.code == code and line in (said := capsys.readouterr().err) and said.strip().count("\n") == 0
+    assert (
+        stop.value.code == code
+        and line in (said := capsys.readouterr().err)
+        and said.strip().count("\n") == 0
+    )
 
 
 def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch):
@@ -136,7 +151,10 @@ def test_a_warning_of_our_own_is_one_line_and_others_say_where_they_come_from(mo
     monkeypatch.setattr(sys, "argv", ["sample.py"])
     monkeypatch.setattr(warnings, "showwarning", show)
     run(Namespace, main)
-    assert capsys.readouterr().err == "sample.py: alpha 0 of 16 layers\n/elsewhere/torch.py:3: deprecated\n"
+    assert (
+        capsys.readouterr().err
+        == "sample.py: alpha 0 of 16 layers\n/elsewhere/torch.py:3: deprecated\n"
+    )
 
 
 def test_a_log_gets_a_line_a_minute_and_none_of_what_takes_less(monkeypatch, capsys):
@@ -149,7 +167,13 @@ def test_a_log_gets_a_line_a_minute_and_none_of_what_takes_less(monkeypatch, cap
     said = capsys.readouterr().err
     lines = said.splitlines()
     assert "\r" not in said and all(line.startswith("LoRA: ") for line in lines)
-    assert [line.split("|")[-1].split()[0] for line in lines] == ["60/290", "120/290", "180/290", "240/290", "290/290"]
+    assert [line.split("|")[-1].split()[0] for line in lines] == [
+        "60/290",
+        "120/290",
+        "180/290",
+        "240/290",
+        "290/290",
+    ]
     for _ in progress(range(50)):
         clock[0] += 1.0
     assert capsys.readouterr().err == ""

@@ -1,4 +1,5 @@
-"""Buckets by aspect ratio as kohya chooses them, images resized into them, and latents of images of any size."""
+"""Buckets by aspect ratio as kohya chooses them, images resized into them, and latents of images of
+any size."""
 
 import random
 
@@ -31,7 +32,8 @@ def test_typical_ultrasound_frames_fall_into_kohyas_buckets(image, resized, buck
 
 def test_a_side_is_rounded_to_a_whole_pixel_before_it_is_cut_to_steps():
     assert choose_bucket(600, 601) == ((512, 513), (512, 512))  # of 511.6x512.4
-    assert choose_bucket(64, 168, 64, 8) == ((40, 104), (40, 104))  # of 39.5x103.7, over the area by 64 px
+    # of 39.5x103.7, over the area by 64 px
+    assert choose_bucket(64, 168, 64, 8) == ((40, 104), (40, 104))
 
 
 @pytest.mark.parametrize(("size", "step"), [(512, 64), (768, 64), (128, 16), (64, 8)])
@@ -42,19 +44,29 @@ def test_a_bucket_is_in_steps_inside_the_area_and_the_image_and_keeps_the_aspect
         try:
             resized, bucket = choose_bucket(width, height, size, step)
         except ImageError:
-            assert max(width / height, height / width) > (size / step) ** 2 / 2  # strips alone do not fit
+            # strips alone do not fit
+            assert max(width / height, height / width) > (size / step) ** 2 / 2
             continue
         assert all(side > 0 and side % step == 0 for side in bucket)
-        assert (bucket[0] - 1) * (bucket[1] - 1) < size * size  # sides are rounded to whole pixels, then cut
+        # sides are rounded to whole pixels, then cut
+        assert (bucket[0] - 1) * (bucket[1] - 1) < size * size
         if step == 64 < min(bucket):
             assert bucket[0] * bucket[1] <= size * size
         for whole, shrunk, kept in zip(image, resized, bucket):
             assert kept <= shrunk <= whole and shrunk - kept < step
         if width * height <= size * size:
             assert resized == image
-        else:  # one side is a multiple of the step, the other the nearest whole number to the same scale
-            scales = [shrunk / whole for whole, shrunk, kept in zip(image, resized, bucket) if shrunk == kept]
-            assert any(all(abs(b - a * scale) < 0.5 + 1e-6 for a, b in zip(image, resized)) for scale in scales)
+        # one side is a multiple of the step, the other the nearest whole number to the same scale
+        else:
+            scales = [
+                shrunk / whole
+                for whole, shrunk, kept in zip(image, resized, bucket)
+                if shrunk == kept
+            ]
+            assert any(
+                all(abs(b - a * scale) < 0.5 + 1e-6 for a, b in zip(image, resized))
+                for scale in scales
+            )
 
 
 @pytest.mark.parametrize("image", [(63, 400), (400, 63), (10, 10), (20000, 100)])
@@ -65,19 +77,26 @@ def test_an_image_under_one_step_is_refused_in_one_line(tmp_path, image):
     Image.new("L", image).save(tmp_path / "narrow.png")
     with pytest.raises(ImageError) as error:
         read_bucketed(tmp_path / "narrow.png", 512)
-    assert str(error.value).startswith(f"{tmp_path / 'narrow.png'}: {message}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'narrow.png'}: {message}") and "\n" not in str(
+        error.value
+    )
 
 
 def noise_image(path, width, height):
-    """A file of random pixels (height, width, 3), as few image processing errors survive; returns them in [-1, 1]."""
-    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    """A file of random pixels (height, width, 3), as few image processing errors survive; returns
+    them in [-1, 1]."""
+    pixels = torch.randint(
+        256, (height, width, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     Image.fromarray(pixels.numpy()).save(path)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def test_an_image_within_the_area_is_cut_to_its_middle_and_not_resized(tmp_path):
     pixels = noise_image(tmp_path / "a.png", 43, 25)
-    torch.testing.assert_close(read_bucketed(tmp_path / "a.png", 64, 8), pixels[:, :24, 1:41], rtol=0, atol=0)
+    torch.testing.assert_close(
+        read_bucketed(tmp_path / "a.png", 64, 8), pixels[:, :24, 1:41], rtol=0, atol=0
+    )
 
 
 def test_a_larger_image_shrinks_by_the_mean_of_the_area_that_each_pixel_covers(tmp_path):
@@ -92,7 +111,9 @@ def test_a_larger_image_shrinks_by_the_mean_of_the_area_that_each_pixel_covers(t
     torch.testing.assert_close(read_bucketed(tmp_path / "b.png", 52, 8), shrunk, rtol=0, atol=1e-6)
 
 
-def test_an_image_keeps_its_range_and_what_is_cut_off_after_shrinking_is_equal_on_both_sides(tmp_path):
+def test_an_image_keeps_its_range_and_what_is_cut_off_after_shrinking_is_equal_on_both_sides(
+    tmp_path,
+):
     image = Image.new("RGB", (959, 661), "white")
     image.paste("black", (0, 0, 959, 8))  # 4.8 px of the 397, of which 6 are cut off above
     image.paste("black", (0, 650, 959, 661))  # 6.6 px below, of which 7 are
@@ -136,8 +157,12 @@ def test_cropping_keeps_the_middle_of_the_wanted_aspect_ratio_and_squashing_the_
 @torch.no_grad()
 def test_latents_of_images_of_several_sizes_are_each_drawn_with_the_noise_of_their_number():
     torch.manual_seed(0)
-    vae = AutoencoderKL(VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)).eval()
-    images = [torch.rand(3, height, width) * 2 - 1 for height, width in ((16, 16), (8, 24), (16, 16))]
+    vae = AutoencoderKL(
+        VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4)
+    ).eval()
+    images = [
+        torch.rand(3, height, width) * 2 - 1 for height, width in ((16, 16), (8, 24), (16, 16))
+    ]
     latents = encode_images(vae, iter(images), seed=3)
     assert [tuple(row.shape) for row in latents] == [(4, 8, 8), (4, 4, 12), (4, 8, 8)]
     for n, (image, row) in enumerate(zip(images, latents)):

@@ -1,4 +1,5 @@
-"""generate: its defaults, spacings and orders, and image-to-image against known answers and diffusers' pipeline."""
+"""generate: its defaults, spacings and orders, and image-to-image against known answers and
+diffusers' pipeline."""
 
 import math
 from itertools import pairwise
@@ -10,7 +11,15 @@ import torch
 from ldm import MINI
 from ldm.checkpoints import load
 from ldm.generate import generate, make_nodes, seeded_noise
-from samplers import Denoiser, NoiseSchedule, SamplerError, euler_nodes, sample_euler, sample_unipc, unipc_nodes
+from samplers import (
+    Denoiser,
+    NoiseSchedule,
+    SamplerError,
+    euler_nodes,
+    sample_euler,
+    sample_unipc,
+    unipc_nodes,
+)
 
 SCHEDULE = NoiseSchedule()
 CONTEXT = torch.zeros(2, 1, 1)
@@ -19,7 +28,8 @@ SPREAD = 0.8  # of the data in the linear denoiser
 
 
 class Network:
-    """In the place of a U-Net: eps(x, sigma) of noisy latents x = x0 + sigma eps; keeps the times that it was told."""
+    """In the place of a U-Net: eps(x, sigma) of noisy latents x = x0 + sigma eps; keeps the times
+    that it was told."""
 
     config = SimpleNamespace(in_channels=4)
 
@@ -61,10 +71,16 @@ def run(network, **settings):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-@pytest.mark.parametrize("tokens", [77, 154])  # of the prompt; where the negative one has fewer, each is a call
-def test_a_text_is_read_once_for_all_steps_and_the_bits_are_those_of_reading_it_at_each(mini, guidance, tokens):
+# of the prompt; where the negative one has fewer, each is a call
+@pytest.mark.parametrize("tokens", [77, 154])
+def test_a_text_is_read_once_for_all_steps_and_the_bits_are_those_of_reading_it_at_each(
+    mini, guidance, tokens
+):
     draw, width = torch.Generator().manual_seed(2), mini.unet.config.cross_attention_dim
-    context, negative = torch.randn(2, tokens, width, generator=draw), torch.randn(2, 77, width, generator=draw)
+    context, negative = (
+        torch.randn(2, tokens, width, generator=draw),
+        torch.randn(2, 77, width, generator=draw),
+    )
     asked, to_k = [], mini.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k
     hook = to_k.register_forward_hook(lambda *_: asked.append(1))
     once = generate(mini.unet, context, negative, SEEDS, (4, 8), steps=3, guidance_scale=guidance)
@@ -72,13 +88,16 @@ def test_a_text_is_read_once_for_all_steps_and_the_bits_are_those_of_reading_it_
     denoise = Denoiser(mini.unet, euler_nodes(SCHEDULE, 3), context, negative, guidance)
     nodes = denoise.nodes
     with torch.no_grad():
-        each = sample_euler(denoise, nodes.init_scale * seeded_noise(SEEDS, (4, 4, 8)), nodes.sigmas)
+        each = sample_euler(
+            denoise, nodes.init_scale * seeded_noise(SEEDS, (4, 4, 8)), nodes.sigmas
+        )
     hook.remove()
     assert torch.equal(once, each) and len(asked) > 3
 
 
 @pytest.mark.parametrize(
-    ("sampler", "nodes", "sample"), [("euler", euler_nodes, sample_euler), ("unipc", unipc_nodes, sample_unipc)]
+    ("sampler", "nodes", "sample"),
+    [("euler", euler_nodes, sample_euler), ("unipc", unipc_nodes, sample_unipc)],
 )
 def test_defaults_are_the_sampler_from_pure_noise_to_the_bit(mini, texts, sampler, nodes, sample):
     context, negative = texts
@@ -86,7 +105,9 @@ def test_defaults_are_the_sampler_from_pure_noise_to_the_bit(mini, texts, sample
     denoise = Denoiser(mini.unet, nodes, context, negative.expand(2, -1, -1), 7.0)
     with torch.no_grad():
         expected = sample(denoise, nodes.init_scale * seeded_noise(SEEDS, (4, 8, 8)), nodes.sigmas)
-    assert torch.equal(generate(mini.unet, context, negative, SEEDS, (8, 8), sampler=sampler, steps=2), expected)
+    assert torch.equal(
+        generate(mini.unet, context, negative, SEEDS, (8, 8), sampler=sampler, steps=2), expected
+    )
 
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
@@ -105,7 +126,9 @@ def test_every_order_of_unipc_is_another_result_and_three_is_the_default():
         assert (results[one] - results[other]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize(("steps", "strength", "first"), [(10, 0.6, 4), (10, 0.69, 4), (10, 1.0, 0), (5, 0.2, 4)])
+@pytest.mark.parametrize(
+    ("steps", "strength", "first"), [(10, 0.6, 4), (10, 0.69, 4), (10, 1.0, 0), (5, 0.2, 4)]
+)
 def test_euler_varies_an_image_as_the_linear_denoiser_says(image, steps, strength, first):
     network = Network(linear)
     sigmas = euler_nodes(SCHEDULE, steps).sigmas
@@ -121,17 +144,24 @@ def test_euler_varies_an_image_as_the_linear_denoiser_says(image, steps, strengt
 def test_image_to_image_starts_from_the_image_plus_sigma_times_noise(image, sampler, spacing):
     """Where every x0 is c, each sampler ends exactly at c + sigma_N / sigma_k (x_k - c)."""
     c = 0.5
-    nodes = {"euler": euler_nodes, "unipc": unipc_nodes}[sampler](SCHEDULE, 8, *([spacing] if spacing else []))
+    nodes = {"euler": euler_nodes, "unipc": unipc_nodes}[sampler](
+        SCHEDULE, 8, *([spacing] if spacing else [])
+    )
     network = Network(lambda x, sigma: (x - c) / sigma)
     x = run(network, sampler=sampler, steps=8, spacing=spacing, strength=0.5, init_latents=image)
     sigma, last = nodes.sigmas[4], nodes.sigmas[-1]
     start = image + sigma * seeded_noise(SEEDS, (4, *SIZE))
-    # UniPC's first sigmas and times agree to 1e-3 only, since its log alpha is interpolated and karras' times rounded
-    torch.testing.assert_close(x, c + last / sigma * (start - c), rtol=0, atol=1e-5 if sampler == "euler" else 5e-3)
+    # UniPC's first sigmas and times agree to 1e-3 only, since its log alpha is interpolated and
+    # karras' times rounded
+    torch.testing.assert_close(
+        x, c + last / sigma * (start - c), rtol=0, atol=1e-5 if sampler == "euler" else 5e-3
+    )
 
 
 def test_a_weak_variation_is_the_image_and_a_strong_one_is_not(image):
-    weak, strong = (run(Network(linear), steps=50, strength=s, init_latents=image * SPREAD) for s in (0.02, 0.9))
+    weak, strong = (
+        run(Network(linear), steps=50, strength=s, init_latents=image * SPREAD) for s in (0.02, 0.9)
+    )
     away = [(x - image * SPREAD).square().mean().sqrt() for x in (weak, strong)]
     assert away[0] < 0.05 and away[1] > 0.5
 
@@ -162,7 +192,12 @@ def test_a_setting_that_the_sampler_does_not_have_is_one_line(settings, words):
 
 
 def scheduler_like(sampler, diffusers):
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    betas = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     if sampler == "euler":
         return diffusers.EulerDiscreteScheduler(**betas, timestep_spacing="linspace")
     unipc = {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}
@@ -173,7 +208,8 @@ def scheduler_like(sampler, diffusers):
 @pytest.mark.parametrize("strength", [0.35, 0.6, 1.0])
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
 def test_image_to_image_is_diffusers_pipeline(mini, texts, sampler, strength):
-    """To 1e-3 of the largest value: ours is float64 in its coefficients, theirs float32, and guidance is 7."""
+    """To 1e-3 of the largest value: ours is float64 in its coefficients, theirs float32, and
+    guidance is 7."""
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(
         MINI, scheduler=scheduler_like(sampler, diffusers), safety_checker=None

@@ -1,4 +1,5 @@
-"""The networks: sizes, numerics that are easily got wrong, and agreement with diffusers and transformers."""
+"""The networks: sizes, numerics that are easily got wrong, and agreement with diffusers and
+transformers."""
 
 import math
 from dataclasses import replace
@@ -41,7 +42,11 @@ VAES = {
     "like SD": VAEConfig(block_out_channels=(16, 32, 64, 64), norm_num_groups=16),
     "shallow": VAEConfig(block_out_channels=(8, 24), layers_per_block=1, norm_num_groups=4),
     "other channels": VAEConfig(
-        in_channels=1, out_channels=1, latent_channels=3, block_out_channels=(8, 8, 16), norm_num_groups=8
+        in_channels=1,
+        out_channels=1,
+        latent_channels=3,
+        block_out_channels=(8, 8, 16),
+        norm_num_groups=8,
     ),
 }
 TEXT = TextConfig(
@@ -55,7 +60,8 @@ TEXT = TextConfig(
 
 
 def randomized(network, seed=0):
-    """The network with every weight drawn, none left at zero or one, and activations of order one."""
+    """The network with every weight drawn, none left at zero or one, and activations of order
+    one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in network.named_parameters():
@@ -89,7 +95,11 @@ def test_the_default_networks_have_the_size_of_sd_15(build, parameters, tensors)
 
 def test_the_unet_of_sd_2_has_865910724_parameters():
     with torch.device("meta"):
-        unet = UNet(UNetConfig(num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True))
+        unet = UNet(
+            UNetConfig(
+                num_heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True
+            )
+        )
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724
 
 
@@ -158,13 +168,18 @@ def test_the_vae_agrees_with_diffusers(name):
         up_block_types=["UpDecoderBlock2D"] * levels,
     ).eval()
     theirs.load_state_dict(ours.state_dict())
-    images, latents = draw(2, config.in_channels, 16, 24).clamp(-1, 1), draw(2, config.latent_channels, 4, 3)
+    images, latents = (
+        draw(2, config.in_channels, 16, 24).clamp(-1, 1),
+        draw(2, config.latent_channels, 4, 3),
+    )
     with torch.no_grad():
         posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
         assert_near(posterior.mean, expected.mean, rel=1e-5)
         assert_near(posterior.logvar, expected.logvar, rel=1e-5)
         assert_near(posterior.std, expected.std, rel=1e-5)
-        assert_near(ours.decode(latents), theirs.decode(latents / config.scaling_factor).sample, rel=1e-5)
+        assert_near(
+            ours.decode(latents), theirs.decode(latents / config.scaling_factor).sample, rel=1e-5
+        )
 
 
 def test_a_number_as_time_means_that_time_for_the_whole_batch():
@@ -209,14 +224,20 @@ def test_latents_are_the_scaled_mean_plus_std_times_noise():
     with torch.no_grad():
         mean, logvar = vae.quant_conv(vae.encoder(images)).chunk(2, dim=1)
         torch.testing.assert_close(vae.to_latents(images), 0.18215 * mean)
-        torch.testing.assert_close(vae.to_latents(images, noise), 0.18215 * (mean + (0.5 * logvar).exp() * noise))
+        torch.testing.assert_close(
+            vae.to_latents(images, noise), 0.18215 * (mean + (0.5 * logvar).exp() * noise)
+        )
 
 
 @pytest.mark.parametrize("clip_skip", [2, 3])
 def test_clip_skip_is_the_tower_without_its_last_layers(clip_skip):
     tower = randomized(TextEncoder(TEXT))
-    shorter = TextEncoder(replace(TEXT, num_hidden_layers=TEXT.num_hidden_layers - clip_skip + 1)).eval()
-    shorter.load_state_dict({k: v for k, v in tower.state_dict().items() if k in shorter.state_dict()})
+    shorter = TextEncoder(
+        replace(TEXT, num_hidden_layers=TEXT.num_hidden_layers - clip_skip + 1)
+    ).eval()
+    shorter.load_state_dict(
+        {k: v for k, v in tower.state_dict().items() if k in shorter.state_dict()}
+    )
     ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(tower(ids, clip_skip), shorter(ids), rtol=0, atol=1e-6)
@@ -226,12 +247,16 @@ def test_the_last_layer_is_what_transformers_calls_last_hidden_state():
     tower = randomized(TextEncoder(TEXT))
     ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(tower(ids), tower.text_model(input_ids=ids).last_hidden_state, rtol=0, atol=0)
+        torch.testing.assert_close(
+            tower(ids), tower.text_model(input_ids=ids).last_hidden_state, rtol=0, atol=0
+        )
 
 
 @pytest.mark.parametrize("clip_skip", [0, 4, -1])
 def test_a_layer_that_the_tower_lacks_is_refused(clip_skip):
-    with pytest.raises(ValueError, match=f"clip skip {clip_skip}: this text encoder has layers 1 to 3"):
+    with pytest.raises(
+        ValueError, match=f"clip skip {clip_skip}: this text encoder has layers 1 to 3"
+    ):
         TextEncoder(TEXT)(torch.zeros(1, 12, dtype=torch.long), clip_skip)
 
 
@@ -243,4 +268,5 @@ def test_text_attention_is_causal_and_does_not_mask_the_padding():
     with torch.no_grad():
         a, b = tower(ids), tower(other)
     torch.testing.assert_close(a[:, :6], b[:, :6], rtol=0, atol=1e-6)  # no token sees a later one
-    assert (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-3  # every later one sees it, though it is padding
+    # every later one sees it, though it is padding
+    assert (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 1e-3

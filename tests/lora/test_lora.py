@@ -1,4 +1,5 @@
-"""LoRA layers: Eq. 2, its exact edges (injection, strength 0, unmerge, removal), precision, targets, errors."""
+"""LoRA layers: Eq. 2, its exact edges (injection, strength 0, unmerge, removal), precision,
+targets, errors."""
 
 import copy
 import itertools
@@ -41,7 +42,9 @@ def unet():
 @pytest.fixture
 def inputs():
     generator = torch.Generator().manual_seed(1)
-    latents, context = (torch.randn(shape, generator=generator) for shape in ((2, 4, 4, 4), (2, 5, 12)))
+    latents, context = (
+        torch.randn(shape, generator=generator) for shape in ((2, 4, 4, 4), (2, 5, 12))
+    )
     return latents, torch.tensor([3, 800]), context
 
 
@@ -53,7 +56,9 @@ def train_a_little(model):
 
 
 def same_bits(a, b):
-    return a.keys() == b.keys() and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a
+    )
 
 
 @pytest.mark.parametrize("base", [nn.Linear(6, 5), nn.Conv2d(6, 5, 1)], ids=["linear", "1x1"])
@@ -62,14 +67,22 @@ def test_the_layer_is_equation_2(base):
     nn.init.normal_(layer.B)
     layer.strength = 0.7
     x = torch.randn(2, 6, 4, 4)
-    W0, b, A, B = (tensor.detach().double() for tensor in (base.weight.view(5, 6), base.bias, layer.A, layer.B))
+    W0, b, A, B = (
+        tensor.detach().double() for tensor in (base.weight.view(5, 6), base.bias, layer.A, layer.B)
+    )
     pixels = x.double().permute(0, 2, 3, 1)
     expected = pixels @ W0.T + b + 0.7 * (2.0 / 3) * (pixels @ (B @ A).T)
-    h = layer(x).permute(0, 2, 3, 1) if isinstance(base, nn.Conv2d) else layer(x.permute(0, 2, 3, 1))
+    h = (
+        layer(x).permute(0, 2, 3, 1)
+        if isinstance(base, nn.Conv2d)
+        else layer(x.permute(0, 2, 3, 1))
+    )
     torch.testing.assert_close(h.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("settings", [{"padding": 1}, {"padding": (0, 2), "stride": 2}, {"dilation": 2}])
+@pytest.mark.parametrize(
+    "settings", [{"padding": 1}, {"padding": (0, 2), "stride": 2}, {"dilation": 2}]
+)
 def test_of_a_convolution_a_is_one_of_its_kind_and_b_acts_on_pixels(settings):
     layer = LoRALayer(base := nn.Conv2d(6, 5, 3, **settings).double(), rank=3, alpha=2.0)
     nn.init.normal_(layer.B)
@@ -82,14 +95,16 @@ def test_of_a_convolution_a_is_one_of_its_kind_and_b_acts_on_pixels(settings):
 
 
 def test_locon_reaches_what_kohyas_network_with_conv_dim_reaches(unet):
-    """sd-scripts' networks/lora.py: linear layers and convolutions inside four classes of module."""
+    """sd-scripts' networks/lora.py: linear layers and convolutions inside four classes of
+    module."""
     classes = {"SpatialTransformer", "ResnetBlock", "Downsample", "Upsample"}
     inside = [path for path, module in unet.named_modules() if type(module).__name__ in classes]
     assert {type(unet.get_submodule(path)).__name__ for path in inside} == classes
     reached = {
         path
         for path, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and any(path.startswith(f"{block}.") for block in inside)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and any(path.startswith(f"{block}.") for block in inside)
     }
     assert set(inject(unet, 2, 2, "locon")) == reached and len(reached) > 20
 
@@ -200,7 +215,9 @@ def test_the_lora_stays_float32_and_keeps_its_bits_when_the_model_is_halved(unet
     originals = [layer.original.clone() for layer in lora_layers(unet).values()]
     unet.half()
     unmerge(unet)
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(lora_parameters(unet), kept))
+    assert all(
+        torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(lora_parameters(unet), kept)
+    )
     for layer, original in zip(lora_layers(unet).values(), originals):
         assert torch.equal(layer.base.weight, original.half())
 
@@ -249,7 +266,9 @@ def test_the_text_encoder_target_has_clips_72_layers():
 
 
 def test_a_regular_expression_picks_the_layers_of_any_module():
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    )
     assert inject(model, 1, 1, r"2\.\d") == ["2.0", "2.1"]
     assert list(lora_layers(model)) == ["2.0", "2.1"]
     assert not model[0].weight.requires_grad
@@ -259,7 +278,10 @@ def test_a_is_drawn_as_the_paper_or_as_kohya_does():
     base = nn.Linear(320, 320)
     for rank in (8, 128):
         A = LoRALayer(base, rank, rank).A
-        assert A.std().item() == pytest.approx(1 / rank, rel=0.05) and abs(A.mean().item()) < 0.1 / rank
+        assert (
+            A.std().item() == pytest.approx(1 / rank, rel=0.05)
+            and abs(A.mean().item()) < 0.1 / rank
+        )
         assert A.abs().max() > 2 / rank  # tails: not uniform
         A = LoRALayer(base, rank, rank, init="kaiming").A
         assert A.std().item() == pytest.approx((3 * 320) ** -0.5, rel=0.05)
@@ -275,9 +297,12 @@ def test_a_depends_on_seed_and_path_alone():
 
     state = torch.get_rng_state()
     layer = LoRALayer(nn.utils.skip_init(nn.Linear, 4, 4), 2, 2)
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(layer.A, LoRALayer(layer.base, 2, 2).A)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(
+        layer.A, LoRALayer(layer.base, 2, 2).A
+    )
     one, other, together = (
-        drawn(5, *targets) for targets in ([".*attn1.to_q", ".*to_v"], [".*to_v", ".*attn1.to_q"], ["attention"])
+        drawn(5, *targets)
+        for targets in ([".*attn1.to_q", ".*to_v"], [".*to_v", ".*attn1.to_q"], ["attention"])
     )
     assert same_bits(one, other)
     assert all(torch.equal(one[path], together[path]) for path in one)
@@ -366,18 +391,25 @@ def pile(base, names):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_loras_add_up_to_the_same_bits_in_any_order(dtype):
     base, x = nn.Linear(6, 5).to(dtype), torch.randn(4, 6, dtype=dtype)
-    piles = {"".join(names): pile(copy.deepcopy(base), names) for names in itertools.permutations("abc")}
+    piles = {
+        "".join(names): pile(copy.deepcopy(base), names) for names in itertools.permutations("abc")
+    }
     expected = base(x).double() + sum(
-        lora.strength * 3 / 2 * (x.double() @ lora.A.double().T @ lora.B.double().T) for lora in piles["abc"].loras
+        lora.strength * 3 / 2 * (x.double() @ lora.A.double().T @ lora.B.double().T)
+        for lora in piles["abc"].loras
     )
-    torch.testing.assert_close(piles["abc"](x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+    torch.testing.assert_close(
+        piles["abc"](x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0
+    )
     together, merged = piles["abc"](x), []
     for layer in piles.values():
         assert torch.equal(layer(x), together)
         layer.merge()
         merged.append(layer.root.weight.clone())
         assert torch.equal(merged[-1], merged[0])
-        torch.testing.assert_close(layer(x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.2, rtol=0)
+        torch.testing.assert_close(
+            layer(x).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.2, rtol=0
+        )
         layer.unmerge()
         assert torch.equal(layer.root.weight, base.weight)
 

@@ -1,4 +1,5 @@
-"""Layouts of LoRA files: the peers' files give their stored outputs, several at once, conversion, live diffusers."""
+"""Layouts of LoRA files: the peers' files give their stored outputs, several at once, conversion,
+live diffusers."""
 
 import copy
 import json
@@ -14,12 +15,24 @@ from safetensors.torch import load_file, save_file
 from ldm.checkpoints.keys import SINGLE_FILE, rename
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from lora import LoRAError, convert, inject, load_lora, lora_layers, merge, remove, save_lora, set_strength
+from lora import (
+    LoRAError,
+    convert,
+    inject,
+    load_lora,
+    lora_layers,
+    merge,
+    remove,
+    save_lora,
+    set_strength,
+)
 from lora.files.__main__ import main
 from lora.files.formats import dotted, kohya_name, read
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lora"
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference files at {REFERENCE}")
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"no reference files at {REFERENCE}"
+)
 
 FILES = {
     "kohya_default_r4a2_fp32": (192, 24, {(4, 2.0): 216}),
@@ -30,7 +43,8 @@ FILES = {
     "attnprocs17_noprefix_r4": (128, 0, {(4, 4.0): 128}),
     "peft_adapter_dir": (64, 0, {(4, 4.0): 48, (8, 2.0): 16}),
 }
-"""File -> layers of the U-Net and of the text encoder, and (rank, alpha) with its number of layers."""
+"""File -> layers of the U-Net and of the text encoder, and (rank, alpha) with its number of
+layers."""
 
 
 def path_of(name):
@@ -39,13 +53,21 @@ def path_of(name):
 
 
 def same_bits(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 @pytest.fixture(scope="module")
 def base():
     """The small base in float32, without a LoRA."""
-    sizes = dict(vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+    sizes = dict(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+    )
     unet = UNet(UNetConfig(block_out_channels=(32, 64, 128, 128), cross_attention_dim=64))
     networks = {"unet": unet, "vae": None, "text_encoder": TextEncoder(TextConfig(**sizes))}
     weights = {name: {} for name in networks}
@@ -70,9 +92,13 @@ def close(output, expected):
 
 
 @needs_reference
-@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("kohya")])  # see test_lora_training.py
+# see test_lora_training.py
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("kohya")])
 def test_a_peers_file_gives_its_stored_outputs_within_5e5(small, name):
-    inputs, expected = load_file(REFERENCE / "inputs.safetensors"), load_file(REFERENCE / f"ref_{name}.safetensors")
+    inputs, expected = (
+        load_file(REFERENCE / "inputs.safetensors"),
+        load_file(REFERENCE / f"ref_{name}.safetensors"),
+    )
     unet, text_encoder = small.values()
     summary = load_lora(path_of(name), small)
     assert (*summary.layers.values(), summary.ranks) == FILES[name]
@@ -83,7 +109,10 @@ def test_a_peers_file_gives_its_stored_outputs_within_5e5(small, name):
                 continue
             for model in small.values():
                 set_strength(model, strength)
-            close(unet(inputs["x"], inputs["t"], expected["ctx_base_cs1"]), expected[f"eps_unetonly_{suffix}"])
+            close(
+                unet(inputs["x"], inputs["t"], expected["ctx_base_cs1"]),
+                expected[f"eps_unetonly_{suffix}"],
+            )
             compared += 1
             if f"ctx_lora_cs1_{suffix}" in expected:
                 context = text_encoder(inputs["input_ids"])
@@ -103,7 +132,9 @@ def test_files_of_several_layouts_add_up_in_any_order_and_one_can_be_removed(sma
 
     def output():
         with torch.no_grad():
-            return small["lora_unet"](inputs["x"], inputs["t"], small["lora_te"](inputs["input_ids"]))
+            return small["lora_unet"](
+                inputs["x"], inputs["t"], small["lora_te"](inputs["input_ids"])
+            )
 
     def load_all(*names):
         for model in small.values():
@@ -126,8 +157,11 @@ def test_files_of_several_layouts_add_up_in_any_order_and_one_can_be_removed(sma
     assert torch.equal(output(), without) and (without - together).abs().max() > 0.1
 
 
-LEVEL = dict(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=12)  # ours and diffusers' alike
-TEXT = dict(vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+# ours and diffusers' alike
+LEVEL = dict(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=12)
+TEXT = dict(
+    vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+)
 
 
 @pytest.fixture
@@ -149,18 +183,29 @@ def train(models, *targets):
 
 @pytest.fixture
 def trained(models):
-    return train(copy.deepcopy(models), ("lora_unet", 4, 2, "transformer"), ("lora_te", 2, 2, "text-encoder"))
+    return train(
+        copy.deepcopy(models), ("lora_unet", 4, 2, "transformer"), ("lora_te", 2, 2, "text-encoder")
+    )
 
 
 def outputs(models):
-    latents, context = torch.linspace(-1, 1, 64).view(1, 4, 4, 4), torch.linspace(-2, 2, 36).view(1, 3, 12)
+    latents, context = (
+        torch.linspace(-1, 1, 64).view(1, 4, 4, 4),
+        torch.linspace(-2, 2, 36).view(1, 3, 12),
+    )
     with torch.no_grad():
-        return models["lora_unet"](latents, torch.tensor([10]), context), models["lora_te"](torch.tensor([[1, 5, 9]]))
+        return models["lora_unet"](latents, torch.tensor([10]), context), models["lora_te"](
+            torch.tensor([[1, 5, 9]])
+        )
 
 
 def test_a_file_in_pefts_layout_has_diffusers_keys_and_configuration(models, tmp_path):
     attn2 = r".*mid_block.*attn2\.to_[qk]"
-    targets = [("lora_unet", 4, 4, attn2), ("lora_unet", 2, 4, r".*mid_block.*proj_in"), ("lora_te", 2, 2, r".*fc1")]
+    targets = [
+        ("lora_unet", 4, 4, attn2),
+        ("lora_unet", 2, 4, r".*mid_block.*proj_in"),
+        ("lora_te", 2, 2, r".*fc1"),
+    ]
     train(models, *targets)
     save_lora(tmp_path / "a.safetensors", models, {"ss_v2": False}, torch.float32, layout="peft")
     tensors = load_file(tmp_path / "a.safetensors")
@@ -174,7 +219,10 @@ def test_a_file_in_pefts_layout_has_diffusers_keys_and_configuration(models, tmp
     }
     assert len(tensors) == 8
     for name, (A, B) in shapes.items():
-        assert tensors[f"{name}.lora_A.weight"].shape == A and tensors[f"{name}.lora_B.weight"].shape == B
+        assert (
+            tensors[f"{name}.lora_A.weight"].shape == A
+            and tensors[f"{name}.lora_B.weight"].shape == B
+        )
     layer = lora_layers(models["lora_unet"])[f"{block}.proj_in"]
     assert torch.equal(tensors[f"unet.{block}.proj_in.lora_B.weight"].flatten(1), 2 * layer.B)
     with safe_open(tmp_path / "a.safetensors", "pt") as stored:
@@ -196,7 +244,9 @@ def test_a_file_in_pefts_layout_has_diffusers_keys_and_configuration(models, tmp
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_a_saved_file_is_the_same_bytes_and_loads_to_the_same_output(models, tmp_path, layout):
-    trained = train(copy.deepcopy(models), ("lora_unet", 4, 2, "locon"), ("lora_te", 2, 2, "text-encoder"))
+    trained = train(
+        copy.deepcopy(models), ("lora_unet", 4, 2, "locon"), ("lora_te", 2, 2, "text-encoder")
+    )
     for name in ("a", "b"):
         save_lora(tmp_path / name, trained, {"z": 1, "a": 2}, torch.float32, layout)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -212,18 +262,31 @@ def laid_out(tensors, layout):
         name, _, part = key.partition(".")
         prefix, _, path = dotted(name).partition(".")
         if part != "alpha":
-            renamed[layout("unet" if prefix == "lora_unet" else "text_encoder", path, part.split(".")[0][5:])] = tensor
+            renamed[
+                layout(
+                    "unet" if prefix == "lora_unet" else "text_encoder",
+                    path,
+                    part.split(".")[0][5:],
+                )
+            ] = tensor
     return renamed
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.float64]
+)
 def test_an_alpha_of_any_type_is_a_number(tmp_path, dtype):
-    tensors = {"lora_unet_x.lora_down.weight": torch.ones(4, 8), "lora_unet_x.lora_up.weight": torch.ones(8, 4)}
+    tensors = {
+        "lora_unet_x.lora_down.weight": torch.ones(4, 8),
+        "lora_unet_x.lora_up.weight": torch.ones(8, 4),
+    }
     save_file(tensors | {"lora_unet_x.alpha": torch.tensor(2.0).to(dtype)}, tmp_path / "a")
     assert read(tmp_path / "a").pairs["lora_unet_x"].alpha == 2.0
     tensors["lora_unet_x.lora_up.weight"] = tensors["lora_unet_x.lora_up.weight"].to(dtype)
     save_file(tensors, tmp_path / "a")
-    with pytest.raises(LoRAError, match=r"weights of torch\..*: convert the file to float16, bfloat16 or float32"):
+    with pytest.raises(
+        LoRAError, match=r"weights of torch\..*: convert the file to float16, bfloat16 or float32"
+    ):
         read(tmp_path / "a")
 
 
@@ -253,14 +316,18 @@ LAYOUTS = {
     "kohya's with dots": lambda network, path, part: (
         f"lora_{'unet' if network == 'unet' else 'te'}.{path}.lora_{part}.weight"
     ),
-    "kohya's parts on diffusers' paths": lambda network, path, part: f"{network}.{path}.lora_{part}.weight",
+    "kohya's parts on diffusers' paths": lambda network, path, part: (
+        f"{network}.{path}.lora_{part}.weight"
+    ),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_diffusers_layouts_are_read_in_both_networks(models, tmp_path, layout):
     trained = train(
-        copy.deepcopy(models), ("lora_unet", 4, 4, "attention"), ("lora_te", 2, 2, r".*self_attn\.(.|out)_proj")
+        copy.deepcopy(models),
+        ("lora_unet", 4, 4, "attention"),
+        ("lora_te", 2, 2, r".*self_attn\.(.|out)_proj"),
     )
     save_lora(tmp_path / "kohya", trained, dtype=torch.float32)
     save_file(laid_out(load_file(tmp_path / "kohya"), LAYOUTS[layout]), tmp_path / "other")
@@ -273,17 +340,28 @@ def test_compvis_names_of_blocks_are_sd_15s(tmp_path):
         unet = UNet()
     blocks = [f"input_blocks_{i}_1" for i in (1, 2, 4, 5, 7, 8)] + ["middle_block_1"]
     blocks += [f"output_blocks_{i}_1" for i in range(3, 12)]
-    expected = [kohya_name("lora_unet", path) for path in inject(unet, 1, 1, r".*attentions\.\d\.proj_in")]
+    expected = [
+        kohya_name("lora_unet", path) for path in inject(unet, 1, 1, r".*attentions\.\d\.proj_in")
+    ]
     for block, name in zip(blocks, expected, strict=True):
-        tensors = {f"lora_unet_{block}_proj_in.lora_{part}.weight": torch.ones(1, 1) for part in ("down", "up")}
+        tensors = {
+            f"lora_unet_{block}_proj_in.lora_{part}.weight": torch.ones(1, 1)
+            for part in ("down", "up")
+        }
         save_file(tensors, tmp_path / "a")
         assert list(read(tmp_path / "a").pairs) == [name]
 
 
 def test_a_name_without_dots_gets_sd_15s_dots_back():
     with torch.device("meta"):
-        unet, text_encoder = UNet(), TextEncoder(TextConfig(vocab_size=10, hidden_size=24, intermediate_size=96))
-    paths = [f"lora_unet.{path}" for path in inject(unet, 1, 1, r".*(attentions.*|time_emb_proj|linear_\d)")]
+        unet, text_encoder = (
+            UNet(),
+            TextEncoder(TextConfig(vocab_size=10, hidden_size=24, intermediate_size=96)),
+        )
+    paths = [
+        f"lora_unet.{path}"
+        for path in inject(unet, 1, 1, r".*(attentions.*|time_emb_proj|linear_\d)")
+    ]
     paths += [f"lora_te.{path}" for path in inject(text_encoder, 1, 1, "text-encoder")]
     assert len(paths) > 264 and [dotted(path.replace(".", "_")) for path in paths] == paths
     assert dotted("lora_unet_mid_block_x") is None and dotted("lora_other_ff") is None
@@ -293,9 +371,13 @@ def test_a_name_without_dots_gets_sd_15s_dots_back():
 @pytest.mark.parametrize("name", FILES)
 def test_conversion_needs_no_model_and_comes_back_equal(tmp_path, name):
     for layout in ("kohya", "peft", "back"):
-        source = {"kohya": path_of(name), "peft": tmp_path / "kohya", "back": tmp_path / "peft"}[layout]
+        source = {"kohya": path_of(name), "peft": tmp_path / "kohya", "back": tmp_path / "peft"}[
+            layout
+        ]
         convert(source, tmp_path / layout, "peft" if layout == "peft" else "kohya")
-    original, kohya, back = (read(path) for path in (path_of(name), tmp_path / "kohya", tmp_path / "back"))
+    original, kohya, back = (
+        read(path) for path in (path_of(name), tmp_path / "kohya", tmp_path / "back")
+    )
     assert original.pairs.keys() == kohya.pairs.keys() == back.pairs.keys() and len(back.pairs) > 60
     for layer, (down, up, alpha) in original.pairs.items():
         assert kohya.pairs[layer].alpha == alpha and torch.equal(kohya.pairs[layer].down, down)
@@ -308,22 +390,33 @@ def test_conversion_needs_no_model_and_comes_back_equal(tmp_path, name):
     if all(pair.alpha == len(pair.down) for pair in original.pairs.values()):
         assert (tmp_path / "back").read_bytes() == (tmp_path / "kohya").read_bytes()
         for layer, (down, up, _) in original.pairs.items():
-            assert torch.equal(back.pairs[layer].down, down) and torch.equal(back.pairs[layer].up, up)
+            assert torch.equal(back.pairs[layer].down, down) and torch.equal(
+                back.pairs[layer].up, up
+            )
 
 
-def test_half_precision_files_are_converted_without_rounding_where_alpha_is_not_the_rank(models, tmp_path):
-    save_lora(tmp_path / "in", train(models, ("lora_unet", 4, 3, "cross-attention")), dtype=torch.float16)
+def test_half_precision_files_are_converted_without_rounding_where_alpha_is_not_the_rank(
+    models, tmp_path
+):
+    save_lora(
+        tmp_path / "in", train(models, ("lora_unet", 4, 3, "cross-attention")), dtype=torch.float16
+    )
     convert(tmp_path / "in", tmp_path / "peft", "peft")
     convert(tmp_path / "peft", tmp_path / "out", "kohya")
     before, after = read(tmp_path / "in").pairs, read(tmp_path / "out").pairs
     for name, (down, up, alpha) in before.items():
         expected = alpha / 4 * (up.double() @ down.double())
-        torch.testing.assert_close(after[name].up.double() @ after[name].down.double(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            after[name].up.double() @ after[name].down.double(), expected, atol=1e-6, rtol=0
+        )
 
 
 def test_kohyas_metadata_go_along_and_name_the_base_where_they_lack_it(tmp_path):
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 1024), f"{name}.lora_up.weight": torch.ones(3, 2)}
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 1024),
+        f"{name}.lora_up.weight": torch.ones(3, 2),
+    }
     save_file(tensors, tmp_path / "in", {"ss_output_name": "fetal", "sshs_model_hash": "stale"})
     convert(tmp_path / "in", tmp_path / "peft", "peft")
     convert(tmp_path / "peft", tmp_path / "out", "kohya")
@@ -333,10 +426,17 @@ def test_kohyas_metadata_go_along_and_name_the_base_where_they_lack_it(tmp_path)
     assert "lora_adapter_metadata" not in metadata  # diffusers refuses it beside alphas
 
 
-@pytest.mark.parametrize(("rslora", "expected"), [(False, [3.0, 8.0]), (True, [3 * 2**0.5, 8 * 2**0.5])])
+@pytest.mark.parametrize(
+    ("rslora", "expected"), [(False, [3.0, 8.0]), (True, [3 * 2**0.5, 8 * 2**0.5])]
+)
 def test_alpha_is_read_from_pefts_patterns_and_scaled_by_rslora(tmp_path, rslora, expected):
     paths = [f"unet.mid_block.attentions.0.transformer_blocks.0.attn{i}.to_k" for i in (1, 2)]
-    config = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_k": 3}, "unet.use_rslora": rslora}
+    config = {
+        "unet.r": 2,
+        "unet.lora_alpha": 8,
+        "unet.alpha_pattern": {"attn1.to_k": 3},
+        "unet.use_rslora": rslora,
+    }
     tensors = {f"{path}.lora_{x}.weight": torch.ones(2, 2) for path in paths for x in "AB"}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps(config)})
     assert [pair.alpha for pair in read(tmp_path / "a").pairs.values()] == pytest.approx(expected)
@@ -344,8 +444,14 @@ def test_alpha_is_read_from_pefts_patterns_and_scaled_by_rslora(tmp_path, rslora
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
 def test_an_adapter_whose_initialisation_left_the_base_as_it_was_is_read(tmp_path, init):
-    tensors = {f"unet.mid_block.attentions.0.proj_in.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
-    save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": init})})
+    tensors = {
+        f"unet.mid_block.attentions.0.proj_in.lora_{part}.weight": torch.ones(2, 2) for part in "AB"
+    }
+    save_file(
+        tensors,
+        tmp_path / "a",
+        {"lora_adapter_metadata": json.dumps({"unet.init_lora_weights": init})},
+    )
     assert len(read(tmp_path / "a").pairs) == 1
 
 
@@ -356,23 +462,47 @@ PATH = "unet.mid_block.attentions.0.proj_in"
     ("key", "metadata", "message"),
     [
         (PATH, '{"unet.use_dora": true}', r"a DoRA \(use_dora\)"),
-        (PATH, '{"unet.init_lora_weights": "pissa"}', "weights that init_lora_weights 'pissa' changed"),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "pissa"}',
+            "weights that init_lora_weights 'pissa' changed",
+        ),
         (
             PATH,
             '{"unet.init_lora_weights": "pissa_niter_16"}',
             "init_lora_weights 'pissa_niter_16' changed",
         ),
-        (PATH, '{"unet.init_lora_weights": "corda"}', "weights that init_lora_weights 'corda' changed"),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "corda"}',
+            "weights that init_lora_weights 'corda' changed",
+        ),
         (PATH, '{"init_lora_weights": "olora"}', "weights that init_lora_weights 'olora' changed"),
-        (PATH, '{"unet.init_lora_weights": "loftq"}', "weights that init_lora_weights 'loftq' changed"),
-        (PATH, '{"unet.init_lora_weights": "lora_ga"}', "weights that init_lora_weights 'lora_ga' changed"),
-        (PATH, '{"unet.init_lora_weights": "next_year"}', "weights that init_lora_weights 'next_year' changed"),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "loftq"}',
+            "weights that init_lora_weights 'loftq' changed",
+        ),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "lora_ga"}',
+            "weights that init_lora_weights 'lora_ga' changed",
+        ),
+        (
+            PATH,
+            '{"unet.init_lora_weights": "next_year"}',
+            "weights that init_lora_weights 'next_year' changed",
+        ),
         (PATH, "[1, 2]", "not a JSON object"),
         (PATH, "{", "not a JSON object"),
         (PATH, '{"unet.lora_alpha": "x"}', "no readable alpha"),
         (PATH, '{"unet.lora_alpha": -1}', "alpha -1.0: it must be a positive number"),
         (PATH, '{"unet.alpha_pattern": {"(": 1}}', "no readable alpha"),
-        ("base_model.model.mid_block.attentions.0.proj_in", "{}", "adapter_config.json: missing, it holds alpha"),
+        (
+            "base_model.model.mid_block.attentions.0.proj_in",
+            "{}",
+            "adapter_config.json: missing, it holds alpha",
+        ),
         ("text_encoder_2.text_model.x", "{}", "SDXL"),
         (
             "diffusion_model.input_blocks.1.1.proj_in",
@@ -380,10 +510,16 @@ PATH = "unet.mid_block.attentions.0.proj_in"
             r"in ComfyUI's names, .*use one for SD 1 or SD 2 in kohya's",
         ),
         ("transformer.single_transformer_blocks.0.attn.to_q", "{}", "for a diffusion transformer"),
-        ("unet.nowhere", "{}", "2 of 2 keys have no place in lora_unet, lora_te, such as unet.nowhere.lora_A.weight"),
+        (
+            "unet.nowhere",
+            "{}",
+            "2 of 2 keys have no place in lora_unet, lora_te, such as unet.nowhere.lora_A.weight",
+        ),
     ],
 )
-def test_what_pefts_layout_cannot_say_is_refused_and_changes_nothing(models, tmp_path, key, metadata, message):
+def test_what_pefts_layout_cannot_say_is_refused_and_changes_nothing(
+    models, tmp_path, key, metadata, message
+):
     weights = copy.deepcopy([model.state_dict() for model in models.values()])
     tensors = {f"{key}.lora_A.weight": torch.ones(2, 64), f"{key}.lora_B.weight": torch.ones(64, 2)}
     save_file(tensors, tmp_path / "a", {"lora_adapter_metadata": metadata})
@@ -394,7 +530,9 @@ def test_what_pefts_layout_cannot_say_is_refused_and_changes_nothing(models, tmp
         assert same_bits(model.state_dict(), before)
 
 
-def test_a_second_lora_needs_a_name_and_is_refused_beside_a_merged_one_or_in_a_file(models, trained, tmp_path):
+def test_a_second_lora_needs_a_name_and_is_refused_beside_a_merged_one_or_in_a_file(
+    models, trained, tmp_path
+):
     save_lora(tmp_path / "a", trained, dtype=torch.float32)
     with pytest.raises(LoRAError, match="named 'lora' already"):
         load_lora(tmp_path / "a", trained)
@@ -411,9 +549,16 @@ def test_a_second_lora_needs_a_name_and_is_refused_beside_a_merged_one_or_in_a_f
 
 def test_the_command_converts_and_says_nothing(trained, tmp_path, monkeypatch, capsys):
     save_lora(tmp_path / "a.safetensors", trained)
-    command = ["lora.files", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), "--to", "peft"]
+    command = [
+        "lora.files",
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "b.safetensors"),
+        "--to",
+        "peft",
+    ]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.delitem(sys.modules, "lora.files.__main__")  # as in a process of its own, which has not imported it
+    # as in a process of its own, which has not imported it
+    monkeypatch.delitem(sys.modules, "lora.files.__main__")
     runpy.run_module("lora.files", run_name="__main__")
     assert capsys.readouterr() == ("", "")
     assert len(load_file(tmp_path / "b.safetensors")) == 2 * 54
@@ -428,9 +573,14 @@ def test_the_command_converts_and_says_nothing(trained, tmp_path, monkeypatch, c
         (None, "out", "no such file"),
     ],
 )
-def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys, name, out, message):
+def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(
+    tmp_path, capsys, name, out, message
+):
     if name:
-        save_file({f"{name}.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")}, tmp_path / "in")
+        save_file(
+            {f"{name}.lora_{part}.weight": torch.ones(2, 2) for part in ("down", "up")},
+            tmp_path / "in",
+        )
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "in"), str(tmp_path / out), "--to", "peft"])
@@ -440,13 +590,16 @@ def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "target"), [("kohya", "transformer"), ("kohya", "locon"), ("peft", "locon")])
+@pytest.mark.parametrize(
+    ("layout", "target"), [("kohya", "transformer"), ("kohya", "locon"), ("peft", "locon")]
+)
 def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout, target):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # a rank for each network, and in PEFT's layout a second one, whose alpha diffusers misreads in kohya's
+    # a rank for each network, and in PEFT's layout a second one, whose alpha diffusers misreads in
+    # kohya's
     targets = [("lora_unet", 4, 2, target), ("lora_te", 2, 3, "text-encoder")]
     if layout == "peft":
         targets.append(("lora_unet", 3, 1, "conv_in|conv_out|time_embedding.*"))
@@ -462,7 +615,10 @@ def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path
     unet.load_state_dict(models["lora_unet"].state_dict())
     text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
     level = "text_model." if hasattr(text_encoder, "text_model") else ""
-    ours = {key.removeprefix("text_model."): tensor for key, tensor in models["lora_te"].state_dict().items()}
+    ours = {
+        key.removeprefix("text_model."): tensor
+        for key, tensor in models["lora_te"].state_dict().items()
+    }
     text_encoder.load_state_dict({f"{level}{key}": tensor for key, tensor in ours.items()})
     pipe = diffusers.StableDiffusionPipeline(
         vae=None, text_encoder=text_encoder, tokenizer=None, unet=unet, scheduler=diffusers.DDIMScheduler(),
@@ -471,7 +627,11 @@ def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
 
     for model, prefix in ((unet, "lora_unet"), (text_encoder, "lora_te")):
-        placed = {kohya_name(prefix, path) for path, module in model.named_modules() if hasattr(module, "lora_A")}
+        placed = {
+            kohya_name(prefix, path)
+            for path, module in model.named_modules()
+            if hasattr(module, "lora_A")
+        }
         assert placed == {kohya_name(prefix, path) for path in lora_layers(trained[prefix])}
     ids = torch.tensor([[1, 5, 9, 2]])
     latents, t = torch.randn(2, 4, 8, 8), torch.tensor([17, 801])

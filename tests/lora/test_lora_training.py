@@ -1,7 +1,8 @@
-"""LoRA against sd-scripts: the outputs of three of its files, and three of its training steps, on a small SD 1.5.
+"""LoRA against sd-scripts: the outputs of three of its files, and three of its training steps, on a
+small SD 1.5.
 
-The references were computed by sd-scripts' own modules in float32 on the CPU; eps has a standard deviation of 0.5 and
-a LoRA changes it by 0.8 to 1.5.
+The references were computed by sd-scripts' own modules in float32 on the CPU; eps has a standard
+deviation of 0.5 and a LoRA changes it by 0.8 to 1.5.
 """
 
 import copy
@@ -14,7 +15,16 @@ from safetensors.torch import load_file
 from ldm.checkpoints.keys import SINGLE_FILE, rename
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from lora import inject, load_lora, lora_layers, lora_parameters, merge, remove, save_lora, set_strength
+from lora import (
+    inject,
+    load_lora,
+    lora_layers,
+    lora_parameters,
+    merge,
+    remove,
+    save_lora,
+    set_strength,
+)
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lora"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference files in {REFERENCE}")
@@ -33,7 +43,11 @@ def base():
         "unet": UNet(UNetConfig(block_out_channels=(32, 64, 128, 128), cross_attention_dim=64)),
         "text_encoder": TextEncoder(
             TextConfig(
-                vocab_size=1000, hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4
+                vocab_size=1000,
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=4,
             )
         ),
     }
@@ -57,7 +71,10 @@ def networks(base):
 @torch.no_grad()
 def test_a_kohya_file_gives_sd_scripts_outputs(networks, name):
     unet, text_encoder = networks
-    reference, inputs = load_file(REFERENCE / f"ref_{name}.safetensors"), load_file(REFERENCE / "inputs.safetensors")
+    reference, inputs = (
+        load_file(REFERENCE / f"ref_{name}.safetensors"),
+        load_file(REFERENCE / "inputs.safetensors"),
+    )
     x, t, ids = inputs["x"], inputs["t"], inputs["input_ids"]
 
     def check(output, key, atol=5e-5):
@@ -67,7 +84,9 @@ def test_a_kohya_file_gives_sd_scripts_outputs(networks, name):
     check(base_outputs[0], "ctx_base_cs1")
     check(base_outputs[1], "eps_base")
 
-    summary = load_lora(REFERENCE / f"{name}.safetensors", {"lora_unet": unet, "lora_te": text_encoder})
+    summary = load_lora(
+        REFERENCE / f"{name}.safetensors", {"lora_unet": unet, "lora_te": text_encoder}
+    )
     assert (summary.layers, summary.ranks, summary.dtype) == FILES[name]
     for suffix, strength in {"m1": 1, "m05": 0.5, "mneg1": -1}.items():
         set_strength(unet, strength)
@@ -95,20 +114,28 @@ def test_a_kohya_file_gives_sd_scripts_outputs(networks, name):
 
 
 def train_three_steps(unet, text_encoder, weight_decay=0.01):
-    """Eq. 2's A and B by AdamW on the noise prediction error, as sd-scripts does it; losses, norms, first gradients."""
+    """Eq. 2's A and B by AdamW on the noise prediction error, as sd-scripts does it; losses, norms,
+    first gradients."""
     batches = load_file(REFERENCE / "train_batches.safetensors")
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas_cumprod = (1 - betas).cumprod(0)
-    groups = [{"params": lora_parameters(text_encoder), "lr": 5e-5}, {"params": lora_parameters(unet), "lr": 1e-4}]
+    groups = [
+        {"params": lora_parameters(text_encoder), "lr": 5e-5},
+        {"params": lora_parameters(unet), "lr": 1e-4},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
     losses, norms, gradients = [], [], {}
     for i in range(3):
-        latents, noise, t, ids = (batches[f"{part}_{i}"] for part in ("latents", "noise", "t", "ids"))
+        latents, noise, t, ids = (
+            batches[f"{part}_{i}"] for part in ("latents", "noise", "t", "ids")
+        )
         abar = alphas_cumprod[t]
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         loss = (unet(noisy, t, text_encoder(ids)) - noise).square().mean()
         loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0))
+        norms.append(
+            torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        )
         losses.append(loss.detach())
         if i == 0:
             for prefix, model in (("lora_unet", unet), ("lora_te", text_encoder)):
@@ -121,19 +148,30 @@ def train_three_steps(unet, text_encoder, weight_decay=0.01):
 
 
 def distance_from_reference(path):
-    """norm(final - reference) / norm(reference - start), per network and matrix, of the file at `path`."""
+    """norm(final - reference) / norm(reference - start), per network and matrix, of the file at
+    `path`."""
     final, reference, start = (
         load_file(file)
-        for file in (path, REFERENCE / "train_final_cs1.safetensors", REFERENCE / "train_init_r4a2.safetensors")
+        for file in (
+            path,
+            REFERENCE / "train_final_cs1.safetensors",
+            REFERENCE / "train_init_r4a2.safetensors",
+        )
     )
     assert final.keys() == reference.keys()
 
     def difference(a, b, *marks):
-        return torch.cat([(a[key] - b[key]).flatten() for key in a if all(mark in key for mark in marks)]).norm()
+        return torch.cat(
+            [(a[key] - b[key]).flatten() for key in a if all(mark in key for mark in marks)]
+        ).norm()
 
     return {
         marks: (difference(final, reference, *marks) / difference(reference, start, *marks)).item()
-        for marks in ((network, matrix) for network in ("lora_unet", "lora_te") for matrix in ("lora_down", "lora_up"))
+        for marks in (
+            (network, matrix)
+            for network in ("lora_unet", "lora_te")
+            for matrix in ("lora_down", "lora_up")
+        )
     }
 
 
@@ -146,13 +184,18 @@ def test_three_training_steps_are_sd_scripts_steps(networks, tmp_path):
     reference = load_file(REFERENCE / "ref_train_cs1.safetensors")
     for i in range(3):
         torch.testing.assert_close(losses[i], reference[f"loss_{i}"].squeeze(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(norms[i], reference[f"gradnorm_{i}"].squeeze(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            norms[i], reference[f"gradnorm_{i}"].squeeze(), rtol=1e-5, atol=0
+        )
     stored = {key for key in reference if key.startswith("grad0/")}
     assert len(stored) == 17
     for key in stored:
-        torch.testing.assert_close(gradients[key], reference[key].view_as(gradients[key]), rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(
+            gradients[key], reference[key].view_as(gradients[key]), rtol=1e-3, atol=1e-7
+        )
 
-    # Adam amplifies rounding in gradients near zero; measured 3e-5, and a forgotten weight decay is 1.7e-3
+    # Adam amplifies rounding in gradients near zero; measured 3e-5, and a forgotten weight decay is
+    # 1.7e-3
     save_lora(tmp_path / "final.safetensors", models, dtype=torch.float32)
     for marks, distance in distance_from_reference(tmp_path / "final.safetensors").items():
         assert distance < 5e-4, marks
@@ -170,9 +213,18 @@ def test_injected_layers_are_the_ones_that_sd_scripts_trains(networks, tmp_path)
     unet, text_encoder = networks
     inject(unet, 4, 2, "transformer", init="kaiming")
     inject(text_encoder, 4, 2, "text-encoder", init="kaiming")
-    save_lora(tmp_path / "ours.safetensors", {"lora_unet": unet, "lora_te": text_encoder}, dtype=torch.float32)
-    ours, theirs = load_file(tmp_path / "ours.safetensors"), load_file(REFERENCE / "train_init_r4a2.safetensors")
-    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+    save_lora(
+        tmp_path / "ours.safetensors",
+        {"lora_unet": unet, "lora_te": text_encoder},
+        dtype=torch.float32,
+    )
+    ours, theirs = (
+        load_file(tmp_path / "ours.safetensors"),
+        load_file(REFERENCE / "train_init_r4a2.safetensors"),
+    )
+    assert {key: tensor.shape for key, tensor in ours.items()} == {
+        key: tensor.shape for key, tensor in theirs.items()
+    }
     # the same law of A: uniform within 1 / sqrt(in), B = 0
     for key, tensor in ours.items():
         if key.endswith("lora_up.weight"):

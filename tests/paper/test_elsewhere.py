@@ -1,4 +1,5 @@
-"""Finished rows, tested at another site: equal images give what the row itself said, others a report of their own."""
+"""Finished rows, tested at another site: equal images give what the row itself said, others a
+report of their own."""
 
 import csv
 import runpy
@@ -22,7 +23,16 @@ def run(tmp_path_factory):
     write_african_layout(root / "c", patients=4, seed=1, site=SITE_C)
     script = Path(__file__).resolve().parents[2] / "classify.py"
     classify = runpy.run_path(str(script), run_name="classify_script")
-    flags = ["--spanish", str(root / "spanish"), "--african", str(root / "b"), "--weights", "none", "--size", "64"]
+    flags = [
+        "--spanish",
+        str(root / "spanish"),
+        "--african",
+        str(root / "b"),
+        "--weights",
+        "none",
+        "--size",
+        "64",
+    ]
     out = root / "run" / "rows" / "ES" / "resnet18" / "seed3"
     flags += ["--epochs", "1", "--workers", "0", "--seed", "3", "--out", str(out)]
     classify["main"](classify["parse_args"](flags))
@@ -36,7 +46,9 @@ def rows_of(folder):
 
 def test_on_the_same_images_a_row_says_what_it_said(run, tmp_path):
     main(parse_args([str(run / "run"), "--african", str(run / "b"), "--out", str(tmp_path / "b")]))
-    with open(run / "run/rows/ES/resnet18/seed3/predictions.csv", encoding="utf-8", newline="") as file:
+    with open(
+        run / "run/rows/ES/resnet18/seed3/predictions.csv", encoding="utf-8", newline=""
+    ) as file:
         said = [row["prediction"] == row["target"] for row in csv.DictReader(file)]
     (row,) = {line["all_plain_accuracy"] for line in rows_of(tmp_path / "b")}
     assert float(row) == pytest.approx(sum(said) / len(said), abs=1e-6)
@@ -54,7 +66,13 @@ def test_a_folder_without_rows_and_a_broken_classifier_are_named(run, tmp_path):
     broken = tmp_path / "run" / "rows" / "ES" / "resnet18" / "seed3"
     broken.mkdir(parents=True)
     for file in (run / "run/rows/ES/resnet18/seed3").glob("*.*"):
-        (broken / file.name).write_bytes(b"x" if file.suffix == ".safetensors" else file.read_bytes())
+        (broken / file.name).write_bytes(
+            b"x" if file.suffix == ".safetensors" else file.read_bytes()
+        )
     with pytest.raises(ClassifyError, match=r"model\.safetensors"):
-        main(parse_args([str(tmp_path / "run"), "--african", str(run / "b"), "--out", str(tmp_path / "x")]))
+        main(
+            parse_args(
+                [str(tmp_path / "run"), "--african", str(run / "b"), "--out", str(tmp_path / "x")]
+            )
+        )
     assert not (tmp_path / "x").exists()

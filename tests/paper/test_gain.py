@@ -1,4 +1,5 @@
-"""Where the gain comes from: which rows a step is measured on, what adds up, and what the report's first lines say."""
+"""Where the gain comes from: which rows a step is measured on, what adds up, and what the report's
+first lines say."""
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ RIGHT = {"ES": 0.4, "ES+DA": 0.5, "BAL+DA": 0.55, "HB+DA": 0.7, "HB-styles+DA": 
 
 
 def runs(data, classifier="resnet18", right=None, seeds=(0, 1, 2)):
-    """Finished runs in which this share of the images is read right, other ones with each seed and classifier."""
+    """Finished runs in which this share of the images is read right, other ones with each seed and
+    classifier."""
     right = RIGHT[data] if right is None else right
     found = []
     for seed in seeds:
@@ -44,9 +46,13 @@ def test_the_steps_hold_the_papers_claims_and_every_control_and_style():
 
 
 def test_balance_and_synthesis_add_up_to_the_whole():
-    rows = [runs(data, c) for data in ("ES+DA", "BAL+DA", "HB+DA") for c in ("resnet18", "mobilenet_v2")]
+    rows = [
+        runs(data, c) for data in ("ES+DA", "BAL+DA", "HB+DA") for c in ("resnet18", "mobilenet_v2")
+    ]
     whole, balance, synthesis = measure(STEPS, cells_of(*rows), {})
-    assert [g.accuracy.value for g in (whole, balance, synthesis)] == pytest.approx([0.2, 0.05, 0.15])
+    assert [g.accuracy.value for g in (whole, balance, synthesis)] == pytest.approx(
+        [0.2, 0.05, 0.15]
+    )
     assert balance.step.kind == "real" and synthesis.step.kind == "synthetic"
 
 
@@ -60,18 +66,30 @@ def test_a_step_is_over_the_classifiers_that_both_have_and_the_whole_is_shown_ag
         ("BAL+DA", "ES+DA", ("resnet18",)),
         ("HB+DA", "BAL+DA", ("resnet18",)),
     ]
-    assert gains[1].accuracy.value == pytest.approx(gains[2].accuracy.value + gains[3].accuracy.value)
+    assert gains[1].accuracy.value == pytest.approx(
+        gains[2].accuracy.value + gains[3].accuracy.value
+    )
 
 
 def test_the_published_difference_is_over_the_same_classifiers_or_there_is_none():
-    rows = [runs(data, c) for data in ("ES+DA", "HB+DA", "BAL+DA") for c in ("resnet18", "densenet169")]
+    rows = [
+        runs(data, c) for data in ("ES+DA", "HB+DA", "BAL+DA") for c in ("resnet18", "densenet169")
+    ]
     whole, balance, _ = measure(STEPS, cells_of(*rows), {})
-    both = [TABLE_1["HB+DA", c].accuracy - TABLE_1["ES+DA", c].accuracy for c in ("resnet18", "densenet169")]
+    both = [
+        TABLE_1["HB+DA", c].accuracy - TABLE_1["ES+DA", c].accuracy
+        for c in ("resnet18", "densenet169")
+    ]
     assert whole.published == pytest.approx(np.mean(both)) and np.isnan(balance.published)
 
 
 def test_a_classifier_left_out_counts_in_no_average_and_is_named():
-    rows = [runs("ES+DA"), runs("HB+DA"), runs("ES+DA", "vit_b_16", 0.9), runs("HB+DA", "vit_b_16", 0.1)]
+    rows = [
+        runs("ES+DA"),
+        runs("HB+DA"),
+        runs("ES+DA", "vit_b_16", 0.9),
+        runs("HB+DA", "vit_b_16", 0.1),
+    ]
     left_out = {"vit_b_16": "near chance"}
     (gain,) = measure(STEPS, cells_of(*rows), left_out)
     assert gain.classifiers == ("resnet18",) and gain.accuracy.value == pytest.approx(0.2)
@@ -84,18 +102,29 @@ def test_a_classifier_left_out_counts_in_no_average_and_is_named():
 def test_one_seed_cannot_tell_however_large_the_difference():
     single = runs("HB+DA", right=0.99, seeds=[0])
     (gain,) = measure(STEPS, cells_of(runs("ES+DA"), single), {})
-    assert gain.verdict == "one seed cannot tell" and gain.seeds == (1, 3) and gain.accuracy.low > 0.3
+    assert (
+        gain.verdict == "one seed cannot tell" and gain.seeds == (1, 3) and gain.accuracy.low > 0.3
+    )
     text = said(runs("ES+DA"), single)
-    assert text.startswith("On phantoms: One seed cannot tell whether HB+DA, with synthetic images, is better than")
-    assert "+49.2 points of accuracy (for these trained networks +" in text and "1 to 3 seeds" in text
+    assert text.startswith(
+        "On phantoms: One seed cannot tell whether HB+DA, with synthetic images, is better than"
+    )
+    assert (
+        "+49.2 points of accuracy (for these trained networks +" in text and "1 to 3 seeds" in text
+    )
     assert "95 %" not in text
 
 
 @pytest.mark.parametrize(
-    ("right", "words"), [(0.7, "is better than"), (0.3, "is worse than"), (0.525, "is not shown to differ from")]
+    ("right", "words"),
+    [(0.7, "is better than"), (0.3, "is worse than"), (0.525, "is not shown to differ from")],
 )
 def test_the_first_lines_say_what_was_found_and_how_sure_it_is(right, words):
-    rows = [runs(data, c, right if data == "HB+DA" else 0.5) for data in ("ES+DA", "HB+DA") for c in CLASSIFIERS]
+    rows = [
+        runs(data, c, right if data == "HB+DA" else 0.5)
+        for data in ("ES+DA", "HB+DA")
+        for c in CLASSIFIERS
+    ]
     text = said(*rows, compared=True)
     found = f"{words} ES+DA, without: {100 * right - 50:+.1f} points of accuracy (95 % interval "
     assert text.startswith(f"On phantoms: HB+DA, with synthetic images, {found}")
@@ -110,16 +139,26 @@ def test_the_first_lines_name_controls_that_beat_synthetic_images_and_those_that
     surely, perhaps = text.split("Controls without synthetic images ")[1:]
     assert surely.startswith("do better than synthetic ones: ES+DA+contrast against HB+DA +25.0 (")
     assert "ES+DA+contrast against HB-styles+DA +15.0 (" in surely
-    assert perhaps.startswith("are ahead of synthetic ones, which may be chance: ES+DA+balanced against HB+DA +0.8 (")
-    assert "BAL+DA" not in text and "HB-styles+DA, with synthetic images, is better than ES+DA" in text
+    assert perhaps.startswith(
+        "are ahead of synthetic ones, which may be chance: ES+DA+balanced against HB+DA +0.8 ("
+    )
+    assert (
+        "BAL+DA" not in text and "HB-styles+DA, with synthetic images, is better than ES+DA" in text
+    )
     assert "Controls" not in said(*rows[:3])
 
 
 def test_without_augmentation_or_without_any_pair_the_first_lines_say_so():
-    assert "HB, with synthetic images, is better than ES, without" in said(runs("ES"), runs("HB", right=0.7))
+    assert "HB, with synthetic images, is better than ES, without" in said(
+        runs("ES"), runs("HB", right=0.7)
+    )
     assert "nothing is claimed" in said(runs("ES+DA"))
 
 
 def test_a_step_of_ones_own_is_measured_as_any_other():
-    (gain,) = measure([Step("", "HB+DA", "HB-token+DA")], cells_of(runs("HB+DA"), runs("HB-token+DA", right=0.7)), {})
+    (gain,) = measure(
+        [Step("", "HB+DA", "HB-token+DA")],
+        cells_of(runs("HB+DA"), runs("HB-token+DA", right=0.7)),
+        {},
+    )
     assert gain.accuracy.value == pytest.approx(0) and gain.verdict == "not shown"

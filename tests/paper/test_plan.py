@@ -75,30 +75,55 @@ def test_the_embedded_default_needs_nothing_and_says_how_long_it_takes(script, c
         ("resnet18", "rank 32 and 1 of rank 32 with captions of their own", 1000),
     ],
 )
-def test_a_plan_counts_the_loras_and_images_that_its_rows_need(script, capsys, tmp_path, only, loras, images):
+def test_a_plan_counts_the_loras_and_images_that_its_rows_need(
+    script, capsys, tmp_path, only, loras, images
+):
     text = plan(script, capsys, "--only", only, "--out", tmp_path)
     assert f"LoRAs to train: {loras}; synthetic images to make: {images:,}\n" in text
 
 
 def test_a_quick_plan_counts_the_fewer_images_that_it_makes(script, capsys, tmp_path):
     text = plan(script, capsys, "--quick", "--out", tmp_path)
-    cells = {line.split()[0]: line.split()[3:6] for line in text.splitlines() if "/ResNet18" in line}
+    cells = {
+        line.split()[0]: line.split()[3:6] for line in text.splitlines() if "/ResNet18" in line
+    }
     assert cells["HB-styles+DA/ResNet18"] == cells["HB+DA/ResNet18"] == ["115", "160", "0"]
     assert "synthetic images to make: 320\n" in text and "6 rows x 3 seeds" in text
 
 
 def test_a_list_of_synthetic_images_stands_in_for_the_papers_kind_alone(script, capsys, tmp_path):
-    (tmp_path / "manifest.csv").write_text("image,plane,sampler\n0.png,brain,euler\n1.png,femur,euler\n")
-    text = plan(script, capsys, "--quick", "--synthetic", tmp_path / "manifest.csv", "--out", tmp_path / "runs")
+    (tmp_path / "manifest.csv").write_text(
+        "image,plane,sampler\n0.png,brain,euler\n1.png,femur,euler\n"
+    )
+    text = plan(
+        script,
+        capsys,
+        "--quick",
+        "--synthetic",
+        tmp_path / "manifest.csv",
+        "--out",
+        tmp_path / "runs",
+    )
     cells = {line.split()[0]: line.split()[4] for line in text.splitlines() if "/ResNet18" in line}
     assert (cells["HB+DA/ResNet18"], cells["HB-styles+DA/ResNet18"]) == ("2", "160")
     assert "manifest.csv: 2 images are missing\n" in text
-    assert "LoRAs to train: 1 of rank 32 with captions of their own; synthetic images to make: 160\n" in text
+    assert (
+        "LoRAs to train: 1 of rank 32 with captions of their own; synthetic images to make: 160\n"
+        in text
+    )
 
 
-def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportions(script, capsys, tmp_path):
-    rows = [line.split() for line in plan(script, capsys, "--out", tmp_path).splitlines() if "ResNet18" in line]
-    counts = {row[0]: tuple(map(int, row[3:5] if row[1].startswith("(") else row[2:4])) for row in rows}
+def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportions(
+    script, capsys, tmp_path
+):
+    rows = [
+        line.split()
+        for line in plan(script, capsys, "--out", tmp_path).splitlines()
+        if "ResNet18" in line
+    ]
+    counts = {
+        row[0]: tuple(map(int, row[3:5] if row[1].startswith("(") else row[2:4])) for row in rows
+    }
     assert len(counts) == 10
     assert {name.split("/")[0]: count for name, count in counts.items()} == {
         **dict.fromkeys(("ES", "ES+DA", "ES+DA+balanced", "ES+DA+contrast"), (615, 0)),
@@ -110,15 +135,32 @@ def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportion
 def test_quick_runs_six_data_models_with_three_seeds_unless_told_otherwise(script):
     args = script["parse_args"](["--quick"])
     assert args.seeds == [0, 1, 2] and {row.classifier for row in args.rows} == {"resnet18"}
-    assert {row.data.name for row in args.rows} == {"ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA"}
-    assert script["parse_args"](["--quick", "--seeds", "4"]).seeds == [4] and script["parse_args"]([]).seeds == [0]
+    assert {row.data.name for row in args.rows} == {
+        "ES",
+        "ES+DA",
+        "HB+DA",
+        "BAL+DA",
+        "ES+DA+contrast",
+        "HB-styles+DA",
+    }
+    assert script["parse_args"](["--quick", "--seeds", "4"]).seeds == [4] and script["parse_args"](
+        []
+    ).seeds == [0]
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real datasets are not beside the checkout")
 def test_missing_images_are_counted_and_named(script, capsys, tmp_path):
     sites = ("--spanish", DATA / "FETAL_PLANES_ZENODO", "--african", DATA / "Zenodo_dataset")
     text = plan(
-        script, capsys, "--model", "v1-5.safetensors", *sites, "--manifests", DATA / "manifests", "--out", tmp_path
+        script,
+        capsys,
+        "--model",
+        "v1-5.safetensors",
+        *sites,
+        "--manifests",
+        DATA / "manifests",
+        "--out",
+        tmp_path,
     )
     assert "6,048 of 6,148 are missing" in text and "African images: all 450 are there" in text
     names = (tmp_path / "missing_spanish.txt").read_text().splitlines()
@@ -126,12 +168,27 @@ def test_missing_images_are_counted_and_named(script, capsys, tmp_path):
     assert "v1-5.safetensors: missing" in text
 
 
-def test_a_base_model_on_the_hub_is_cached_or_will_be_downloaded(script, capsys, tmp_path, monkeypatch):
+def test_a_base_model_on_the_hub_is_cached_or_will_be_downloaded(
+    script, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
-    flags = ("--model", "owner/name", "--vae", "owner/vae", "--only", "ES/ResNet18", "--out", tmp_path / "runs")
+    # where nobody answers
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    flags = (
+        "--model",
+        "owner/name",
+        "--vae",
+        "owner/vae",
+        "--only",
+        "ES/ResNet18",
+        "--out",
+        tmp_path / "runs",
+    )
     text = plan(script, capsys, *flags)
-    assert "owner/name: downloaded from the hub when needed" in text and "owner/vae: downloaded" in text
+    assert (
+        "owner/name: downloaded from the hub when needed" in text
+        and "owner/vae: downloaded" in text
+    )
     snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     snapshot.symlink_to(MINI)
@@ -142,7 +199,17 @@ def test_a_base_model_on_the_hub_is_cached_or_will_be_downloaded(script, capsys,
 
 
 def test_the_base_models_flags_reach_every_stage_that_loads_it(script, tmp_path):
-    base = ["--model", "a/b", "--tokenizer", "c/d", "--vae", "e/f", "--prediction-type", "v_prediction", "--ema"]
+    base = [
+        "--model",
+        "a/b",
+        "--tokenizer",
+        "c/d",
+        "--vae",
+        "e/f",
+        "--prediction-type",
+        "v_prediction",
+        "--ema",
+    ]
     commands = []
     experiment = script["Experiment"](
         script["parse_args"]([*base, "--out", str(tmp_path)]),
@@ -150,17 +217,28 @@ def test_the_base_models_flags_reach_every_stage_that_loads_it(script, tmp_path)
         SimpleNamespace(digest=str, flags=lambda kind: ["--spanish", "s"]),
     )
     experiment.model_hashes = {"model": "1f"}  # of what a hub would have to be asked for
-    experiment.stages.run = lambda name, out, *flags, **_: commands.append((name, list(flags))) or out
+    experiment.stages.run = lambda name, out, *flags, **_: (
+        commands.append((name, list(flags))) or out
+    )
     experiment.lora_images(128)
     assert [name for name, _ in commands] == ["train_lora", "sample"]
     assert all(flags[: len(base)] == base for _, flags in commands)
 
 
-def test_an_empty_machine_is_told_what_to_download_and_where_to_put_it(script, capsys, tmp_path, monkeypatch):
+def test_an_empty_machine_is_told_what_to_download_and_where_to_put_it(
+    script, capsys, tmp_path, monkeypatch
+):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     sites = ("--spanish", tmp_path / "spain", "--african", tmp_path / "africa")
-    text = plan(script, capsys, "--model", tmp_path / "sd.safetensors", *sites, "--out", tmp_path / "runs")
-    for needed in ("records/3904280", "records/7540448", "planes.download --only spanish", "sd.safetensors: missing"):
+    text = plan(
+        script, capsys, "--model", tmp_path / "sd.safetensors", *sites, "--out", tmp_path / "runs"
+    )
+    for needed in (
+        "records/3904280",
+        "records/7540448",
+        "planes.download --only spanish",
+        "sd.safetensors: missing",
+    ):
         assert needed in text
     for network in ("densenet169", "vit_b_16", "inception_v3"):
         assert f"weights of {network}: downloaded when needed, or put https://" in text

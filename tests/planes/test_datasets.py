@@ -1,4 +1,5 @@
-"""The dataset readers on small files with every oddity of the real ones, and on the real ones; selections; leaks."""
+"""The dataset readers on small files with every oddity of the real ones, and on the real ones;
+selections; leaks."""
 
 import csv
 import random
@@ -23,7 +24,9 @@ from planes.leaks import describe_leaks, leaks
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real datasets are not in ../shared/data")
+real_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="the real datasets are not in ../shared/data"
+)
 
 SPANISH = """Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train
 a_1;305;Fetal abdomen;Not A Brain;Op. 1;Aloka;1
@@ -54,7 +57,9 @@ def records_of(counts: dict[str, int], source: str = "spain") -> list[Record]:
     """patient -> number of images, their planes in turn."""
     names = [(patient, n) for patient, count in counts.items() for n in range(count)]
     return [
-        Record(Path(f"{patient}_{n}.png"), PLANES[i % 5], f"{source}/{patient}", True, source, "Spain")
+        Record(
+            Path(f"{patient}_{n}.png"), PLANES[i % 5], f"{source}/{patient}", True, source, "Spain"
+        )
         for i, (patient, n) in enumerate(names)
     ]
 
@@ -97,10 +102,22 @@ def test_an_african_patient_is_a_number_within_a_country(tmp_path):
         lambda text: text.replace("Fetal abdomen", '"Fetal abdomen"'),
         lambda text: text.replace("Fetal abdomen", "fetal Abdomen"),
     ],
-    ids=["BOM", "CRLF", "comma", "trailing space", "padded", "no last newline", "empty lines", "quotes", "case"],
+    ids=[
+        "BOM",
+        "CRLF",
+        "comma",
+        "trailing space",
+        "padded",
+        "no last newline",
+        "empty lines",
+        "quotes",
+        "case",
+    ],
 )
 def test_how_a_table_is_written_makes_no_difference(tmp_path, oddity):
-    assert read_spanish(spanish(tmp_path, oddity(SPANISH))) == read_spanish(spanish(tmp_path, SPANISH))
+    assert read_spanish(spanish(tmp_path, oddity(SPANISH))) == read_spanish(
+        spanish(tmp_path, SPANISH)
+    )
     assert len(read_spanish(spanish(tmp_path, oddity(SPANISH)))) == 3
 
 
@@ -124,8 +141,14 @@ def test_another_table_beside_the_images_can_be_named(tmp_path):
         ("", "needs the columns Plane, Image_name"),
         (SPANISH.splitlines()[0], "no images listed"),
         (SPANISH.replace(";", "\t"), "separate columns by ; or ,"),
-        (SPANISH.replace("Patient_num", "Patient"), "needs the columns .*Patient_num.* has .*Patient, Plane"),
-        (SPANISH.replace("Fetal brain", "Fetal brian"), r"line 3, Plane: 'fetal brian' is none of abdomen, brain"),
+        (
+            SPANISH.replace("Patient_num", "Patient"),
+            "needs the columns .*Patient_num.* has .*Patient, Plane",
+        ),
+        (
+            SPANISH.replace("Fetal brain", "Fetal brian"),
+            r"line 3, Plane: 'fetal brian' is none of abdomen, brain",
+        ),
         (SPANISH.replace("Fetal brain", "2"), r"line 3, Plane: '2' is none of"),
         (SPANISH.replace("Aloka;1", "Aloka;yes"), r"line 2, Train: 'yes' is none of 1, 0"),
         (SPANISH.replace("a_2;305", "a_2;"), "line 3: Patient_num is empty"),
@@ -140,9 +163,13 @@ def test_a_broken_table_is_told_in_one_line_with_its_place(tmp_path, broken, com
 
 
 def test_a_missing_table_is_named_with_where_it_was_looked_for_and_where_to_get_it(tmp_path):
-    with pytest.raises(DatasetError, match=r"FETAL_PLANES_ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"):
+    with pytest.raises(
+        DatasetError, match=r"FETAL_PLANES_ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"
+    ):
         read_spanish(tmp_path)
-    with pytest.raises(DatasetError, match=r"Zenodo_dataset/African_planes_database\.csv .*7540448"):
+    with pytest.raises(
+        DatasetError, match=r"Zenodo_dataset/African_planes_database\.csv .*7540448"
+    ):
         read_african(tmp_path)
     with pytest.raises(DatasetError, match="no such file"):
         read_manifest(tmp_path / "list.csv", [])
@@ -172,9 +199,20 @@ def test_a_list_selects_records_in_its_own_order(tmp_path, text):
 
 
 def test_the_authors_numbers_are_other_abdomen_brain_cervix_femur_thorax(tmp_path):
-    labels = ["Other", "Fetal abdomen", "Fetal brain", "Maternal cervix", "Fetal femur", "Fetal thorax"]
-    table = "Image_name,Patient_num,Plane,Train\n" + "".join(f"a_{n},1,{label},1\n" for n, label in enumerate(labels))
-    (tmp_path / "list.csv").write_text("Image_name,Plane\n" + "".join(f"a_{n},{n}\n" for n in range(6)))
+    labels = [
+        "Other",
+        "Fetal abdomen",
+        "Fetal brain",
+        "Maternal cervix",
+        "Fetal femur",
+        "Fetal thorax",
+    ]
+    table = "Image_name,Patient_num,Plane,Train\n" + "".join(
+        f"a_{n},1,{label},1\n" for n, label in enumerate(labels)
+    )
+    (tmp_path / "list.csv").write_text(
+        "Image_name,Plane\n" + "".join(f"a_{n},{n}\n" for n in range(6))
+    )
     chosen = read_manifest(tmp_path / "list.csv", read_spanish(spanish(tmp_path, table)))
     assert [r.name for r in chosen] == ["a_0", "a_1", "a_2", "a_4", "a_5"]
 
@@ -202,7 +240,12 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     (tmp_path / "list.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
     found, lost = read_synthetic(tmp_path / "list.csv")
     assert found == Record(
-        there, Plane.FEMUR, f"synthetic/femur/published/{there.stem}", True, "synthetic", "published"
+        there,
+        Plane.FEMUR,
+        f"synthetic/femur/published/{there.stem}",
+        True,
+        "synthetic",
+        "published",
     )
     assert lost.plane is Plane.OTHER
     with pytest.raises(DatasetError, match=r"1 of 2 images are missing \(00002-77.*13228158"):
@@ -215,14 +258,20 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     (tmp_path / "manifest.csv").write_text(f"{header}\n{row}\n")
     (record,) = read_synthetic(tmp_path / "manifest.csv")
     path = tmp_path / "femur" / "unipc_12.png"
-    assert record == Record(path, Plane.FEMUR, "synthetic/femur/unipc/unipc_12", True, "synthetic", "unipc")
-    with pytest.raises(DatasetError, match=r"1 of 1 images are missing \(unipc_12\); make them with sample\.py"):
+    assert record == Record(
+        path, Plane.FEMUR, "synthetic/femur/unipc/unipc_12", True, "synthetic", "unipc"
+    )
+    with pytest.raises(
+        DatasetError, match=r"1 of 1 images are missing \(unipc_12\); make them with sample\.py"
+    ):
         require_images([record])
 
 
 def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
     records = records_of({f"p{n}": 1 for n in range(9)})
-    records = [Record(tmp_path / r.path, r.plane, r.patient, r.train, r.source, r.center) for r in records]
+    records = [
+        Record(tmp_path / r.path, r.plane, r.patient, r.train, r.source, r.center) for r in records
+    ]
     records[2].path.touch()
     with pytest.raises(DatasetError) as error:
         require_images(records)
@@ -234,7 +283,8 @@ def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
 
 
 def test_the_phantoms_are_read_like_the_real_datasets(tmp_path, monkeypatch):
-    def four_pixels(plane, site, patient, image):  # the layout is the point here, the picture takes its time
+    # the layout is the point here, the picture takes its time
+    def four_pixels(plane, site, patient, image):
         return image.integers(0, 255, (2, 2), dtype="uint8")
 
     monkeypatch.setattr("planes.phantoms.phantom.phantom", four_pixels)
@@ -294,11 +344,21 @@ def test_a_validation_split_that_whole_patients_cannot_make_is_refused():
 def test_a_shared_patient_and_a_copied_file_are_both_found(tmp_path):
     def record(name, patient, train, content):
         (tmp_path / f"{name}.png").write_bytes(content)
-        return Record(tmp_path / f"{name}.png", Plane.BRAIN, f"spain/{patient}", train, "spain", "Spain")
+        return Record(
+            tmp_path / f"{name}.png", Plane.BRAIN, f"spain/{patient}", train, "spain", "Spain"
+        )
 
-    train = [record("a", 1, True, b"aaaa"), record("b", 1, True, b"bbbb"), record("c", 2, True, b"aaaa")]
+    train = [
+        record("a", 1, True, b"aaaa"),
+        record("b", 1, True, b"bbbb"),
+        record("c", 2, True, b"aaaa"),
+    ]
     # d and e: a patient of training; f: copied twice; g: of equal length only; h: nothing shared
-    test = [record("d", 1, False, b"dd"), record("e", 1, False, b"ee"), record("f", 5, False, b"aaaa")]
+    test = [
+        record("d", 1, False, b"dd"),
+        record("e", 1, False, b"ee"),
+        record("f", 5, False, b"aaaa"),
+    ]
     test += [record("g", 6, False, b"gggg"), record("h", 7, False, b"hhhhhh")]
     found = leaks(iter(train), iter(test))
     assert {(leak.kind, leak.train.name, leak.test.name) for leak in found} == {
@@ -341,16 +401,33 @@ def africa():
 
 @real_data
 def test_the_papers_counts_are_those_of_the_authors_list():
-    listed = read_manifest(DATA / "manifests" / "all_train_no_cer.csv", read_spanish(DATA / "FETAL_PLANES_ZENODO"))
-    assert Counter(record.plane for record in listed) == PAPER_COUNTS and sum(PAPER_COUNTS.values()) == 6148
+    listed = read_manifest(
+        DATA / "manifests" / "all_train_no_cer.csv", read_spanish(DATA / "FETAL_PLANES_ZENODO")
+    )
+    assert (
+        Counter(record.plane for record in listed) == PAPER_COUNTS
+        and sum(PAPER_COUNTS.values()) == 6148
+    )
 
 
 @real_data
 def test_the_spanish_counts_are_the_papers(spain):
     train, test = [r for r in spain if r.train], [r for r in spain if not r.train]
     assert size(train) == (6148, 612) and size(test) == (4626, 591)
-    assert [Counter(r.plane for r in train)[plane] for plane in PLANES] == [353, 1620, 516, 1058, 2601]
-    assert [Counter(r.plane for r in test)[plane] for plane in PLANES] == [358, 1472, 524, 660, 1612]
+    assert [Counter(r.plane for r in train)[plane] for plane in PLANES] == [
+        353,
+        1620,
+        516,
+        1058,
+        2601,
+    ]
+    assert [Counter(r.plane for r in test)[plane] for plane in PLANES] == [
+        358,
+        1472,
+        524,
+        660,
+        1612,
+    ]
     assert not {r.patient for r in train} & {r.patient for r in test}
 
 
@@ -396,7 +473,8 @@ def test_the_lora_images_overlap_with_the_balanced_ones(spain):
 def test_the_spanish_images_that_are_not_there_are_missed_before_any_work(spain):
     # of the 120 files, 20 show the cervix
     with pytest.raises(
-        DatasetError, match=r"^6048 of 6148 images are missing \(Patient00001_Plane1_1_of_15, .*3904280"
+        DatasetError,
+        match=r"^6048 of 6148 images are missing \(Patient00001_Plane1_1_of_15, .*3904280",
     ):
         require_images([r for r in spain if r.train])
 
@@ -421,9 +499,13 @@ def test_22_african_test_images_have_a_copy_in_african_training(africa):
         ("Malawi", 11, 22): {b, f, t},
         ("Egypt", 5, 8): {a, t},
     }
-    assert planes == {frozenset((f"africa/{c}/{m}", f"africa/{c}/{n}")): p for (c, m, n), p in expected.items()}
+    assert planes == {
+        frozenset((f"africa/{c}/{m}", f"africa/{c}/{n}")): p for (c, m, n), p in expected.items()
+    }
     text = describe_leaks(found)
-    assert text.startswith("22 test images share a file") and all(leak.test.name in text for leak in found)
+    assert text.startswith("22 test images share a file") and all(
+        leak.test.name in text for leak in found
+    )
 
 
 @real_data

@@ -1,4 +1,5 @@
-"""Fetching the datasets, from a server on the loopback address that has small archives in the real layouts."""
+"""Fetching the datasets, from a server on the loopback address that has small archives in the real
+layouts."""
 
 import hashlib
 import os
@@ -75,7 +76,9 @@ def african_tar(folder, images=3):
     top = folder / "Zenodo_dataset"
     (top / "Malawi").mkdir(parents=True)
     rows = "".join(f"{n},Fetal brain,0,Malawi,patient{n}\n" for n in range(3))
-    (top / "African_planes_database.csv").write_text("Patient_num,Plane,Train,Center,Filename\n" + rows)
+    (top / "African_planes_database.csv").write_text(
+        "Patient_num,Plane,Train,Center,Filename\n" + rows
+    )
     for n in range(images):
         (top / "Malawi" / f"patient{n}.png").write_bytes(os.urandom(2000))
     with tarfile.open(folder / "Zenodo_dataset.tar.xz", "w:xz") as archive:
@@ -92,7 +95,12 @@ def archives(server, tmp_path_factory):
     server.serve(spanish.name, body)
     server.serve(african.name, african_tar(made))
     return {
-        "spanish": replace(spanish, url=f"{server.url}/{spanish.name}", md5=hashlib.md5(body).hexdigest(), records=2),
+        "spanish": replace(
+            spanish,
+            url=f"{server.url}/{spanish.name}",
+            md5=hashlib.md5(body).hexdigest(),
+            records=2,
+        ),
         "african": replace(african, url=f"{server.url}/{african.name}", records=3),
     }
 
@@ -108,12 +116,20 @@ def gets(server):
 def test_both_datasets_are_fetched_to_where_their_readers_find_them(archives, tmp_path, capsys):
     to = tmp_path / "new" / "data"
     main(parse_args(["--to", str(to)]), archives)
-    assert names(to) == ["FETAL_PLANES_ZENODO", "FETAL_PLANES_ZENODO.zip", "Zenodo_dataset", "Zenodo_dataset.tar.xz"]
+    assert names(to) == [
+        "FETAL_PLANES_ZENODO",
+        "FETAL_PLANES_ZENODO.zip",
+        "Zenodo_dataset",
+        "Zenodo_dataset.tar.xz",
+    ]
     for read, count in ((read_spanish, 2), (read_african, 3)):
         records = read(to)
         require_images(records)
         assert len(records) == count
-    assert capsys.readouterr().out.splitlines()[1] == f"african: 3 images of the five planes in {to / 'Zenodo_dataset'}"
+    assert (
+        capsys.readouterr().out.splitlines()[1]
+        == f"african: 3 images of the five planes in {to / 'Zenodo_dataset'}"
+    )
 
 
 def test_only_one_is_fetched_if_only_one_is_asked_for(archives, tmp_path):
@@ -139,7 +155,12 @@ def test_a_broken_archive_is_fetched_again(name, damage, server, archives, tmp_p
     body = bytearray(server.files[archives[name].name][0])
     if damage == "flipped":
         body[len(body) // 2] ^= 1
-    body = {"cut": body[:-100], "flipped": body, "empty": b"", "page": b"<html>Too many requests</html>"}[damage]
+    body = {
+        "cut": body[:-100],
+        "flipped": body,
+        "empty": b"",
+        "page": b"<html>Too many requests</html>",
+    }[damage]
     (tmp_path / archives[name].name).write_bytes(body)
     assert len(archives[name].read(fetch(archives[name], tmp_path))) == archives[name].records
     assert gets(server) > 0
@@ -158,7 +179,9 @@ def test_a_part_left_by_a_killed_run_is_not_taken_for_the_archive(name, archives
 
 @pytest.mark.parametrize("name", ["spanish", "african"])
 @pytest.mark.parametrize("fault", ["cut", "page", "absent", "no server"])
-def test_a_failed_download_says_what_to_fetch_by_hand_and_leaves_nothing(name, fault, server, archives, tmp_path):
+def test_a_failed_download_says_what_to_fetch_by_hand_and_leaves_nothing(
+    name, fault, server, archives, tmp_path
+):
     archive = archives[name]
     body = server.files[archive.name][0]
     if fault == "cut":
@@ -174,7 +197,10 @@ def test_a_failed_download_says_what_to_fetch_by_hand_and_leaves_nothing(name, f
         fetch(archive, tmp_path)
     message = str(error.value)
     assert "\n" not in message and message.startswith(f"{archive.url} cannot be fetched (")
-    assert f"download it in a browser ({archive.size}), save it as {tmp_path / archive.name} and" in message
+    assert (
+        f"download it in a browser ({archive.size}), save it as {tmp_path / archive.name} and"
+        in message
+    )
     assert names(tmp_path) == []
 
 
@@ -195,10 +221,14 @@ def test_an_archive_with_a_top_folder_or_without_is_unpacked_alike(archives, tmp
     assert names(fetch(archives["spanish"], tmp_path)) == ["FETAL_PLANES_DB_data.csv", "Images"]
 
 
-def test_an_archive_that_lacks_images_is_refused_and_nothing_unpacked_is_left(server, archives, tmp_path):
+def test_an_archive_that_lacks_images_is_refused_and_nothing_unpacked_is_left(
+    server, archives, tmp_path
+):
     made, to = tmp_path / "made", tmp_path / "to"
     server.serve(archives["african"].name, african_tar(made, images=2))
-    with pytest.raises(DatasetError, match=r"cannot be unpacked \(1 of 3 images are missing \(patient2\)"):
+    with pytest.raises(
+        DatasetError, match=r"cannot be unpacked \(1 of 3 images are missing \(patient2\)"
+    ):
         fetch(archives["african"], to)
     assert names(to) == ["Zenodo_dataset.tar.xz"]
     with pytest.raises(DatasetError, match="lists 3 images of the five planes, not 4"):
@@ -209,19 +239,29 @@ def test_an_incomplete_folder_is_neither_used_nor_touched(server, archives, tmp_
     folder = fetch(archives["african"], tmp_path)
     (folder / "Malawi" / "patient1.png").unlink()
     before = gets(server)
-    with pytest.raises(DatasetError, match="Zenodo_dataset is there but incomplete: 1 of 3 images are missing"):
+    with pytest.raises(
+        DatasetError, match="Zenodo_dataset is there but incomplete: 1 of 3 images are missing"
+    ):
         fetch(archives["african"], tmp_path)
     assert names(folder / "Malawi") == ["patient0.png", "patient2.png"] and gets(server) == before
 
 
 def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(sys, "argv", ["download", "--to", str(tmp_path / "file"), "--only", "african"])
-    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit) as end:
+    monkeypatch.setattr(
+        sys, "argv", ["download", "--to", str(tmp_path / "file"), "--only", "african"]
+    )
+    with (
+        pytest.warns(RuntimeWarning, match="found in sys.modules"),
+        pytest.raises(SystemExit) as end,
+    ):
         runpy.run_module("planes.download", run_name="__main__")
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
-    assert err.startswith(f"planes.download: {tmp_path / 'file'} cannot be made a folder (") and err.count("\n") == 1
+    assert (
+        err.startswith(f"planes.download: {tmp_path / 'file'} cannot be made a folder (")
+        and err.count("\n") == 1
+    )
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data in ../shared/data")

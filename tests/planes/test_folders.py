@@ -1,4 +1,5 @@
-"""Folders of captioned images in kohya's layout, flat, and with Hugging Face's metadata.jsonl; what they refuse."""
+"""Folders of captioned images in kohya's layout, flat, and with Hugging Face's metadata.jsonl; what
+they refuse."""
 
 import json
 
@@ -12,7 +13,8 @@ from planes.phantoms.phantom import write_spanish_layout
 
 
 def fill(folder, **files):
-    """A folder of empty images, and of captions: a="its caption" writes a.png and a.txt, b=None b.png alone."""
+    """A folder of empty images, and of captions: a="its caption" writes a.png and a.txt, b=None
+    b.png alone."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, caption in files.items():
         (folder / f"{name}.png").touch()
@@ -38,7 +40,9 @@ def refusal(folder):
 # --- kohya's layout ---
 
 
-def test_a_folder_named_as_kohyas_gives_its_repeats_and_the_captions_of_images_without_their_own(tmp_path):
+def test_a_folder_named_as_kohyas_gives_its_repeats_and_the_captions_of_images_without_their_own(
+    tmp_path,
+):
     brain = fill(tmp_path / "20_fetal brain", b="a photo of fetal brain, transthalamic", a=None)
     femur = fill(tmp_path / "3_fetal_femur", c=None)
     assert read_captioned_folder(tmp_path) == [
@@ -64,7 +68,9 @@ def test_images_beside_kohyas_folders_are_not_left_out_in_silence(tmp_path, stra
     else:
         fill(tmp_path / stray, a=None)
     message = refusal(tmp_path)
-    assert message.startswith(f"{tmp_path}: 1 images or folders of images lie beside 20_brain and would not be trained")
+    assert message.startswith(
+        f"{tmp_path}: 1 images or folders of images lie beside 20_brain and would not be trained"
+    )
     assert f"such as {stray};" in message
 
 
@@ -82,9 +88,14 @@ def test_a_folder_of_kohyas_without_images_is_named(tmp_path):
 # --- captions in files ---
 
 
-def test_a_flat_folder_has_one_repeat_and_a_caption_beside_each_image_in_the_order_of_names(tmp_path):
+def test_a_flat_folder_has_one_repeat_and_a_caption_beside_each_image_in_the_order_of_names(
+    tmp_path,
+):
     (tmp_path / "notes.md").touch()
-    for name, caption in {"b.JPG": "a photo of fetal brain\n", "a.b.webp": "\ufeffa photo of fetal abdomen"}.items():
+    for name, caption in {
+        "b.JPG": "a photo of fetal brain\n",
+        "a.b.webp": "\ufeffa photo of fetal abdomen",
+    }.items():
         (tmp_path / name).touch()
         (tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
     assert read_captioned_folder(tmp_path) == [
@@ -95,13 +106,19 @@ def test_a_flat_folder_has_one_repeat_and_a_caption_beside_each_image_in_the_ord
 
 def test_images_are_read_in_the_order_of_their_names_however_the_disk_lists_them(tmp_path):
     fill(tmp_path, **dict.fromkeys("qwertyuiopasdfghjklzxcvbnm", "a photo"))
-    assert "".join(image.path.stem for image in read_captioned_folder(tmp_path)) == "abcdefghijklmnopqrstuvwxyz"
+    assert (
+        "".join(image.path.stem for image in read_captioned_folder(tmp_path))
+        == "abcdefghijklmnopqrstuvwxyz"
+    )
 
 
 def test_a_caption_is_the_first_line_and_a_caption_file_goes_before_a_text_file(tmp_path):
     fill(tmp_path, a=" first \r\nsecond", b="tags, of, b")
     (tmp_path / "b.caption").write_text("a sentence on b")
-    assert [image.caption for image in read_captioned_folder(tmp_path)] == ["first", "a sentence on b"]
+    assert [image.caption for image in read_captioned_folder(tmp_path)] == [
+        "first",
+        "a sentence on b",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\nsecond line"])
@@ -109,23 +126,33 @@ def test_a_caption_is_the_first_line_and_a_caption_file_goes_before_a_text_file(
 def test_an_empty_caption_is_refused_even_where_the_folder_has_one(tmp_path, content, ending):
     file = fill(tmp_path / "20_brain", a=None) / f"a.{ending}"
     file.write_bytes(content)
-    assert refusal(tmp_path) == f"{file}: its first line is empty; write the caption of a.png there, in UTF-8"
+    assert (
+        refusal(tmp_path)
+        == f"{file}: its first line is empty; write the caption of a.png there, in UTF-8"
+    )
 
 
 def test_a_caption_in_another_encoding_is_refused(tmp_path):
     fill(tmp_path, a=None)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfea\x00")
-    assert refusal(tmp_path).startswith(f"{tmp_path / 'a.txt'}: cannot be read as a caption in UTF-8 (")
+    assert refusal(tmp_path).startswith(
+        f"{tmp_path / 'a.txt'}: cannot be read as a caption in UTF-8 ("
+    )
 
 
 def test_an_image_without_a_caption_is_refused(tmp_path):
     fill(tmp_path, a="a photo", b=None)
-    assert refusal(tmp_path) == f"{tmp_path / 'b.png'}: has no caption; write one into b.txt beside it, in UTF-8"
+    assert (
+        refusal(tmp_path)
+        == f"{tmp_path / 'b.png'}: has no caption; write one into b.txt beside it, in UTF-8"
+    )
 
 
 def test_one_of_kohyas_folders_given_in_place_of_the_folder_above_is_told_so(tmp_path):
     inner = fill(tmp_path / "20_fetal brain", a=None)
-    assert refusal(inner).endswith(f"or give {tmp_path}, the folder above, so that 20_fetal brain names it")
+    assert refusal(inner).endswith(
+        f"or give {tmp_path}, the folder above, so that 20_fetal brain names it"
+    )
 
 
 # --- nothing found ---
@@ -184,7 +211,9 @@ def test_a_line_of_metadata_that_is_none_is_refused_with_its_number(tmp_path, ro
 def test_metadata_of_an_image_that_is_not_there_and_metadata_of_none_are_refused(tmp_path):
     message = refusal(metadata(tmp_path, {"file_name": "lost.png", "text": "one"}))
     assert (
-        message == f"{tmp_path / 'metadata.jsonl'}, line 1: lost.png is not there; file_name is relative to {tmp_path}"
+        message
+        == f"{tmp_path / 'metadata.jsonl'}, line 1: lost.png is not there; file_name is relative to"
+        f" {tmp_path}"
     )
     assert refusal(metadata(tmp_path)) == f"{tmp_path / 'metadata.jsonl'}: no images listed in it"
     (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe")
@@ -194,25 +223,36 @@ def test_metadata_of_an_image_that_is_not_there_and_metadata_of_none_are_refused
 # --- what is trained on ---
 
 
-def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one(tmp_path, monkeypatch):
+def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one(
+    tmp_path, monkeypatch
+):
     fill(tmp_path / "own" / "20_fetal brain", a=None)
     (image,), _ = training_images(None, tmp_path / "own", None, 20, 0)
     assert (image.caption, image.repeats) == ("fetal brain", 20)
 
     monkeypatch.setattr(
-        "planes.phantoms.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8")
+        "planes.phantoms.phantom.phantom",
+        lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8"),
     )
     write_spanish_layout(tmp_path / "spanish", train=2, test=0, seed=0)
     drawn, held_out = training_images(tmp_path / "spanish", None, None, 1, 0)
     assert held_out == []
-    assert [(image.caption, image.repeats) for image in drawn] == [(prompt, 1) for prompt in PROMPTS.values()]
+    assert [(image.caption, image.repeats) for image in drawn] == [
+        (prompt, 1) for prompt in PROMPTS.values()
+    ]
     (tmp_path / "list.csv").write_text(f"Image_name,Plane\n{drawn[2].path.stem},Fetal femur\n")
-    assert training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0) == ([drawn[2]], [])
+    assert training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0) == (
+        [drawn[2]],
+        [],
+    )
 
 
-def test_images_that_are_held_out_are_others_of_the_dataset_or_no_longer_trained_on_in_a_folder(tmp_path, monkeypatch):
+def test_images_that_are_held_out_are_others_of_the_dataset_or_no_longer_trained_on_in_a_folder(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(
-        "planes.phantoms.phantom.phantom", lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8")
+        "planes.phantoms.phantom.phantom",
+        lambda plane, site, patient, r: r.integers(0, 255, (2, 2), "uint8"),
     )
     write_spanish_layout(tmp_path / "spanish", train=3, test=1, seed=0)
     alone, _ = training_images(tmp_path / "spanish", None, None, 1, 0)
@@ -240,7 +280,10 @@ def test_a_tif_and_a_jfif_are_images_too(tmp_path, ending):
     fill(tmp_path, a="a photo")
     (tmp_path / f"b.{ending}").touch()
     (tmp_path / "b.txt").write_text("another photo")
-    assert [image.path.name for image in read_captioned_folder(tmp_path)] == ["a.png", f"b.{ending}"]
+    assert [image.path.name for image in read_captioned_folder(tmp_path)] == [
+        "a.png",
+        f"b.{ending}",
+    ]
 
 
 @pytest.mark.parametrize("folder", [".", "20_fetal brain"])
@@ -251,7 +294,10 @@ def test_pictures_that_would_not_be_trained_on_are_named(tmp_path, folder, stray
         (tmp_path / folder / stray).touch()
     else:
         fill(tmp_path / folder / stray, b="a photo")
-    words = f"{tmp_path / folder}: 1 pictures or folders of pictures in it would not be trained on, such as {stray};"
+    words = (
+        f"{tmp_path / folder}: 1 pictures or folders of pictures in it would not be trained on,"
+        f" such as {stray};"
+    )
     assert words in refusal(tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""The phantoms: speckle statistics, shadows, geometry, what tells the planes and the sites apart, files on disk."""
+"""The phantoms: speckle statistics, shadows, geometry, what tells the planes and the sites apart,
+files on disk."""
 
 import csv
 import hashlib
@@ -34,22 +35,31 @@ def rng(seed=0):
 
 
 def test_the_envelope_of_uniform_tissue_is_rayleigh_distributed():
-    envelope = np.concatenate([np.abs(speckle(np.ones((300, 300)), PROBE, rng(n))).ravel() for n in range(20)])
+    envelope = np.concatenate(
+        [np.abs(speckle(np.ones((300, 300)), PROBE, rng(n))).ravel() for n in range(20)]
+    )
     assert np.mean(envelope**2) == pytest.approx(1, rel=0.03)
-    assert envelope.mean() / envelope.std() == pytest.approx(np.sqrt(np.pi / (4 - np.pi)), rel=0.02)  # 1.913
+    # 1.913
+    assert envelope.mean() / envelope.std() == pytest.approx(np.sqrt(np.pi / (4 - np.pi)), rel=0.02)
     for q in (0.1, 0.5, 0.9):
         assert np.quantile(envelope, q) == pytest.approx(np.sqrt(-np.log(1 - q)), rel=0.03)
 
 
 def test_speckle_is_as_coarse_as_the_point_spread_function_says():
-    def width(values):  # lag at which the autocorrelation falls to 1/2, of a Gaussian of twice the variance
+    # lag at which the autocorrelation falls to 1/2, of a Gaussian of twice the variance
+    def width(values):
         centred = values - values.mean()
         power = np.abs(np.fft.fft(centred, axis=0)) ** 2
         correlation = np.fft.ifft(power, axis=0).real.mean(axis=1)
         return np.argmax(correlation / correlation[0] < 0.5)
 
     fine, coarse = (
-        np.abs(speckle(np.ones((400, 300)), Probe(200, 400, 0.6, 0.4, axial, 0.01, 60, 0, 0, -90), rng())) ** 2
+        np.abs(
+            speckle(
+                np.ones((400, 300)), Probe(200, 400, 0.6, 0.4, axial, 0.01, 60, 0, 0, -90), rng()
+            )
+        )
+        ** 2
         for axial in (0.004, 0.012)
     )
     assert width(coarse) == pytest.approx(3 * width(fine), abs=2)
@@ -110,10 +120,14 @@ def test_the_planes_can_be_told_apart_at_a_glance():
 
 
 def test_the_sites_differ_in_size_and_contrast():
-    a, b = ([phantom(Plane.BRAIN, site, rng([1, n]), rng([2, n])) for n in range(8)] for site in (SITE_A, SITE_B))
+    a, b = (
+        [phantom(Plane.BRAIN, site, rng([1, n]), rng([2, n])) for n in range(8)]
+        for site in (SITE_A, SITE_B)
+    )
     assert {im.shape for im in a}.isdisjoint(im.shape for im in b)
     contrast = [
-        np.mean([(patch := im[40:80, 60:90].astype(float)).std() / patch.mean() for im in site]) for site in (a, b)
+        np.mean([(patch := im[40:80, 60:90].astype(float)).std() / patch.mean() for im in site])
+        for site in (a, b)
     ]
     assert contrast[1] > 1.3 * contrast[0]
 
@@ -126,29 +140,52 @@ def test_the_spanish_layout_has_the_datasets_columns_names_and_counts(tmp_path):
     assert len(rows) == 25 and len({row["Image_name"] for row in rows}) == 25
     for label in ("Fetal abdomen", "Fetal brain", "Fetal femur", "Fetal thorax", "Other"):
         assert [row["Train "] for row in rows if row["Plane"] == label].count("1 ") == 3
-    train, test = ({row["Patient_num"] for row in rows if row["Train "] == flag} for flag in ("1 ", "0 "))
+    train, test = (
+        {row["Patient_num"] for row in rows if row["Train "] == flag} for flag in ("1 ", "0 ")
+    )
     assert train.isdisjoint(test)
     assert all((tmp_path / "Images" / f"{row['Image_name']}.png").exists() for row in rows)
 
 
-def test_the_spanish_layout_has_as_many_training_images_of_each_plane_as_it_is_told(tmp_path, monkeypatch):
+def test_the_spanish_layout_has_as_many_training_images_of_each_plane_as_it_is_told(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(
-        "planes.phantoms.phantom.phantom", lambda plane, site, patient, image: np.zeros((2, 2), np.uint8)
+        "planes.phantoms.phantom.phantom",
+        lambda plane, site, patient, image: np.zeros((2, 2), np.uint8),
     )
     counts = {Plane.ABDOMEN: 1, Plane.BRAIN: 5, Plane.FEMUR: 2, Plane.THORAX: 3, Plane.OTHER: 8}
     write_spanish_layout(tmp_path / "each", train=counts, test=1, seed=0)
     records = read_spanish(tmp_path / "each")
     assert Counter(record.plane for record in records if record.train) == counts
-    assert Counter(record.plane for record in records if not record.train) == dict.fromkeys(PLANES, 1)
+    assert Counter(record.plane for record in records if not record.train) == dict.fromkeys(
+        PLANES, 1
+    )
     for name, train in (("number", 2), ("mapping", dict.fromkeys(PLANES, 2))):
         write_spanish_layout(tmp_path / name, train=train, test=1, seed=0)
-    tables = [(tmp_path / name / "FETAL_PLANES_DB_data.csv").read_bytes() for name in ("number", "mapping")]
+    tables = [
+        (tmp_path / name / "FETAL_PLANES_DB_data.csv").read_bytes()
+        for name in ("number", "mapping")
+    ]
     assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_the_african_layout_is_written_of_any_site(site, tmp_path):
-    main(["--out", str(tmp_path), "--train", "0", "--test", "0", "--patients", "1", "--african-site", site])
+    main(
+        [
+            "--out",
+            str(tmp_path),
+            "--train",
+            "0",
+            "--test",
+            "0",
+            "--patients",
+            "1",
+            "--african-site",
+            site,
+        ]
+    )
     sizes = {Image.open(path).size for path in (tmp_path / "african").glob("*/*.png")}
     assert sizes and sizes <= {*SITES[site].sizes}
 
@@ -159,7 +196,11 @@ def test_the_african_layout_has_no_other_and_no_thorax_in_ghana_and_uganda(tmp_p
         rows = list(csv.DictReader(file))
     assert [*rows[0]] == ["Patient_num", "Plane", "Train", "Center", "Filename"]
     assert len(rows) == 2 * (3 * 4 + 2 * 3) and {row["Center"] for row in rows} == set(COUNTRIES)
-    assert {row["Center"] for row in rows if row["Plane"] == "Fetal thorax"} == {"Algeria", "Egypt", "Malawi"}
+    assert {row["Center"] for row in rows if row["Plane"] == "Fetal thorax"} == {
+        "Algeria",
+        "Egypt",
+        "Malawi",
+    }
     assert all((tmp_path / row["Center"] / f"{row['Filename']}.png").exists() for row in rows)
 
 

@@ -1,4 +1,5 @@
-"""Images are opened as a person sees them: upright, opaque, eight bits deep, by every reader alike."""
+"""Images are opened as a person sees them: upright, opaque, eight bits deep, by every reader
+alike."""
 
 import io
 import logging
@@ -33,9 +34,14 @@ def picture(width=64, height=48):
 
 
 def read_by_all(path):
-    """A 64 px square as LoRA and image-to-image, buckets and the classifiers get it: (3, 64, 64) in [0, 255]."""
+    """A 64 px square as LoRA and image-to-image, buckets and the classifiers get it: (3, 64, 64) in
+    [0, 255]."""
     bucketed = (read_bucketed(path, 64, 8) + 1) * 127.5
-    return [(read_image(path, 64) + 1) * 127.5, bucketed, decode(path, 64).expand(3, -1, -1).float()]
+    return [
+        (read_image(path, 64) + 1) * 127.5,
+        bucketed,
+        decode(path, 64).expand(3, -1, -1).float(),
+    ]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -58,11 +64,15 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path, orientation, ending):
     stored.save(tmp_path / f"a.{ending}", exif=exif, **options.get(ending, {}))
     seen = open_image(tmp_path / f"a.{ending}")
     assert seen.size == (64, 48)
-    np.testing.assert_allclose(np.asarray(seen, float), np.asarray(upright, float), atol=12 if ending == "jpg" else 0)
+    np.testing.assert_allclose(
+        np.asarray(seen, float), np.asarray(upright, float), atol=12 if ending == "jpg" else 0
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P", "L", "RGB", "1"])
-def test_what_is_transparent_is_black_whatever_colour_lies_under_it_and_that_is_said_once(tmp_path, mode, caplog):
+def test_what_is_transparent_is_black_whatever_colour_lies_under_it_and_that_is_said_once(
+    tmp_path, mode, caplog
+):
     hidden = np.full((64, 64, 4), 255, np.uint8)  # white, or magenta, under transparency
     hidden[:32, :, :3] = (255, 0, 255) if mode in ("RGBA", "PA", "P", "RGB") else 255
     hidden[:32, :, 3], hidden[32:, :, :3] = 0, 128
@@ -78,7 +88,9 @@ def test_what_is_transparent_is_black_whatever_colour_lies_under_it_and_that_is_
     with caplog.at_level(logging.WARNING):
         read = [pixels for name in "ab" for pixels in read_by_all(tmp_path / f"{name}.png")]
     assert all(torch.equal(pixels[:, :28].round(), torch.zeros(3, 28, 64)) for pixels in read)
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"{tmp_path / 'a.png'}: is transparent in parts")
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(
+        f"{tmp_path / 'a.png'}: is transparent in parts"
+    )
 
 
 def test_an_opaque_alpha_channel_changes_nothing_and_is_not_worth_a_word(tmp_path, caplog):
@@ -109,7 +121,10 @@ def deep(mode):
 )
 def test_more_than_eight_bits_are_refused_by_name_by_every_reader(tmp_path, mode, read):
     (tmp_path / "a.tif").write_bytes(deep(mode))
-    with pytest.raises(ImageError, match=r"a\.tif: has more than 8 bits per channel \([IF].*\); convert it to 8 bits$"):
+    with pytest.raises(
+        ImageError,
+        match=r"a\.tif: has more than 8 bits per channel \([IF].*\); convert it to 8 bits$",
+    ):
         read(tmp_path / "a.tif")
 
 
@@ -129,9 +144,17 @@ def damaged():
     yield "cut", whole[: len(whole) // 2]
     header = struct.pack(">IIBBBBB", 64, 48, 8, 2, 0, 0, 0)
     yield "no pixels", whole[:8] + chunk(b"IHDR", header) + chunk(b"IEND", b"")
-    yield "bad depth", whole[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 77, 9, 0, 0, 0)) + chunk(b"IEND", b"")
+    yield (
+        "bad depth",
+        whole[:8]
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 48, 77, 9, 0, 0, 0))
+        + chunk(b"IEND", b""),
+    )
     yield "short header", whole[:8] + chunk(b"IHDR", b"\0\0")
-    yield "a bomb", whole[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 20, 1 << 20, 8, 2, 0, 0, 0))
+    yield (
+        "a bomb",
+        whole[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 1 << 20, 1 << 20, 8, 2, 0, 0, 0)),
+    )
     yield "text", b"no image"
     yield "empty", b""
     yield "gif header", b"GIF89a" + b"\xff" * 40
@@ -146,6 +169,8 @@ def chunk(name, data):
 @pytest.mark.parametrize("content", [pytest.param(content, id=kind) for kind, content in damaged()])
 def test_a_damaged_file_is_one_line_whatever_its_decoder_raises(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    with pytest.raises(ImageError, match=r"a\.png: not a readable image \(.+\); replace or remove it$") as error:
+    with pytest.raises(
+        ImageError, match=r"a\.png: not a readable image \(.+\); replace or remove it$"
+    ) as error:
         open_image(tmp_path / "a.png")
     assert "\n" not in str(error.value)

@@ -1,4 +1,5 @@
-"""A record of Zenodo, from a server on the loopback address that speaks as Zenodo does: cut off, resumed, verified."""
+"""A record of Zenodo, from a server on the loopback address that speaks as Zenodo does: cut off,
+resumed, verified."""
 
 import hashlib
 import io
@@ -16,7 +17,8 @@ from planes.record import LIST, SYNTHETIC, fetch_record, fetch_synthetic
 
 
 class Zenodo:
-    """Files by name, of which a listing tells; `cut`: bytes after which the connection ends; `ranges`: those asked."""
+    """Files by name, of which a listing tells; `cut`: bytes after which the connection ends;
+    `ranges`: those asked."""
 
     def __init__(self):
         self.files, self.sums, self.cut, self.ranges, zenodo = {}, {}, None, [], self
@@ -52,7 +54,13 @@ class Zenodo:
         files = []
         for name, body in self.files.items():
             md5 = self.sums.get(name, hashlib.md5(body).hexdigest())
-            files.append({"key": name, "checksum": f"md5:{md5}", "links": {"self": f"{self.api}/files/{name}"}})
+            files.append(
+                {
+                    "key": name,
+                    "checksum": f"md5:{md5}",
+                    "links": {"self": f"{self.api}/files/{name}"},
+                }
+            )
         return json.dumps({"files": files}).encode()
 
 
@@ -82,7 +90,11 @@ def test_the_authors_images_are_fetched_unpacked_and_read(zenodo, tmp_path):
     require_images(records)
     assert [record.plane for record in records] == [*PLANES]
     asked = len(zenodo.ranges)
-    assert fetch_synthetic(tmp_path / "z", None, zenodo.api) == manifest and len(zenodo.ranges) == asked  # not again
+    # not again
+    assert (
+        fetch_synthetic(tmp_path / "z", None, zenodo.api) == manifest
+        and len(zenodo.ranges) == asked
+    )
 
 
 def test_the_list_may_lie_beside_the_authors_other_lists(zenodo, tmp_path):
@@ -102,7 +114,9 @@ def test_what_is_cut_off_goes_on_where_it_was(zenodo, tmp_path):
     zenodo.cut = None
     assert fetch_record(SYNTHETIC, tmp_path, zenodo.api) == [tmp_path / "images.zip"]
     assert zenodo.ranges == [("images.zip", None), ("images.zip", "bytes=200-")]
-    assert (tmp_path / "images.zip").read_bytes() == body and not (tmp_path / "images.zip.part").exists()
+    assert (tmp_path / "images.zip").read_bytes() == body and not (
+        tmp_path / "images.zip.part"
+    ).exists()
 
 
 def test_a_part_that_is_whole_is_taken_and_one_that_is_damaged_is_not(zenodo, tmp_path):
@@ -126,7 +140,9 @@ def test_a_file_with_another_checksum_is_refused(zenodo, tmp_path):
 def test_a_record_that_is_not_there_or_not_zenodos_is_one_line(zenodo, tmp_path):
     with pytest.raises(DatasetError, match="does not say what is in the record"):
         fetch_record(5, tmp_path, zenodo.api)
-    zenodo.listing = lambda: b'{"files": [{"key": "../x.zip", "checksum": "md5:00", "links": {"self": "http://x"}}]}'
+    zenodo.listing = lambda: (
+        b'{"files": [{"key": "../x.zip", "checksum": "md5:00", "links": {"self": "http://x"}}]}'
+    )
     with pytest.raises(DatasetError, match="is no file with an md5; fetch it by hand"):
         fetch_record(SYNTHETIC, tmp_path, zenodo.api)
     zenodo.listing = lambda: b"<html>"

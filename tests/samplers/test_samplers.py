@@ -1,4 +1,5 @@
-"""Samplers against exact mathematics: what a step must do, and the ends of the grid. Nothing stored is read here."""
+"""Samplers against exact mathematics: what a step must do, and the ends of the grid. Nothing stored
+is read here."""
 
 import math
 from functools import partial
@@ -17,21 +18,29 @@ UNIPC = {
     for order in (1, 2, 3)
     for variant in ("bh1", "bh2")
 }
-every_sampler = pytest.mark.parametrize("sample", [sample_euler, *UNIPC.values()], ids=["euler", *UNIPC])
+every_sampler = pytest.mark.parametrize(
+    "sample", [sample_euler, *UNIPC.values()], ids=["euler", *UNIPC]
+)
 FULL_ORDER = {
     f"{name}-full-order-last": partial(sample, lower_order_final=False)
     for name, sample in UNIPC.items()
     if name[5] != "1"
 }
 every_sampler_and_ending = pytest.mark.parametrize(
-    "sample", [sample_euler, *UNIPC.values(), *FULL_ORDER.values()], ids=["euler", *UNIPC, *FULL_ORDER]
+    "sample",
+    [sample_euler, *UNIPC.values(), *FULL_ORDER.values()],
+    ids=["euler", *UNIPC, *FULL_ORDER],
 )
-UNCORRECTED = {f"{name}-uncorrected": partial(sample, corrector=False) for name, sample in UNIPC.items()}
+UNCORRECTED = {
+    f"{name}-uncorrected": partial(sample, corrector=False) for name, sample in UNIPC.items()
+}
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def nonlinear(x, sigma):
@@ -43,18 +52,26 @@ def nonlinear(x, sigma):
 
 
 @pytest.mark.parametrize(
-    "sample", [sample_euler, *UNIPC.values(), *UNCORRECTED.values()], ids=["euler", *UNIPC, *UNCORRECTED]
+    "sample",
+    [sample_euler, *UNIPC.values(), *UNCORRECTED.values()],
+    ids=["euler", *UNIPC, *UNCORRECTED],
 )
 def test_a_constant_denoiser_is_followed_exactly_at_every_node(sample):
     nodes, c, states = unipc_nodes(SCHEDULE, 20), 0.7, []
     x = nodes.init_scale * noise(3, 2)
-    last = sample(lambda x, sigma: torch.full_like(x, c), x, nodes.sigmas, callback=lambda i, x, x0: states.append(x))
+    last = sample(
+        lambda x, sigma: torch.full_like(x, c),
+        x,
+        nodes.sigmas,
+        callback=lambda i, x, x0: states.append(x),
+    )
     for sigma, state in zip(nodes.sigmas, [*states, last], strict=True):
         torch.testing.assert_close(state, c + sigma / nodes.sigmas[0] * (x - c), **EXACT)
 
 
 def integral(h, k):
-    """integral_0^h e^(u-h) u^k du by Gauss-Legendre, which shares nothing with the library's recursion."""
+    """integral_0^h e^(u-h) u^k du by Gauss-Legendre, which shares nothing with the library's
+    recursion."""
     u, weights = np.polynomial.legendre.leggauss(30)
     u = (u + 1) * h / 2
     return float((weights * np.exp(u - h) * u**k).sum() * h / 2)
@@ -63,7 +80,9 @@ def integral(h, k):
 def quadrature(h, positions, k, variant):
     """What a step adds for D = (lambda - lambda_0)^k, starting from x = 0."""
     d = [(u * h) ** k - 0**k for u in positions]
-    return -math.expm1(-h) * 0**k + sum(c * d_j for c, d_j in zip(coefficients(h, positions, variant), d))
+    return -math.expm1(-h) * 0**k + sum(
+        c * d_j for c, d_j in zip(coefficients(h, positions, variant), d)
+    )
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
@@ -72,7 +91,9 @@ def quadrature(h, positions, k, variant):
     [([], 0), ([-1.3], 0), ([1.0], 0), ([-2.9, -1.3], 2), ([-1.3, 1.0], 2), ([-2.9, -1.3, 1.0], 3)],
     ids=["UniP-1", "UniP-2", "UniC-1", "UniP-3", "UniC-2", "UniC-3"],
 )
-def test_a_step_integrates_polynomials_up_to_its_degree_and_no_further(variant, positions, exact_to):
+def test_a_step_integrates_polynomials_up_to_its_degree_and_no_further(
+    variant, positions, exact_to
+):
     h = 0.6
     for k in range(exact_to + 1):
         assert quadrature(h, positions, k, variant) == pytest.approx(integral(h, k), abs=1e-13)
@@ -88,7 +109,8 @@ def test_a_single_neighbour_takes_the_papers_b_of_h(u):
 
 @pytest.mark.parametrize(("order", "degree"), [(2, 2), (3, 3)])
 def test_the_corrector_looks_at_the_model_where_the_step_ends(order, degree):
-    """D = (lambda - lambda_0)^k depends on sigma alone; an order-p corrected state is then exact for k <= p."""
+    """D = (lambda - lambda_0)^k depends on sigma alone; an order-p corrected state is then exact
+    for k <= p."""
     sigmas, states = [8.0, 5.0, 3.5, 2.0, 1.1, 0.5], []
     sample_unipc(
         lambda x, sigma: torch.full_like(x, math.log(sigmas[order - 1] / sigma) ** degree),
@@ -117,7 +139,9 @@ def test_unipc_of_order_1_without_its_corrector_is_euler(final):
     nodes = unipc_nodes(SCHEDULE, 20, "linspace", final=final)
     x = nodes.init_scale * noise(4, 3)
     euler = sample_euler(nonlinear, x, nodes.sigmas)
-    torch.testing.assert_close(sample_unipc(nonlinear, x, nodes.sigmas, 1, corrector=False), euler, **EXACT)
+    torch.testing.assert_close(
+        sample_unipc(nonlinear, x, nodes.sigmas, 1, corrector=False), euler, **EXACT
+    )
     assert (sample_unipc(nonlinear, x, nodes.sigmas, 1) - euler).abs().max() > 1e-3
 
 
@@ -140,7 +164,11 @@ def test_the_corrector_is_applied_at_the_named_nodes_only():
             corrector=corrector,
             callback=lambda i, x, x0: corrected.append(x),
         )
-        return [i for i, (a, b) in enumerate(zip(predicted, corrected, strict=True)) if not torch.equal(a, b)]
+        return [
+            i
+            for i, (a, b) in enumerate(zip(predicted, corrected, strict=True))
+            if not torch.equal(a, b)
+        ]
 
     assert corrected_nodes(True) == [1, 2, 3, 4, 5, 6, 7]
     assert corrected_nodes(range(4, 8)) == [4, 5, 6, 7]
@@ -155,7 +183,9 @@ def test_a_final_sigma_of_zero_ends_at_the_last_x0(sample):
     for steps in range(1, 6):
         nodes, seen = euler_nodes(SCHEDULE, steps), []
         x = nodes.init_scale * noise(4, 3)
-        last = sample(nonlinear, x, nodes.sigmas, callback=lambda i, x, x0, seen=seen: seen.append(x0))
+        last = sample(
+            nonlinear, x, nodes.sigmas, callback=lambda i, x, x0, seen=seen: seen.append(x0)
+        )
         assert len(seen) == steps and last.isfinite().all()
         torch.testing.assert_close(last, seen[-1], rtol=0, atol=0)
 
@@ -170,7 +200,9 @@ def test_a_repeated_sigma_changes_nothing_but_the_cost(sample):
     def denoise(x, sigma):
         return torch.full_like(x, math.sin(3 * math.log(sigma)))
 
-    torch.testing.assert_close(sample(denoise, x, repeated), sample(denoise, x, sigmas), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        sample(denoise, x, repeated), sample(denoise, x, sigmas), rtol=1e-12, atol=1e-12
+    )
     nodes = unipc_nodes(SCHEDULE, 10, "karras")  # its last step is of length zero
     assert nodes.sigmas[-2] == SCHEDULE.sigma_min == nodes.sigmas[-1]
     assert sample(nonlinear, nodes.init_scale * x, nodes.sigmas).isfinite().all()

@@ -6,21 +6,36 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import Denoiser, Nodes, NoiseSchedule, SamplerError, euler_nodes, sample_euler, sample_unipc, unipc_nodes
+from samplers import (
+    Denoiser,
+    Nodes,
+    NoiseSchedule,
+    SamplerError,
+    euler_nodes,
+    sample_euler,
+    sample_unipc,
+    unipc_nodes,
+)
 
 SCHEDULE = NoiseSchedule()
-every_sampler = pytest.mark.parametrize("sample", [sample_euler, sample_unipc], ids=["euler", "unipc"])
+every_sampler = pytest.mark.parametrize(
+    "sample", [sample_euler, sample_unipc], ids=["euler", "unipc"]
+)
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def network(x_vp, t, context):
     """A stand-in for a U-Net: depends on each of its arguments, row by row."""
     rows = (-1, 1, 1, 1)
-    return torch.tanh(x_vp * (1 + t.view(rows) / 1000)) + context.mean((1, 2)).view(rows) * torch.cos(x_vp)
+    return torch.tanh(x_vp * (1 + t.view(rows) / 1000)) + context.mean((1, 2)).view(
+        rows
+    ) * torch.cos(x_vp)
 
 
 @every_sampler
@@ -30,7 +45,9 @@ def test_eps_and_v_parameterisations_of_one_denoiser_give_one_trajectory(sample)
 
     def v_network(x_vp, t, context):
         sigma = float(np.interp(t[0].item(), nodes.timesteps[::-1], nodes.sigmas[-2::-1]))
-        return (network(x_vp, t, context) + sigma * -x_vp / math.hypot(1, sigma)) * math.hypot(1, sigma)
+        return (network(x_vp, t, context) + sigma * -x_vp / math.hypot(1, sigma)) * math.hypot(
+            1, sigma
+        )
 
     eps = Denoiser(network, nodes, context)
     v = Denoiser(v_network, nodes, context, prediction_type="v_prediction")
@@ -60,7 +77,11 @@ def test_a_batch_equals_its_rows_alone(sample):
     negative = noise(3, 2, 4, seed=2)
     whole = sample(Denoiser(network, nodes, context, negative, 4.0), x, nodes.sigmas)
     rows = [
-        sample(Denoiser(network, nodes, context[i : i + 1], negative[i : i + 1], 4.0), x[i : i + 1], nodes.sigmas)
+        sample(
+            Denoiser(network, nodes, context[i : i + 1], negative[i : i + 1], 4.0),
+            x[i : i + 1],
+            nodes.sigmas,
+        )
         for i in range(3)
     ]
     torch.testing.assert_close(whole, torch.cat(rows), **EXACT)
@@ -76,12 +97,18 @@ def counted(calls):
 
 def test_guidance_is_one_call_of_twice_the_batch_and_scale_1_is_the_condition_alone():
     nodes, calls = euler_nodes(SCHEDULE, 3), []
-    x, context, negative = nodes.init_scale * noise(2, 1, 2, 2), noise(2, 2, 4, seed=1), noise(2, 2, 4, seed=2)
+    x, context, negative = (
+        nodes.init_scale * noise(2, 1, 2, 2),
+        noise(2, 2, 4, seed=1),
+        noise(2, 2, 4, seed=2),
+    )
     sigma = nodes.sigmas[1]
     with_, without = (Denoiser(network, nodes, c)(x, sigma) for c in (context, negative))
     guided = Denoiser(counted(calls), nodes, context, negative, 7.0)(x, sigma)
     torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
-    torch.testing.assert_close(Denoiser(counted(calls), nodes, context, negative, 1.0)(x, sigma), with_, **EXACT)
+    torch.testing.assert_close(
+        Denoiser(counted(calls), nodes, context, negative, 1.0)(x, sigma), with_, **EXACT
+    )
     assert calls == [(4, [499.5] * 4, torch.float64), (2, [499.5] * 2, torch.float64)]
 
 
@@ -89,10 +116,15 @@ def test_guidance_is_one_call_of_twice_the_batch_and_scale_1_is_the_condition_al
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_negative_prompt_of_another_length_is_a_call_of_its_own(tokens, prediction_type):
     nodes, calls = euler_nodes(SCHEDULE, 3), []
-    x, context, negative = nodes.init_scale * noise(2, 1, 2, 2), noise(2, 2, 4, seed=1), noise(2, tokens, 4, seed=2)
+    x, context, negative = (
+        nodes.init_scale * noise(2, 1, 2, 2),
+        noise(2, 2, 4, seed=1),
+        noise(2, tokens, 4, seed=2),
+    )
     sigma = nodes.sigmas[1]
     with_, without = (
-        Denoiser(network, nodes, c, prediction_type=prediction_type)(x, sigma) for c in (context, negative)
+        Denoiser(network, nodes, c, prediction_type=prediction_type)(x, sigma)
+        for c in (context, negative)
     )
     guided = Denoiser(counted(calls), nodes, context, negative, 7.0, prediction_type)(x, sigma)
     torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
@@ -104,7 +136,10 @@ def test_a_negative_prompt_of_another_length_is_a_call_of_its_own(tokens, predic
 
 @pytest.mark.parametrize("shape", [(1, 2, 4), (2, 2, 3)], ids=["rows", "width"])
 def test_contexts_that_differ_in_more_than_their_tokens_are_refused_in_one_line(shape):
-    message = rf"negative context and context are \({shape[0]}, 2, {shape[2]}\) and \(2, 2, 4\): only their number"
+    message = (
+        rf"negative context and context are \({shape[0]}, 2, {shape[2]}\) and \(2, 2, 4\): only"
+        r" their number"
+    )
     with pytest.raises(SamplerError, match=message) as error:
         Denoiser(network, euler_nodes(SCHEDULE, 3), noise(2, 2, 4), noise(*shape), 7.0)
     assert "\n" not in str(error.value)
@@ -128,9 +163,12 @@ def test_the_state_stays_in_float32_around_a_network_in_half_precision(sample):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_guidance_combines_the_predictions_of_a_half_precision_network_in_float32(prediction_type):
-    """Not in half precision, where 7 times a difference would be rounded again: exactly the widened numbers."""
+    """Not in half precision, where 7 times a difference would be rounded again: exactly the widened
+    numbers."""
     nodes = euler_nodes(SCHEDULE, 3)
-    x, context, negative = (noise(2, *shape, dtype=torch.float32) for shape in ((1, 2, 2), (2, 4), (2, 4)))
+    x, context, negative = (
+        noise(2, *shape, dtype=torch.float32) for shape in ((1, 2, 2), (2, 4), (2, 4))
+    )
     negative = negative + 1
 
     def denoise(widen):
@@ -156,7 +194,9 @@ def test_a_prediction_that_is_not_finite_is_told_with_its_step(value, guidance_s
 
     zeros = torch.zeros(1, 1, 1, dtype=torch.float64)
     denoise = Denoiser(broken, nodes, zeros, zeros, guidance_scale)
-    with pytest.raises(SamplerError, match=r"predicts at t = 333 is not finite in float64: take another model"):
+    with pytest.raises(
+        SamplerError, match=r"predicts at t = 333 is not finite in float64: take another model"
+    ):
         sample_euler(denoise, nodes.init_scale * noise(1, 1, 3, 3), nodes.sigmas)
         denoise.require_finite()
     with pytest.raises(SamplerError, match="must be a finite number"):

@@ -1,4 +1,5 @@
-"""Samplers live against diffusers' schedulers, which are float32 inside: 1e-4 of the largest value."""
+"""Samplers live against diffusers' schedulers, which are float32 inside: 1e-4 of the largest
+value."""
 
 import math
 
@@ -48,7 +49,9 @@ def unit():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras"])
 @pytest.mark.parametrize("steps", [5, 20])
-def test_euler_is_diffusers_euler_discrete_scheduler(diffusers, unit, spacing, prediction_type, steps):
+def test_euler_is_diffusers_euler_discrete_scheduler(
+    diffusers, unit, spacing, prediction_type, steps
+):
     karras = spacing == "karras"
     theirs = diffusers.EulerDiscreteScheduler(
         **BETAS,
@@ -58,7 +61,10 @@ def test_euler_is_diffusers_euler_discrete_scheduler(diffusers, unit, spacing, p
     )
     nodes = euler_nodes(SCHEDULE, steps, spacing)
     denoise = Denoiser(network, nodes, CONTEXT, prediction_type=prediction_type)
-    assert_near(sample_euler(denoise, nodes.init_scale * unit, nodes.sigmas), by_diffusers(theirs, steps, unit))
+    assert_near(
+        sample_euler(denoise, nodes.init_scale * unit, nodes.sigmas),
+        by_diffusers(theirs, steps, unit),
+    )
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -74,7 +80,9 @@ def test_euler_is_diffusers_euler_discrete_scheduler(diffusers, unit, spacing, p
     ],
 )
 @pytest.mark.parametrize("steps", [5, 20])
-def test_unipc_is_diffusers_unipc_multistep_scheduler(diffusers, unit, spacing, final, order, variant, steps):
+def test_unipc_is_diffusers_unipc_multistep_scheduler(
+    diffusers, unit, spacing, final, order, variant, steps
+):
     karras = spacing == "karras"
     theirs = diffusers.UniPCMultistepScheduler(
         **BETAS,
@@ -85,7 +93,9 @@ def test_unipc_is_diffusers_unipc_multistep_scheduler(diffusers, unit, spacing, 
         final_sigmas_type=final,
     )
     nodes = unipc_nodes(SCHEDULE, steps, spacing, final=final)
-    x = sample_unipc(Denoiser(network, nodes, CONTEXT), nodes.init_scale * unit, nodes.sigmas, order, variant)
+    x = sample_unipc(
+        Denoiser(network, nodes, CONTEXT), nodes.init_scale * unit, nodes.sigmas, order, variant
+    )
     assert_near(x / math.hypot(1, nodes.sigmas[-1]), by_diffusers(theirs, steps, unit))
 
 
@@ -93,7 +103,11 @@ def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_f
     diffusers, unit
 ):
     theirs = diffusers.UniPCMultistepScheduler(
-        **BETAS, solver_order=3, solver_type="bh1", timestep_spacing="linspace", final_sigmas_type="sigma_min"
+        **BETAS,
+        solver_order=3,
+        solver_type="bh1",
+        timestep_spacing="linspace",
+        final_sigmas_type="sigma_min",
     )
     nodes = unipc_nodes(SCHEDULE)
     x = sample_unipc(Denoiser(network, nodes, CONTEXT), nodes.init_scale * unit, nodes.sigmas)
@@ -102,10 +116,15 @@ def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_f
 
 def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
     t = torch.arange(0, 1000, 7)
-    latents, noise = (torch.randn(len(t), 2, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    latents, noise = (
+        torch.randn(len(t), 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 2)
+    )
     theirs = diffusers.DDPMScheduler(**BETAS)
     tolerance = {"rtol": 0, "atol": 2e-6}
-    torch.testing.assert_close(SCHEDULE.add_noise(latents, noise, t), theirs.add_noise(latents, noise, t), **tolerance)
+    torch.testing.assert_close(
+        SCHEDULE.add_noise(latents, noise, t), theirs.add_noise(latents, noise, t), **tolerance
+    )
     torch.testing.assert_close(
         SCHEDULE.velocity(latents, noise, t), theirs.get_velocity(latents, noise, t), **tolerance
     )
@@ -117,9 +136,13 @@ def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
 def test_times_are_those_of_diffusers_at_every_number_of_steps(diffusers, sampler, spacing):
     """What is rounded hangs on its last bit, and so on the way of counting.
 
-    Euler's only step of linspace is diffusers' t = 0, from which no image can come, and k-diffusion's 999.
+    Euler's only step of linspace is diffusers' t = 0, from which no image can come, and
+    k-diffusion's 999.
     """
-    scheduler = {"euler": diffusers.EulerDiscreteScheduler, "unipc": diffusers.UniPCMultistepScheduler}[sampler]
+    scheduler = {
+        "euler": diffusers.EulerDiscreteScheduler,
+        "unipc": diffusers.UniPCMultistepScheduler,
+    }[sampler]
     nodes = {"euler": euler_nodes, "unipc": unipc_nodes}[sampler]
     theirs = scheduler(**BETAS, timestep_spacing=spacing)
     off = []

@@ -1,7 +1,9 @@
-"""Every reference trajectory replayed: diffusers, k-diffusion and the UniPC authors' code, node by node.
+"""Every reference trajectory replayed: diffusers, k-diffusion and the UniPC authors' code, node by
+node.
 
-The trajectories lie beside the checkout in ../shared/reference/golden; the ten of them at the paper's setting are
-kept under references/ (made by make_samplers_golden_small.py), so that something is compared everywhere.
+The trajectories lie beside the checkout in ../shared/reference/golden; the ten of them at the
+paper's setting are kept under references/ (made by make_samplers_golden_small.py), so that
+something is compared everywhere.
 """
 
 import json
@@ -16,12 +18,23 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import conv2d
 
-from samplers import Denoiser, Nodes, NoiseSchedule, euler_nodes, karras_sigmas, sample_euler, sample_unipc, unipc_nodes
+from samplers import (
+    Denoiser,
+    Nodes,
+    NoiseSchedule,
+    euler_nodes,
+    karras_sigmas,
+    sample_euler,
+    sample_unipc,
+    unipc_nodes,
+)
 
 SMALL = Path(__file__).parents[1] / "references"
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "reference" / "golden"
-STATE_TOLERANCE = {"f64": 1e-12, "f32": 1e-4}  # max |x - reference| / max |reference|, the worst node
-SIGMA_TOLERANCE = {"f64": 1e-11, "f32": 1e-4}  # relative; the references' float32 tables lose five digits
+# max |x - reference| / max |reference|, the worst node
+STATE_TOLERANCE = {"f64": 1e-12, "f32": 1e-4}
+# relative; the references' float32 tables lose five digits
+SIGMA_TOLERANCE = {"f64": 1e-11, "f32": 1e-4}
 TIME_TOLERANCE = {"f64": 1e-9, "f32": 1e-2}
 SCHEDULE = NoiseSchedule()
 
@@ -52,7 +65,9 @@ FULL_GROUPS = [
 @pytest.fixture(scope="module")
 def full():
     if not GOLDEN.is_dir():
-        pytest.skip("the reference trajectories, ../shared/reference/golden, are not beside this checkout")
+        pytest.skip(
+            "the reference trajectories, ../shared/reference/golden, are not beside this checkout"
+        )
     return records_by_group(GOLDEN / "index.json"), load_file(GOLDEN / "samplers.safetensors")
 
 
@@ -65,22 +80,28 @@ def small():
 @cache
 def toy_kernel(channels, dtype):
     c, taps = torch.arange(channels, dtype=torch.float64), torch.arange(3, dtype=torch.float64)
-    phase = 1 + 1.7 * c[:, None, None, None] + 2.3 * c[:, None, None] + 0.9 * taps[:, None] + 1.3 * taps
+    phase = (
+        1 + 1.7 * c[:, None, None, None] + 2.3 * c[:, None, None] + 0.9 * taps[:, None] + 1.3 * taps
+    )
     return (0.35 * torch.sin(phase)).to(dtype)
 
 
 def toy_model(x, t, context):
-    """The small nonlinear network of the references: (B, C, H, W), (B,), (B, 1, 1) the condition y -> (B, C, H, W)."""
+    """The small nonlinear network of the references: (B, C, H, W), (B,), (B, 1, 1) the condition y
+    -> (B, C, H, W)."""
     u, c = t.view(-1, 1, 1, 1) / 1000, torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
     bias = 0.5 * torch.cos(6 * u + c) + context.view(-1, 1, 1, 1)
     return u * x + 0.25 * torch.tanh(conv2d(x, toy_kernel(x.shape[1], x.dtype), padding=1) + bias)
 
 
 def nodes_of(record):
-    """The library's nodes for a record, or nodes made here for the settings that only a reference has."""
+    """The library's nodes for a record, or nodes made here for the settings that only a reference
+    has."""
     steps, options = record["steps"], record["settings"]
     if record["reference"] == "kdiffusion_euler":
-        nodes = euler_nodes(SCHEDULE, steps, {"uniform": "linspace", "karras": "karras"}[options["schedule"]])
+        nodes = euler_nodes(
+            SCHEDULE, steps, {"uniform": "linspace", "karras": "karras"}[options["schedule"]]
+        )
         if options["quantize"]:
             # the nearest whole time in log sigma, the lower one of two
             times = tuple(np.ceil(np.subtract(nodes.timesteps, 0.5)).tolist())
@@ -90,15 +111,17 @@ def nodes_of(record):
         return diffusers_euler_nodes(steps, options)
     if record["reference"] == "diffusers_unipc":
         spacing = "karras" if options["karras"] else options["spacing"]
-        return unipc_nodes(SCHEDULE, steps, spacing, final=options["final"], steps_offset=options["steps_offset"])
+        return unipc_nodes(
+            SCHEDULE, steps, spacing, final=options["final"], steps_offset=options["steps_offset"]
+        )
     if options["skip"] == "time_uniform":
         return unipc_nodes(SCHEDULE, steps)
     return log_alpha_nodes(steps, options["skip"])
 
 
 def diffusers_euler_nodes(steps, options):
-    """Its fractional times interpolate sigma itself, a single step starts at t = 0, and its Karras sigmas lie between
-    the first and the last of the spacing."""
+    """Its fractional times interpolate sigma itself, a single step starts at t = 0, and its Karras
+    sigmas lie between the first and the last of the spacing."""
     spacing, final = options["spacing"], options["final"]
     if options["karras"] and spacing == "linspace" and steps > 1:
         return euler_nodes(SCHEDULE, steps, "karras", final=final)
@@ -112,14 +135,18 @@ def diffusers_euler_nodes(steps, options):
     if options["karras"]:
         sigmas = karras_sigmas(steps, sigmas[0], sigmas[-1]).tolist()
         times = tuple(SCHEDULE.t(np.array(sigmas)).tolist())
-    return Nodes(times, (*sigmas, last), math.hypot(1, sigmas[0]) if spacing == "leading" else sigmas[0])
+    return Nodes(
+        times, (*sigmas, last), math.hypot(1, sigmas[0]) if spacing == "leading" else sigmas[0]
+    )
 
 
 def log_alpha_nodes(steps, skip):
     """Even in lambda, or even in sqrt(t), with log alpha interpolated."""
     log_alphas = np.log(SCHEDULE.alphas_cumprod.numpy()) / 2
     if skip == "logSNR":
-        lambdas = np.linspace(-math.log(SCHEDULE.sigma_max), -math.log(SCHEDULE.sigma_min), steps + 1)
+        lambdas = np.linspace(
+            -math.log(SCHEDULE.sigma_max), -math.log(SCHEDULE.sigma_min), steps + 1
+        )
         times = np.interp(np.logaddexp(0, -2 * lambdas) / 2, -log_alphas, np.arange(1000))
     else:
         times = 1000 * np.linspace(1, math.sqrt(1e-3), steps + 1) ** 2 - 1
@@ -128,7 +155,8 @@ def log_alpha_nodes(steps, skip):
 
 
 def replay(record, tensors):
-    """(predicted states (N + 1, ...), corrected states (N, ...)) of the library, in the record's own space."""
+    """(predicted states (N + 1, ...), corrected states (N, ...)) of the library, in the record's
+    own space."""
     nodes = nodes_of(record)
     if record.get("t_tie"):  # a rounded time that the last bit decides: the reference's own
         nodes = Nodes(tuple(tensors[record["timesteps"]].tolist()), nodes.sigmas, nodes.init_scale)
@@ -185,28 +213,46 @@ def state_failures(records, tensors):
             found[".xc"] = worst_node(corrected, tensors[f"{record['id']}.xc"])
         for name, distance in found.items():
             if distance > STATE_TOLERANCE[record["precision"]]:
-                failures.append(f"{record['id']}{name}: {distance:.2e}, {record['steps']} steps, {record['settings']}")
+                failures.append(
+                    f"{record['id']}{name}: {distance:.2e}, {record['steps']} steps,"
+                    f" {record['settings']}"
+                )
     return failures
 
 
 def node_failures(records, tensors):
-    """One line for each record whose sigmas, times or scale of the first noise leave their tolerances."""
+    """One line for each record whose sigmas, times or scale of the first noise leave their
+    tolerances."""
     failures = []
     for record in records:
         nodes, precision = nodes_of(record), record["precision"]
         sigmas, times = tensors[record["sigmas"]].numpy(), tensors[record["timesteps"]].numpy()
         if len(nodes.sigmas) != len(sigmas) or len(nodes.timesteps) != len(times):
-            failures.append(f"{record['id']}: {len(nodes.timesteps)} nodes, {len(times)} in the reference")
+            failures.append(
+                f"{record['id']}: {len(nodes.timesteps)} nodes, {len(times)} in the reference"
+            )
             continue
         to_ve = math.hypot(1, nodes.sigmas[0]) if record["space"] == "VP" else 1
         found = {  # name -> (distance, tolerance)
-            "sigmas": (np.abs((nodes.sigmas - sigmas) / np.where(sigmas > 0, sigmas, 1)).max(), SIGMA_TOLERANCE),
-            "timesteps": (0 if record.get("t_tie") else np.abs(nodes.timesteps - times).max(), TIME_TOLERANCE),
-            "init_scale": (abs(nodes.init_scale / (record["init_scale"] * to_ve) - 1), SIGMA_TOLERANCE),
+            "sigmas": (
+                np.abs((nodes.sigmas - sigmas) / np.where(sigmas > 0, sigmas, 1)).max(),
+                SIGMA_TOLERANCE,
+            ),
+            "timesteps": (
+                0 if record.get("t_tie") else np.abs(nodes.timesteps - times).max(),
+                TIME_TOLERANCE,
+            ),
+            "init_scale": (
+                abs(nodes.init_scale / (record["init_scale"] * to_ve) - 1),
+                SIGMA_TOLERANCE,
+            ),
         }
         for name, (distance, tolerance) in found.items():
             if not distance <= tolerance[precision]:
-                failures.append(f"{record['id']} {name}: {distance:.2e}, {record['steps']} steps, {record['settings']}")
+                failures.append(
+                    f"{record['id']} {name}: {distance:.2e}, {record['steps']} steps,"
+                    f" {record['settings']}"
+                )
     return failures
 
 
@@ -235,11 +281,17 @@ def test_one_more_model_call_at_sigma_min_is_the_denoised_result_of_the_authors_
         nodes = Nodes((0.0,), (SCHEDULE.sigma_min, 0.0), 1.0)
         denoise = Denoiser(toy_model, nodes, torch.zeros(len(x_vp), 1, 1, dtype=x_vp.dtype))
         x0 = sample_euler(denoise, x_vp * math.hypot(1, SCHEDULE.sigma_min), nodes.sigmas)
-        torch.testing.assert_close(x0, tensors[f"{record['id']}.x0_denoised"], rtol=1e-12, atol=1e-12, msg=record["id"])
+        torch.testing.assert_close(
+            x0, tensors[f"{record['id']}.x0_denoised"], rtol=1e-12, atol=1e-12, msg=record["id"]
+        )
 
 
 def test_the_trajectories_at_the_papers_setting_are_reproduced(small):
     records, tensors = small
-    assert len(records) == 10 and {r["steps"] for r in records} == {20} and {r["cfg"] for r in records} == {7.0}
+    assert (
+        len(records) == 10
+        and {r["steps"] for r in records} == {20}
+        and {r["cfg"] for r in records} == {7.0}
+    )
     failures = state_failures(records, tensors) + node_failures(records, tensors)
     assert not failures, "\n".join(failures)

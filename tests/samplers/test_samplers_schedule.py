@@ -23,7 +23,9 @@ SCHEDULE = NoiseSchedule()
 
 
 def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def test_the_noise_schedule_is_stable_diffusions():
@@ -31,16 +33,22 @@ def test_the_noise_schedule_is_stable_diffusions():
     beta = 1 - SCHEDULE.alphas_cumprod[1:] / SCHEDULE.alphas_cumprod[:-1]
     assert 1 - SCHEDULE.alphas_cumprod[0].item() == pytest.approx(0.00085, rel=1e-12)
     assert beta[-1].item() == pytest.approx(0.012, rel=1e-10)
-    torch.testing.assert_close(beta.sqrt().diff(), beta.sqrt().diff().mean().expand(998), rtol=1e-8, atol=0)
+    torch.testing.assert_close(
+        beta.sqrt().diff(), beta.sqrt().diff().mean().expand(998), rtol=1e-8, atol=0
+    )
     assert SCHEDULE.sigma_min == pytest.approx(0.029167158, rel=1e-8)
     assert SCHEDULE.sigma_max == pytest.approx(14.614641229, rel=1e-9)
-    assert SCHEDULE.sigma_min == pytest.approx(math.sqrt(1 / SCHEDULE.alphas_cumprod[0].item() - 1), rel=1e-12)
+    assert SCHEDULE.sigma_min == pytest.approx(
+        math.sqrt(1 / SCHEDULE.alphas_cumprod[0].item() - 1), rel=1e-12
+    )
 
 
 def test_sigma_and_t_are_inverse_and_between_whole_times_linear_in_log_sigma():
     t = np.linspace(0, 999, 777)
     np.testing.assert_allclose(SCHEDULE.t(SCHEDULE.sigma(t)), t, atol=1e-9)
-    assert SCHEDULE.sigma(500.5) == pytest.approx(math.sqrt(SCHEDULE.sigma(500) * SCHEDULE.sigma(501)), rel=1e-14)
+    assert SCHEDULE.sigma(500.5) == pytest.approx(
+        math.sqrt(SCHEDULE.sigma(500) * SCHEDULE.sigma(501)), rel=1e-14
+    )
 
 
 def kohya_tables(dtype=torch.float32):
@@ -51,9 +59,13 @@ def kohya_tables(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_add_noise_and_velocity_are_the_forward_process_at_every_time(dtype):
-    """DDPM's formula; in float32 its own tables are off by up to 7e-7, so 2e-6 for noise of up to 4 sigma."""
+    """DDPM's formula; in float32 its own tables are off by up to 7e-7, so 2e-6 for noise of up to 4
+    sigma."""
     t = torch.arange(1000)
-    latents, eps = noise(1000, 1, 2, 2, seed=1, dtype=dtype).clamp(-2, 2), noise(1000, 1, 2, 2, seed=2, dtype=dtype)
+    latents, eps = (
+        noise(1000, 1, 2, 2, seed=1, dtype=dtype).clamp(-2, 2),
+        noise(1000, 1, 2, 2, seed=2, dtype=dtype),
+    )
     alpha, sigma = (table.view(-1, 1, 1, 1) for table in kohya_tables(dtype))
     tolerance = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-13}
     noisy, v = SCHEDULE.add_noise(latents, eps, t), SCHEDULE.velocity(latents, eps, t)
@@ -64,10 +76,16 @@ def test_add_noise_and_velocity_are_the_forward_process_at_every_time(dtype):
 
 def test_the_web_uis_nodes_are_the_default():
     euler, unipc = euler_nodes(SCHEDULE), unipc_nodes(SCHEDULE)
-    assert len(euler.timesteps) == len(unipc.timesteps) == 20 and len(euler.sigmas) == len(unipc.sigmas) == 21
+    assert (
+        len(euler.timesteps) == len(unipc.timesteps) == 20
+        and len(euler.sigmas) == len(unipc.sigmas) == 21
+    )
     assert euler.timesteps == pytest.approx([999 - 999 * i / 19 for i in range(20)])
     assert unipc.timesteps == pytest.approx([999 - 999 * i / 20 for i in range(20)])
-    assert euler.sigmas[-2:] == pytest.approx((SCHEDULE.sigma_min, 0)) and unipc.sigmas[-1] == SCHEDULE.sigma_min
+    assert (
+        euler.sigmas[-2:] == pytest.approx((SCHEDULE.sigma_min, 0))
+        and unipc.sigmas[-1] == SCHEDULE.sigma_min
+    )
     assert euler.init_scale == pytest.approx(SCHEDULE.sigma_max)
     assert unipc.init_scale == pytest.approx(math.hypot(1, SCHEDULE.sigma_max))
 
@@ -83,11 +101,14 @@ def test_every_spacing_has_falling_sigmas_and_as_many_calls_as_asked(make_nodes,
 
 
 def test_the_nodes_know_the_time_of_each_sigma():
-    """Karras nodes of UniPC have rounded, even repeated times: the schedule's own t(sigma) would be off by up to .5."""
+    """Karras nodes of UniPC have rounded, even repeated times: the schedule's own t(sigma) would be
+    off by up to .5."""
     nodes = unipc_nodes(SCHEDULE, 60, "karras", final="zero")
     assert len(set(nodes.timesteps)) < 60
     assert [nodes.t(sigma) for sigma in nodes.sigmas[:-1]] == list(nodes.timesteps)
-    assert [nodes.t(float(np.float32(s))) for s in nodes.sigmas[:-1]] == pytest.approx(nodes.timesteps, abs=1e-4)
+    assert [nodes.t(float(np.float32(s))) for s in nodes.sigmas[:-1]] == pytest.approx(
+        nodes.timesteps, abs=1e-4
+    )
     grid = Nodes((900.0, 100.0), (4.0, 1.0, 0.0), 4.0)
     assert grid.t(2.0) == pytest.approx(500)
 
@@ -95,7 +116,9 @@ def test_the_nodes_know_the_time_of_each_sigma():
 def test_karras_sigmas_are_even_in_their_seventh_root():
     sigmas = karras_sigmas(9, 14.6, 0.03)
     assert (sigmas[0], sigmas[-1]) == (14.6, 0.03)
-    np.testing.assert_allclose(np.diff(sigmas ** (1 / 7)), (0.03 ** (1 / 7) - 14.6 ** (1 / 7)) / 8, rtol=1e-12)
+    np.testing.assert_allclose(
+        np.diff(sigmas ** (1 / 7)), (0.03 ** (1 / 7) - 14.6 ** (1 / 7)) / 8, rtol=1e-12
+    )
 
 
 X = torch.zeros(1, 1, 2, 2)
@@ -105,20 +128,44 @@ CONTEXT = torch.zeros(1, 2, 4)
 @pytest.mark.parametrize(
     ("mistake", "line"),
     [
-        (lambda: euler_nodes(SCHEDULE, 20, "time_uniform"), "unknown spacing 'time_uniform': choose one of linspace"),
-        (lambda: unipc_nodes(SCHEDULE, 20, "cosine"), "unknown spacing 'cosine': choose one of time_uniform, linspace"),
+        (
+            lambda: euler_nodes(SCHEDULE, 20, "time_uniform"),
+            "unknown spacing 'time_uniform': choose one of linspace",
+        ),
+        (
+            lambda: unipc_nodes(SCHEDULE, 20, "cosine"),
+            "unknown spacing 'cosine': choose one of time_uniform, linspace",
+        ),
         (lambda: euler_nodes(SCHEDULE, 0), "0 steps: choose from 1 to 999"),
         (lambda: unipc_nodes(SCHEDULE, 1000), "1000 steps: choose from 1 to 999"),
-        (lambda: unipc_nodes(SCHEDULE, final="one"), "unknown final 'one': choose zero or sigma_min"),
-        (lambda: euler_nodes(SCHEDULE, steps_offset=1), "steps offset 1: only spacing leading has one, not linspace"),
+        (
+            lambda: unipc_nodes(SCHEDULE, final="one"),
+            "unknown final 'one': choose zero or sigma_min",
+        ),
+        (
+            lambda: euler_nodes(SCHEDULE, steps_offset=1),
+            "steps offset 1: only spacing leading has one, not linspace",
+        ),
         (lambda: euler_nodes(SCHEDULE, 20, "leading", steps_offset=50), "beyond"),
         (lambda: sample_unipc(None, X, [2, 1], order=4), "UniPC of order 4: choose 1, 2 or 3"),
-        (lambda: sample_unipc(None, X, [2, 1], variant="bh3"), "unknown UniPC variant 'bh3': choose bh1 or bh2"),
-        (lambda: sample_euler(None, X, [2]), "1 sigmas: a sampler needs at least a first and a last one"),
+        (
+            lambda: sample_unipc(None, X, [2, 1], variant="bh3"),
+            "unknown UniPC variant 'bh3': choose bh1 or bh2",
+        ),
+        (
+            lambda: sample_euler(None, X, [2]),
+            "1 sigmas: a sampler needs at least a first and a last one",
+        ),
         (lambda: sample_euler(None, X, [0.1, 2]), "they must be finite and fall"),
-        (lambda: sample_unipc(None, X, [2, 0, 0]), r"sigmas\[1:3\] = 0, 0: .* only the last may be 0"),
+        (
+            lambda: sample_unipc(None, X, [2, 0, 0]),
+            r"sigmas\[1:3\] = 0, 0: .* only the last may be 0",
+        ),
         (lambda: sample_unipc(None, X, [math.nan, 1]), "they must be finite"),
-        (lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, None, 7.0), "7 needs a negative context"),
+        (
+            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, None, 7.0),
+            "7 needs a negative context",
+        ),
         (
             lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, CONTEXT[..., :1], 7.0),
             r"\(1, 2, 1\) and \(1, 2, 4\): only their number of tokens may differ",
@@ -128,7 +175,10 @@ CONTEXT = torch.zeros(1, 2, 4)
             "unknown prediction type 'sample': choose epsilon or v_prediction",
         ),
         (lambda: SCHEDULE.add_noise(X, X, torch.tensor([3.0])), "t is torch.float32 of shape"),
-        (lambda: SCHEDULE.velocity(X, X, torch.tensor([3, 4])), "must be one integer for each of 1 rows"),
+        (
+            lambda: SCHEDULE.velocity(X, X, torch.tensor([3, 4])),
+            "must be one integer for each of 1 rows",
+        ),
     ],
 )
 def test_a_mistake_is_one_clear_line(mistake, line):

@@ -1,9 +1,11 @@
-"""Runs scripts in worlds of several processes, as torchrun would, but forked where torch is loaded already.
+"""Runs scripts in worlds of several processes, as torchrun would, but forked where torch is loaded
+already.
 
     python tests/scripts/processes.py JOBS.json
 
-A job is {"world": 2, "script": "sample", "argv": [..]} with, if it is to be killed, "until": a pattern of files; when
-one is there, all processes get SIGKILL. "tiny" replaces reproduce.py's scale. The exit codes go to JOBS.codes.
+A job is {"world": 2, "script": "sample", "argv": [..]} with, if it is to be killed, "until": a
+pattern of files; when one is there, all processes get SIGKILL. "tiny" replaces reproduce.py's
+scale. The exit codes go to JOBS.codes.
 """
 
 import glob
@@ -32,14 +34,22 @@ def free_port():
 def child(job, rank, port):
     """One process of a job's world; its exit code."""
     size = str(job["world"])
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = [f"{job['script']}.py", *job["argv"]]
     try:
         path = str(ROOT / f"{job['script']}.py")
         if "tiny" in job:
             space = runpy.run_path(path, run_name="world")["parse_args"].__globals__
-            space |= {"QUICK": space["Scale"](**job["tiny"]["scale"]), "PHANTOMS": job["tiny"]["phantoms"]}
+            space |= {
+                "QUICK": space["Scale"](**job["tiny"]["scale"]),
+                "PHANTOMS": job["tiny"]["phantoms"],
+            }
             space["run"](space["parse_args"], space["main"])
         else:
             runpy.run_path(path, run_name="__main__")

@@ -58,12 +58,34 @@ def spanish(tmp_path_factory):
 
 
 def train_flags(spanish, out, *more):
-    size = ["--per-plane", 1, "--repeats", 1, "--batch-size", 2, "--guidance-scale", 1, "--sample-every", 99]
+    size = [
+        "--per-plane",
+        1,
+        "--repeats",
+        1,
+        "--batch-size",
+        2,
+        "--guidance-scale",
+        1,
+        "--sample-every",
+        99,
+    ]
     return ["--spanish", spanish, "--out", out, "--device", "cpu", *size, *more]
 
 
 def sample_flags(out, *more):
-    few = ["--count", 3, "--steps", 1, "--planes", "brain", "--samplers", "euler", "--guidance-scale", 1]
+    few = [
+        "--count",
+        3,
+        "--steps",
+        1,
+        "--planes",
+        "brain",
+        "--samplers",
+        "euler",
+        "--guidance-scale",
+        1,
+    ]
     return ["--out", out, "--device", "cpu", *few, *more]
 
 
@@ -71,7 +93,10 @@ def sample_flags(out, *more):
 def inverted(spanish, tmp_path_factory):
     """A run that learns a token and no LoRA; 5 images, batches of 2: 3 steps."""
     out = tmp_path_factory.mktemp("inverted")
-    run("train_lora", *train_flags(spanish, out, "--rank", 0, "--learn-token", TOKEN, "--sample-every", 0))
+    run(
+        "train_lora",
+        *train_flags(spanish, out, "--rank", 0, "--learn-token", TOKEN, "--sample-every", 0),
+    )
     return out
 
 
@@ -89,7 +114,9 @@ def test_the_detailed_prompts_begin_as_the_papers_and_differ():
     assert set(PROMPT_LISTS) == set(PLANES)
     for plane, prompts in PROMPT_LISTS.items():
         assert 4 <= len(set(prompts)) == len(prompts) <= 6
-        assert all(prompt.startswith(PROMPTS[plane]) and prompt != PROMPTS[plane] for prompt in prompts)
+        assert all(
+            prompt.startswith(PROMPTS[plane]) and prompt != PROMPTS[plane] for prompt in prompts
+        )
 
 
 def test_a_seed_chooses_the_same_prompt_every_time_and_seeds_choose_all_prompts():
@@ -99,17 +126,22 @@ def test_a_seed_chooses_the_same_prompt_every_time_and_seeds_choose_all_prompts(
     assert set(chosen) == set(prompts)
 
 
-def test_images_of_one_group_are_sampled_with_their_own_prompts_which_the_manifest_records(detailed, base, tmp_path):
+def test_images_of_one_group_are_sampled_with_their_own_prompts_which_the_manifest_records(
+    detailed, base, tmp_path
+):
     rows = table(detailed / "manifest.csv")
     assert len({row["prompt"] for row in rows}) > 1
     for row in rows:
         expected = with_token(choose_prompt(PROMPT_LISTS["brain"], int(row["seed"])), "sks")
         with Image.open(detailed / row["image"]) as image:
             assert json.loads(image.text["fu-lora"])["prompt"] == row["prompt"] == expected
-    # an image of a batch of several prompts is that of a file with its own prompt alone, but for rounding
+    # an image of a batch of several prompts is that of a file with its own prompt alone, but for
+    # rounding
     row = rows[-1]
     assert row["prompt"] != rows[0]["prompt"]
-    alone = {plane: ["a photo of fetal ultrasound"] for plane in PLANES} | {"brain": [row["prompt"]]}
+    alone = {plane: ["a photo of fetal ultrasound"] for plane in PLANES} | {
+        "brain": [row["prompt"]]
+    }
     (tmp_path / "alone.json").write_text(json.dumps(alone))
     run("sample", *sample_flags(tmp_path / "out", "--prompts", tmp_path / "alone.json"))
 
@@ -158,7 +190,9 @@ def test_a_learned_token_begins_at_its_word_and_changes_no_other_prompt(text, ba
     learned = add_token(tokenizer, encoder, TOKEN, word_embedding(tokenizer, encoder, "ultrasound"))
     torch.testing.assert_close(encode_prompts(tokenizer, encoder, prompts), before, atol=0, rtol=0)
     named = with_token(prompts[1], TOKEN)
-    torch.testing.assert_close(encode_prompts(tokenizer, encoder, [named])[0], before[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        encode_prompts(tokenizer, encoder, [named])[0], before[0], atol=0, rtol=0
+    )
     with torch.no_grad():
         learned.vector *= -1
     assert (encode_prompts(tokenizer, encoder, [named])[0] - before[0]).abs().max() > 0.01
@@ -180,14 +214,24 @@ def test_only_the_new_row_gets_a_gradient_and_moves(text, base):
         assert torch.equal(value, before[name]) == (name not in trained), name
 
 
-def test_an_embedding_is_read_as_written_in_both_layouts_and_under_another_name(text, base, tmp_path):
+def test_an_embedding_is_read_as_written_in_both_layouts_and_under_another_name(
+    text, base, tmp_path
+):
     vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     save_embedding(tmp_path / "ours.safetensors", TOKEN, vector)
-    assert {key: value.shape for key, value in load_file(tmp_path / "ours.safetensors").items()} == {TOKEN: (1, WIDTH)}
+    assert {
+        key: value.shape for key, value in load_file(tmp_path / "ours.safetensors").items()
+    } == {TOKEN: (1, WIDTH)}
     save_file({"emb_params": vector[None]}, tmp_path / "webuis.safetensors")
     save_file({"<flat>": vector}, tmp_path / "flat.safetensors")
-    torch.save({"<flat>": vector}, tmp_path / "learned_embeds.safetensors")  # diffusers' .bin, under another name
-    webuis = {"string_to_token": {"*": 265}, "string_to_param": {"*": vector[None]}, "name": "x", "step": 9}
+    # diffusers' .bin, under another name
+    torch.save({"<flat>": vector}, tmp_path / "learned_embeds.safetensors")
+    webuis = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": vector[None]},
+        "name": "x",
+        "step": 9,
+    }
     torch.save(webuis, tmp_path / "fetal-us.safetensors")
     for name, given, token in [
         ("ours", None, TOKEN),
@@ -216,14 +260,22 @@ def test_diffusers_encodes_a_learned_token_as_we_do(text, tmp_path):
 
 
 def test_training_moves_the_token_alone_and_sampling_names_it(inverted, base, tmp_path):
-    assert not (inverted / "lora.safetensors").exists() and (inverted / "samples" / "step000003.png").exists()
-    assert len(table(inverted / "loss.csv")) == 3 and table(inverted / "loss.csv")[0]["lr"] == "0.005"
+    assert (
+        not (inverted / "lora.safetensors").exists()
+        and (inverted / "samples" / "step000003.png").exists()
+    )
+    assert (
+        len(table(inverted / "loss.csv")) == 3 and table(inverted / "loss.csv")[0]["lr"] == "0.005"
+    )
     ((token, vector),) = load_file(inverted / "embedding.safetensors").items()
     word = word_embedding(base.tokenizer, base.text_encoder, "ultrasound")
-    moved = (vector[0] - word * (1 - 0.01 * 5e-3) ** 3).abs()  # beyond what weight decay takes in 3 steps
+    # beyond what weight decay takes in 3 steps
+    moved = (vector[0] - word * (1 - 0.01 * 5e-3) ** 3).abs()
     assert token == TOKEN and 1e-4 < moved.max() <= 0.0151  # Adam: at most about lr in each
     state = torch.load(inverted / "checkpoint.pt", weights_only=True)
-    assert [parameter.shape for parameter in state["lora"]] == [(WIDTH,)] and state["identity"]["learn_token"] == TOKEN
+    assert [parameter.shape for parameter in state["lora"]] == [(WIDTH,)] and state["identity"][
+        "learn_token"
+    ] == TOKEN
 
     embedding = ["--embedding", inverted / "embedding.safetensors"]
     run("sample", *sample_flags(tmp_path / "with", *embedding))
@@ -234,9 +286,13 @@ def test_training_moves_the_token_alone_and_sampling_names_it(inverted, base, tm
     assert with_it[0]["model_hash"] != without[0]["model_hash"]
 
 
-def test_a_resumed_run_goes_on_with_the_token_and_other_settings_are_refused(inverted, spanish, tmp_path, monkeypatch):
+def test_a_resumed_run_goes_on_with_the_token_and_other_settings_are_refused(
+    inverted, spanish, tmp_path, monkeypatch
+):
     module = runpy.run_path(str(ROOT / "train_lora.py"), run_name="train_lora")
-    flags = train_flags(spanish, tmp_path, "--rank", 0, "--learn-token", TOKEN, "--save-every", 1, "--resume")
+    flags = train_flags(
+        spanish, tmp_path, "--rank", 0, "--learn-token", TOKEN, "--save-every", 1, "--resume"
+    )
     norm, calls = torch.nn.utils.clip_grad_norm_, iter(range(100))
 
     def stop_in_the_third_step(*args, **kwargs):
@@ -260,16 +316,22 @@ def test_a_resumed_run_goes_on_with_the_token_and_other_settings_are_refused(inv
 # DreamBooth
 
 
-def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, base, spanish, tmp_path):
+def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(
+    detailed, base, spanish, tmp_path
+):
     flags = ["--rank", 2, "--rare-token", "sks", "--save-every", 1]
     prior = detailed / "manifest.csv"
     run("train_lora", *train_flags(spanish, tmp_path / "none", *flags))
-    run("train_lora", *train_flags(spanish, tmp_path / "prior", *flags, "--prior", prior, "--prior-weight", 0.5))
+    run(
+        "train_lora",
+        *train_flags(spanish, tmp_path / "prior", *flags, "--prior", prior, "--prior-weight", 0.5),
+    )
     added = float(table(tmp_path / "prior" / "loss.csv")[0]["loss"]) - float(
         table(tmp_path / "none" / "loss.csv")[0]["loss"]
     )
 
-    # the first step, B = 0: the base model's error on two prior images, drawn behind the noise of the first two
+    # the first step, B = 0: the base model's error on two prior images, drawn behind the noise of
+    # the first two
     draw, shape = torch.Generator().manual_seed(500_009), (4, base.sample_size, base.sample_size)
     torch.randn(2, *shape, generator=draw), torch.randint(1000, (2,), generator=draw)
     chosen = torch.randint(3, (2,), generator=draw)
@@ -277,7 +339,9 @@ def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, ba
     rows, side = [table(prior)[n] for n in chosen], 8 * base.sample_size
     x0 = torch.cat(
         [
-            base.vae.to_latents(read_image(detailed / row["image"], side)[None], seeded_noise([5 + int(n)], shape))
+            base.vae.to_latents(
+                read_image(detailed / row["image"], side)[None], seeded_noise([5 + int(n)], shape)
+            )
             for n, row in zip(chosen, rows)
         ]
     )
@@ -288,5 +352,7 @@ def test_the_prior_adds_its_own_mean_squared_error_times_its_weight(detailed, ba
 
 
 def test_captions_of_training_name_the_rare_token(spanish):
-    captions = {with_token(image.caption, "sks") for image in training_images(spanish, None, None, 1, 0)[0]}
+    captions = {
+        with_token(image.caption, "sks") for image in training_images(spanish, None, None, 1, 0)[0]
+    }
     assert captions == {prompt.replace("fetal", "sks fetal") for prompt in PROMPTS.values()}

@@ -1,4 +1,5 @@
-"""python merge_lora.py: what it writes is the model with its LoRAs at run time, for us and for diffusers."""
+"""python merge_lora.py: what it writes is the model with its LoRAs at run time, for us and for
+diffusers."""
 
 import json
 import runpy
@@ -29,7 +30,8 @@ LATENTS = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def files(tokenizer_folder, tmp_path_factory):
-    """A tiny SD 1 as file and folder, and two LoRAs: `both` of both networks, `unet` of the U-Net alone, PEFT's."""
+    """A tiny SD 1 as file and folder, and two LoRAs: `both` of both networks, `unet` of the U-Net
+    alone, PEFT's."""
     place = tmp_path_factory.mktemp("files")
     model = random_model(SD_1, tokenizer_folder)
     save_single(place / "base.safetensors", model)
@@ -108,7 +110,9 @@ def test_a_merged_model_gives_the_run_time_loras_output_within_1e5(
 ):
     flags = ["--tokenizer", tokenizer_folder] * (base != "base")
     loras = [files / "both.safetensors", files / "unet.safetensors"]
-    merge(monkeypatch, files / base, *loras, "--strength", 0.8, -0.5, "--out", tmp_path / out, *flags)
+    merge(
+        monkeypatch, files / base, *loras, "--strength", 0.8, -0.5, "--out", tmp_path / out, *flags
+    )
     assert (tmp_path / out).is_dir() == (out == "merged")
     merged = load(tmp_path / out, tokenizer=tokenizer_folder)
     for actual, plain, with_loras in zip(output(merged), *expected):
@@ -117,15 +121,20 @@ def test_a_merged_model_gives_the_run_time_loras_output_within_1e5(
 
 
 @pytest.mark.slow
-def test_without_a_strength_a_lora_is_merged_as_trained_and_the_vae_keeps_its_bits(files, tmp_path, monkeypatch):
+def test_without_a_strength_a_lora_is_merged_as_trained_and_the_vae_keeps_its_bits(
+    files, tmp_path, monkeypatch
+):
     merge(monkeypatch, files / "base", files / "both.safetensors", "--out", tmp_path / "merged")
     merged = load(tmp_path / "merged")
     for actual, expected in zip(output(merged), output(at_run_time(files, both=1.0))):
         assert_near(actual, expected, 1e-5)
     before, after = (
-        load_file(f / "vae/diffusion_pytorch_model.safetensors") for f in (files / "base", tmp_path / "merged")
+        load_file(f / "vae/diffusion_pytorch_model.safetensors")
+        for f in (files / "base", tmp_path / "merged")
     )
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[key], after[key]) for key in before
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +150,14 @@ def test_the_bases_own_precision_or_the_one_asked_for_is_rounded_to_once(
     files, tmp_path, monkeypatch, stored, flags, expected
 ):
     save_folder(load(files / "base"), tmp_path / "base", stored)
-    merge(monkeypatch, tmp_path / "base", files / "both.safetensors", "--out", tmp_path / "merged", *flags)
+    merge(
+        monkeypatch,
+        tmp_path / "base",
+        files / "both.safetensors",
+        "--out",
+        tmp_path / "merged",
+        *flags,
+    )
     actual = load_file(tmp_path / "merged/unet/diffusion_pytorch_model.safetensors")
     model = load(tmp_path / "base")
     load_lora(files / "both.safetensors", {"lora_unet": model.unet, "lora_te": model.text_encoder})
@@ -218,7 +234,8 @@ def test_a_lora_that_does_not_fit_writes_nothing(files, tmp_path, monkeypatch, c
     ]
     line = refused(monkeypatch, capsys, *flags)
     assert (
-        line.startswith(f"merge_lora.py: {tmp_path / 'other.safetensors'}: lora_unet ") and "another base model" in line
+        line.startswith(f"merge_lora.py: {tmp_path / 'other.safetensors'}: lora_unet ")
+        and "another base model" in line
     )
     assert [path.name for path in tmp_path.iterdir()] == ["other.safetensors"]
 
@@ -229,8 +246,13 @@ def test_an_existing_file_or_folder_is_left_alone(files, tmp_path, monkeypatch, 
         (tmp_path / out).mkdir()
     else:
         (tmp_path / out).write_bytes(b"mine")
-    line = refused(monkeypatch, capsys, files / "none", files / "none", "--out", tmp_path / out)  # said before loading
-    assert line == f"merge_lora.py: {tmp_path / out}: exists already; remove it first or choose another name"
+    # said before loading
+    line = refused(monkeypatch, capsys, files / "none", files / "none", "--out", tmp_path / out)
+    assert (
+        line
+        == f"merge_lora.py: {tmp_path / out}: exists already; remove it first or choose another"
+        " name"
+    )
     assert list(tmp_path.iterdir()) == [tmp_path / out]
     assert out == "there" or (tmp_path / out).read_bytes() == b"mine"
 
@@ -249,28 +271,51 @@ def test_a_model_that_no_single_file_tells_writes_nothing(files, tmp_path, monke
     save_folder(load(files / "base"), tmp_path / "base")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_head_dim": [4] * 4}))
     flags = [tmp_path / "base", files / "unet.safetensors", "--out", tmp_path / "out.safetensors"]
-    assert refused(monkeypatch, capsys, *flags).endswith("the model has (4, 4, 4, 4); save it as a folder")
+    assert refused(monkeypatch, capsys, *flags).endswith(
+        "the model has (4, 4, 4, 4); save it as a folder"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["no.safetensors", "a", "--out", "out"], "merge_lora.py: no.safetensors: no such file or folder"),
-        (["base", "no.safetensors", "--out", "out"], "merge_lora.py: no.safetensors: no such file: give the path of a"),
-        (["base", "both.safetensors", "--strength", "nan", "--out", "out"], "strength nan: must be a finite number"),
-        (["base", "both.safetensors", "--strength", "1", "2", "--out", "out"], "2 numbers for 1 LoRAs; give one, or"),
-        (["base", "both.safetensors", "base/../both.safetensors", "--out", "out"], "one file twice; give it once"),
+        (
+            ["no.safetensors", "a", "--out", "out"],
+            "merge_lora.py: no.safetensors: no such file or folder",
+        ),
+        (
+            ["base", "no.safetensors", "--out", "out"],
+            "merge_lora.py: no.safetensors: no such file: give the path of a",
+        ),
+        (
+            ["base", "both.safetensors", "--strength", "nan", "--out", "out"],
+            "strength nan: must be a finite number",
+        ),
+        (
+            ["base", "both.safetensors", "--strength", "1", "2", "--out", "out"],
+            "2 numbers for 1 LoRAs; give one, or",
+        ),
+        (
+            ["base", "both.safetensors", "base/../both.safetensors", "--out", "out"],
+            "one file twice; give it once",
+        ),
         (
             ["base", "both.safetensors", "--out", "out.ckpt"],
             "--out out.ckpt: give a single file a name in .safetensors",
         ),
-        (["base", "both.safetensors", "--to", "single", "--out", "out"], "--out out: give a single file a name in"),
+        (
+            ["base", "both.safetensors", "--to", "single", "--out", "out"],
+            "--out out: give a single file a name in",
+        ),
         (
             ["base", "both.safetensors", "--to", "folder", "--out", "out.safetensors"],
             "a folder one without such an end",
         ),
-        (["base", "both.safetensors", "--model", "base", "--out", "out"], "unrecognized arguments: --model"),
+        (
+            ["base", "both.safetensors", "--model", "base", "--out", "out"],
+            "unrecognized arguments: --model",
+        ),
     ],
 )
 def test_a_wrong_call_is_one_line_and_writes_nothing(files, monkeypatch, capsys, flags, message):
@@ -295,7 +340,9 @@ def test_diffusers_loads_a_merged_model_to_the_run_time_loras_output(
     if out == "merged":
         theirs = pipeline.from_pretrained(tmp_path / out, local_files_only=True)
     else:
-        theirs = pipeline.from_single_file(tmp_path / out, config=str(files / "base"), local_files_only=True)
+        theirs = pipeline.from_single_file(
+            tmp_path / out, config=str(files / "base"), local_files_only=True
+        )
     with torch.no_grad():
         context, eps = output(at_run_time(files, both=1.0))
         assert_near(theirs.text_encoder(IDS)[0], context, 1e-5)

@@ -6,7 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("planes", "ldm", "lora", "samplers", "classify", "eval", "paper")
-FILES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+FILES = [
+    *ROOT.glob("*.py"),
+    *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))),
+]
 KEYS_OF_FILES = {
     "prediction_type",  # of scheduler_config.json
     "file_name",  # of metadata.jsonl
@@ -17,7 +20,9 @@ KEYS_OF_FILES = {
 
 def text_of(node):
     """The fixed words of a message."""
-    return "".join(n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return "".join(
+        n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    )
 
 
 def messages(tree):
@@ -41,7 +46,9 @@ def arguments(trees):
                 yield from (
                     n.target.id
                     for n in node.body
-                    if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and "_" in n.target.id.strip("_")
+                    if isinstance(n, ast.AnnAssign)
+                    and isinstance(n.target, ast.Name)
+                    and "_" in n.target.id.strip("_")
                 )
 
 
@@ -56,4 +63,5 @@ def test_no_message_names_a_python_argument():
             if bad:
                 found.append(f"{path.relative_to(ROOT)}, line {line}: {', '.join(sorted(bad))}")
     assert found == []
-    assert count > 200 and {"guidance_scale", "negative_context", "steps_offset"} < names  # what it looks for is there
+    # what it looks for is there
+    assert count > 200 and {"guidance_scale", "negative_context", "steps_offset"} < names

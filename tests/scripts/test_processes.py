@@ -1,4 +1,5 @@
-"""Several processes at one run: the same images to the bit, LoRA up to the order of sums, the same report."""
+"""Several processes at one run: the same images to the bit, LoRA up to the order of sums, the same
+report."""
 
 import json
 import os
@@ -16,7 +17,19 @@ from planes.phantoms.phantom import write_spanish_layout
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-IMAGES = ["--planes", "brain", "femur", "--count", "3", "--steps", "2", "--batch-size", "2", "--device", "cpu"]
+IMAGES = [
+    "--planes",
+    "brain",
+    "femur",
+    "--count",
+    "3",
+    "--steps",
+    "2",
+    "--batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 if sys.platform == "linux":
     ENVIRONMENT |= {"GLOO_SOCKET_IFNAME": "lo"}  # whatever the machine's name leads to
@@ -31,7 +44,10 @@ TINY = {
         "classify": "--size 64 --batch-size 6 --workers 0",
         "passes": {"resnet18": 15},
     },
-    "phantoms": {"train": dict.fromkeys(("abdomen", "brain", "femur", "thorax", "other"), 4), "patients": 4},
+    "phantoms": {
+        "train": dict.fromkeys(("abdomen", "brain", "femur", "thorax", "other"), 4),
+        "patients": 4,
+    },
 }
 
 
@@ -44,12 +60,23 @@ def run(tmp_path, *jobs):
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_images_are_the_same_bits_in_worlds_of_any_size_also_killed_and_resumed_in_another(tmp_path):
+def test_images_are_the_same_bits_in_worlds_of_any_size_also_killed_and_resumed_in_another(
+    tmp_path,
+):
     def job(world, out, **more):
-        return {"world": world, "script": "sample", "argv": [*IMAGES, "--out", str(tmp_path / out)], **more}
+        return {
+            "world": world,
+            "script": "sample",
+            "argv": [*IMAGES, "--out", str(tmp_path / out)],
+            **more,
+        }
 
     jobs = [job(1, "one"), job(2, "two"), job(3, "three")]
     jobs += [job(3, "cut", until=str(tmp_path / "cut" / "*" / "*.png")), job(2, "cut")]
@@ -60,10 +87,13 @@ def test_images_are_the_same_bits_in_worlds_of_any_size_also_killed_and_resumed_
     for out in ("two", "three", "cut"):
         found = files(tmp_path / out)
         assert found.keys() == one.keys()
-        assert [name for name in one if found[name] != one[name]] == ["args.json"]  # which names --out
+        # which names --out
+        assert [name for name in one if found[name] != one[name]] == ["args.json"]
 
 
-def test_lora_is_that_of_one_process_up_to_the_order_of_sums_also_resumed_in_another_world(tmp_path):
+def test_lora_is_that_of_one_process_up_to_the_order_of_sums_also_resumed_in_another_world(
+    tmp_path,
+):
     write_spanish_layout(tmp_path / "spanish", 2, test=0, seed=0)
     flags = [
         "--spanish",
@@ -85,7 +115,10 @@ def test_lora_is_that_of_one_process_up_to_the_order_of_sums_also_resumed_in_ano
 
     big, small = ("--batch-size", "4"), ("--batch-size", "2", "--accumulate", "2")
     jobs = [job(1, "sum", *small), job(1, "one", *big), job(2, "two", *big), job(3, "three", *big)]
-    jobs += [job(3, "cut", *big, until=str(tmp_path / "cut" / "checkpoint.pt")), job(2, "cut", *big, "--resume")]
+    jobs += [
+        job(3, "cut", *big, until=str(tmp_path / "cut" / "checkpoint.pt")),
+        job(2, "cut", *big, "--resume"),
+    ]
     codes = run(tmp_path, *jobs)
     assert codes[4] == [-9] * 3 and all(code == 0 for n in (0, 1, 2, 3, 5) for code in codes[n])
     states = {
@@ -96,7 +129,9 @@ def test_lora_is_that_of_one_process_up_to_the_order_of_sums_also_resumed_in_ano
     assert one.norm() > 0
     for out, state in states.items():
         other = torch.cat([tensor.flatten() for tensor in state["lora"]]).double()
-        assert state["step"] == states["one"]["step"] and (other - one).norm() < 1e-6 * one.norm(), out
+        assert (
+            state["step"] == states["one"]["step"] and (other - one).norm() < 1e-6 * one.norm()
+        ), out
     assert (
         load_file(tmp_path / "two" / "lora.safetensors").keys()
         == load_file(tmp_path / "one" / "lora.safetensors").keys()
@@ -118,18 +153,33 @@ def test_a_reproduction_by_two_processes_gives_the_report_of_one(tmp_path):
     assert run(tmp_path, *jobs) == [[0], [0, 0]]
     one, two = (files(tmp_path / str(world) / "run") for world in (1, 2))
     assert one.keys() == two.keys() and "report.md" in one
-    same = [name for name in one if name.endswith(("metrics.json", ".png")) or name in ("results.csv", "report.md")]
+    same = [
+        name
+        for name in one
+        if name.endswith(("metrics.json", ".png")) or name in ("results.csv", "report.md")
+    ]
     assert len(same) > 15
     different = [name for name in same if one[name] != two[name]]
-    text = {n: files_[("report.md")].decode().replace(f"{tmp_path}/{n}/", "") for n, files_ in ((1, one), (2, two))}
+    text = {
+        n: files_["report.md"].decode().replace(f"{tmp_path}/{n}/", "")
+        for n, files_ in ((1, one), (2, two))
+    }
     assert text[1] == text[2] and {*different} <= {"report.md"}
 
 
 def test_torchrun_itself_starts_a_script(tmp_path):
-    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 --local-addr 127.0.0.1 "
-    command += "sample.py --prompt x --samplers euler --count 2 --batch-size 1 --steps 1 --device cpu --out"
+    command = (
+        f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 --local-addr"
+        " 127.0.0.1 "
+    )
+    command += (
+        "sample.py --prompt x --samplers euler --count 2 --batch-size 1 --steps 1 --device cpu"
+        " --out"
+    )
     command = [*command.split(), str(tmp_path / "o")]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0 and done.stdout.count("2 images: 0 are there") == 1
     assert "2 processes share the work" in done.stdout
     assert len([Image.open(path).size for path in (tmp_path / "o" / "prompt").glob("*.png")]) == 2

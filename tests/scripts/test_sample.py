@@ -1,6 +1,6 @@
-"""sample.py as people of the webui and of diffusers use it: LoRAs with weights, negative prompts, image-to-image, PNGs
-that say how they were made, and --like, which makes them again; in this process, on an untrained tiny model where the
-embedded one is not needed."""
+"""sample.py as people of the webui and of diffusers use it: LoRAs with weights, negative prompts,
+image-to-image, PNGs that say how they were made, and --like, which makes them again; in this
+process, on an untrained tiny model where the embedded one is not needed."""
 
 import csv
 import hashlib
@@ -56,9 +56,14 @@ TINY = {
 
 def sample(out, *flags):
     """Runs the script with two steps, and Euler unless the flags say otherwise."""
-    flags = [*([] if "--samplers" in flags or "--like" in flags else ["--samplers", "euler"]), *flags]
+    flags = [
+        *([] if "--samplers" in flags or "--like" in flags else ["--samplers", "euler"]),
+        *flags,
+    ]
     steps = [] if "--like" in flags else ["--steps", 2]
-    SAMPLE["main"](SAMPLE["parse_args"]([str(f) for f in ["--out", out, "--device", "cpu", *steps, *flags]]))
+    SAMPLE["main"](
+        SAMPLE["parse_args"]([str(f) for f in ["--out", out, "--device", "cpu", *steps, *flags]])
+    )
     return out
 
 
@@ -101,7 +106,17 @@ def loras(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def asked(tiny, loras):
     """Three images in batches of two, with all that a user of the webui would ask for."""
-    flags = ["--lora", *loras, "--lora-weight", 0.8, -0.5, "--negative-prompt", "head, abdomen", "--clip-skip", 2]
+    flags = [
+        "--lora",
+        *loras,
+        "--lora-weight",
+        0.8,
+        -0.5,
+        "--negative-prompt",
+        "head, abdomen",
+        "--clip-skip",
+        2,
+    ]
     flags += ["--prompt", PROMPT, "--seeds", 7, 5, 6, "--batch-size", 2, "--guidance-scale", 4.5]
     return ["--model", tiny, *flags]
 
@@ -127,14 +142,22 @@ def data_sha256(path):
 
 
 def test_a_png_says_in_webuis_words_how_it_was_made(run, loras):
-    assert sorted(path.name for path in run.glob("prompt/*.png")) == [f"euler_{seed}.png" for seed in (5, 6, 7)]
+    assert sorted(path.name for path in run.glob("prompt/*.png")) == [
+        f"euler_{seed}.png" for seed in (5, 6, 7)
+    ]
     prompt, negative, settings = text(run / "prompt" / "euler_5.png")["parameters"].split("\n")
     assert prompt == f"{PROMPT} <lora:fetal:0.8> <lora:sharp:-0.5>"
     assert negative == "Negative prompt: head, abdomen"
     hashes = ", ".join(f"{path.stem}: {data_sha256(path)[:12]}" for path in loras)
     start, rest = settings.split(", Model hash: ")
-    assert start == "Steps: 2, Sampler: Euler, Schedule type: Automatic, CFG scale: 4.5, Seed: 5, Size: 64x64"
-    assert rest[10:].startswith(", Model: tiny, Batch size: 2, Batch pos: 1, Clip skip: 2, RNG: CPU")
+    assert (
+        start
+        == "Steps: 2, Sampler: Euler, Schedule type: Automatic, CFG scale: 4.5, Seed: 5, Size:"
+        " 64x64"
+    )
+    assert rest[10:].startswith(
+        ", Model: tiny, Batch size: 2, Batch pos: 1, Clip skip: 2, RNG: CPU"
+    )
     assert f'Lora hashes: "{hashes}"' in rest
 
 
@@ -143,7 +166,14 @@ def test_webuis_defaults_are_left_out_of_the_text(tiny, tmp_path):
     (path,) = tmp_path.glob("*/*.png")
     said = parse_parameters(text(path)["parameters"])
     assert said.prompt == "a femur" and said.negative_prompt == ""
-    left_out = ("Clip skip", "Batch size", "Batch pos", "Denoising strength", "Lora hashes", "Init image hash")
+    left_out = (
+        "Clip skip",
+        "Batch size",
+        "Batch pos",
+        "Denoising strength",
+        "Lora hashes",
+        "Init image hash",
+    )
     assert not {*left_out} & said.settings.keys()
 
 
@@ -156,9 +186,12 @@ def test_the_manifest_tells_what_the_pngs_tell(run):
         assert row["prompt"] == PROMPT and row["negative_prompt"] == "head, abdomen"
 
 
-@pytest.mark.parametrize("seed", [5, pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [5, pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_like_makes_an_image_again_to_the_bit(run, tmp_path, seed):
-    """5 was row 1 of a batch of two, 7 row 0, and 6 alone; the files are found by the run's own record."""
+    """5 was row 1 of a batch of two, 7 row 0, and 6 alone; the files are found by the run's own
+    record."""
     path = run / "prompt" / f"euler_{seed}.png"
     again = sample(tmp_path, "--like", path) / "prompt" / path.name
     assert np.array_equal(pixels(again), pixels(path))
@@ -168,7 +201,18 @@ def test_like_makes_an_image_again_to_the_bit(run, tmp_path, seed):
 
 @pytest.mark.slow
 def test_like_makes_an_image_of_the_embedded_model_again_to_the_bit(tmp_path):
-    run = sample(tmp_path / "run", "--planes", "brain", "--count", 3, "--batch-size", 3, "--samplers", "euler", "unipc")
+    run = sample(
+        tmp_path / "run",
+        "--planes",
+        "brain",
+        "--count",
+        3,
+        "--batch-size",
+        3,
+        "--samplers",
+        "euler",
+        "unipc",
+    )
     for path in run.glob("brain/*_*.png"):
         (again,) = sample(tmp_path / path.stem, "--like", path).glob("*/*.png")
         assert np.array_equal(pixels(again), pixels(path)), path.name
@@ -178,7 +222,10 @@ def test_like_does_not_write_over_the_run_it_reads(run, capsys):
     manifest = (run / "manifest.csv").read_text()
     with pytest.raises(SystemExit):
         sample(run, "--like", run / "prompt" / "euler_5.png")
-    assert "another folder" in capsys.readouterr().err and (run / "manifest.csv").read_text() == manifest
+    assert (
+        "another folder" in capsys.readouterr().err
+        and (run / "manifest.csv").read_text() == manifest
+    )
 
 
 def test_like_takes_a_png_of_the_webui_that_names_no_model(tiny, tmp_path):
@@ -196,15 +243,30 @@ def test_like_needs_the_files_of_an_image_that_lies_elsewhere_by_flags(run, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--samplers", "unipc", "--order", 2], ["--spacing", "karras"]])
-def test_like_keeps_sampler_order_spacing_size_and_the_varied_image(tiny, photograph, tmp_path, flags):
-    varied = ["--model", tiny, "--init-image", photograph, "--strength", 0.9, "--steps", 3, "--size", "64x48"]
+def test_like_keeps_sampler_order_spacing_size_and_the_varied_image(
+    tiny, photograph, tmp_path, flags
+):
+    varied = [
+        "--model",
+        tiny,
+        "--init-image",
+        photograph,
+        "--strength",
+        0.9,
+        "--steps",
+        3,
+        "--size",
+        "64x48",
+    ]
     run = sample(tmp_path / "run", *flags, *varied, "--prompt", "a femur", "--seeds", 1, 2)
     for path in run.glob("prompt/*.png"):
         again = sample(tmp_path / path.stem, "--like", path) / "prompt" / path.name
         assert np.array_equal(pixels(again), pixels(path)) and pixels(path).shape == (48, 64, 3)
 
 
-def test_like_beside_a_record_that_is_none_takes_the_files_from_the_flags(run, tiny, loras, tmp_path):
+def test_like_beside_a_record_that_is_none_takes_the_files_from_the_flags(
+    run, tiny, loras, tmp_path
+):
     path = tmp_path / "run" / "prompt" / "euler_5.png"
     path.parent.mkdir(parents=True)
     path.write_bytes((run / "prompt" / "euler_5.png").read_bytes())
@@ -214,7 +276,8 @@ def test_like_beside_a_record_that_is_none_takes_the_files_from_the_flags(run, t
 
 
 def test_a_run_that_goes_on_makes_the_same_bits(run, asked):
-    """Also where one of two images of a batch is there: its neighbour is made in a batch of two as before."""
+    """Also where one of two images of a batch is there: its neighbour is made in a batch of two as
+    before."""
     lost, kept = (run / "prompt" / f"euler_{seed}.png" for seed in (5, 7))
     before, time = pixels(lost), kept.stat().st_mtime_ns
     lost.unlink()
@@ -232,43 +295,79 @@ def test_batches_are_consecutive_images_with_prompts_of_equal_length():
             self.prompt = prompt
 
     shots = [Image(prompt) for prompt in prompts]
-    rows = [[shots.index(shot) for shot in batch] for batch in SAMPLE["batches"](shots, 2, contexts)]
+    rows = [
+        [shots.index(shot) for shot in batch] for batch in SAMPLE["batches"](shots, 2, contexts)
+    ]
     assert rows == [[0, 1], [2], [3, 4], [5]]
 
 
 @pytest.mark.slow
 def test_every_style_is_drawn_equally_often_and_stands_in_the_manifest(tiny, tmp_path):
-    flags = ["--model", tiny, "--prompts", "styles", "--planes", "brain", "--steps", 1, "--batch-size", 8]
+    flags = [
+        "--model",
+        tiny,
+        "--prompts",
+        "styles",
+        "--planes",
+        "brain",
+        "--steps",
+        1,
+        "--batch-size",
+        8,
+    ]
     sample(tmp_path / "few", *flags, "--count", 5)
     sample(tmp_path / "all", *flags, "--count", 2 * len(STYLES))
     few, drawn = (
-        [row["prompt"] for row in csv.DictReader((tmp_path / name / "manifest.csv").read_text().splitlines())]
+        [
+            row["prompt"]
+            for row in csv.DictReader((tmp_path / name / "manifest.csv").read_text().splitlines())
+        ]
         for name in ("few", "all")
     )
-    assert Counter(drawn) == dict.fromkeys((with_style("a photo of fetal brain", words) for words in STYLES), 2)
+    assert Counter(drawn) == dict.fromkeys(
+        (with_style("a photo of fetal brain", words) for words in STYLES), 2
+    )
     assert drawn[:5] == few
 
 
 @pytest.mark.slow
 def test_long_prompts_and_negative_prompts_of_another_length_are_sampled(tiny, tmp_path):
-    long, femur = " ".join(["a photo of fetal femur"] * 20), ["--model", tiny, "--prompt", "a femur"]
+    long, femur = (
+        " ".join(["a photo of fetal femur"] * 20),
+        ["--model", tiny, "--prompt", "a femur"],
+    )
     sample(tmp_path / "long", "--model", tiny, "--prompt", long, "--seeds", 1, 2)
     sample(tmp_path / "negative", *femur, "--negative-prompt", long, "--seeds", 1)
     sample(tmp_path / "plain", *femur, "--seeds", 1)
-    one, other = (pixels(tmp_path / name / "prompt" / "euler_1.png") for name in ("negative", "plain"))
+    one, other = (
+        pixels(tmp_path / name / "prompt" / "euler_1.png") for name in ("negative", "plain")
+    )
     assert not np.array_equal(one, other)
 
 
 @pytest.mark.slow
 def test_loras_add_up_in_any_order_and_each_has_its_weight(tiny, loras, tmp_path):
     def image(name, files, weights):
-        flags = ["--model", tiny, "--lora", *files, "--lora-weight", *weights, "--prompt", "a femur", "--seeds", 1]
+        flags = [
+            "--model",
+            tiny,
+            "--lora",
+            *files,
+            "--lora-weight",
+            *weights,
+            "--prompt",
+            "a femur",
+            "--seeds",
+            1,
+        ]
         return pixels(sample(tmp_path / name, *flags) / "prompt" / "euler_1.png")
 
     both = image("both", loras, [0.8, 0.3])
     assert np.array_equal(both, image("reversed", loras[::-1], [0.3, 0.8]))
     assert not np.array_equal(both, image("swapped", loras, [0.3, 0.8]))
-    assert np.array_equal(image("first", loras[:1], [0.8]), image("second at zero", loras, [0.8, 0]))
+    assert np.array_equal(
+        image("first", loras[:1], [0.8]), image("second at zero", loras, [0.8, 0])
+    )
     assert np.array_equal(image("one for all", loras, [0.5]), image("one each", loras, [0.5, 0.5]))
 
 
@@ -277,20 +376,31 @@ def test_loras_of_one_name_are_told_apart_by_their_folders(tiny, loras, tmp_path
     for file, lora in zip(files, loras):
         file.parent.mkdir()
         file.write_bytes(lora.read_bytes())
-    run = sample(tmp_path / "run", "--model", tiny, "--lora", *files, "--prompt", "a femur", "--seeds", 1)
+    run = sample(
+        tmp_path / "run", "--model", tiny, "--lora", *files, "--prompt", "a femur", "--seeds", 1
+    )
     said = parse_parameters(text(run / "prompt" / "euler_1.png")["parameters"])
     assert said.prompt == "a femur <lora:kohya-lora:1> <lora:paper-lora:1>"
-    assert said.settings["Lora hashes"].startswith(f"kohya-lora: {data_sha256(files[0])[:12]}, paper-lora: ")
+    assert said.settings["Lora hashes"].startswith(
+        f"kohya-lora: {data_sha256(files[0])[:12]}, paper-lora: "
+    )
     with pytest.raises(SystemExit):
-        sample(tmp_path / "out", "--model", tiny, "--lora", files[0], files[0], "--prompt", "a femur")
+        sample(
+            tmp_path / "out", "--model", tiny, "--lora", files[0], files[0], "--prompt", "a femur"
+        )
     assert "two files of one name" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_brackets_weigh_words_and_a_weight_of_one_changes_nothing(tiny, tmp_path):
     plain, one, more = (
-        pixels(sample(tmp_path / str(n), "--model", tiny, "--prompt", prompt, "--seeds", 1) / "prompt/euler_1.png")
-        for n, prompt in enumerate(["a photo of femur", "a photo of (femur:1.0)", "a photo of (femur:1.6)"])
+        pixels(
+            sample(tmp_path / str(n), "--model", tiny, "--prompt", prompt, "--seeds", 1)
+            / "prompt/euler_1.png"
+        )
+        for n, prompt in enumerate(
+            ["a photo of femur", "a photo of (femur:1.0)", "a photo of (femur:1.6)"]
+        )
     )
     assert np.array_equal(plain, one) and not np.array_equal(plain, more)
 
@@ -299,9 +409,22 @@ def test_brackets_weigh_words_and_a_weight_of_one_changes_nothing(tiny, tmp_path
 def test_a_weak_variation_is_nearer_to_the_image_than_a_strong_one(photograph, tmp_path):
     image, away = Image.open(photograph).convert("RGB"), []
     for strength in (0.1, 0.5, 1.0):
-        flags = ["--init-image", photograph, "--strength", strength, "--steps", 10, "--prompt", "a femur", "--seeds", 1]
+        flags = [
+            "--init-image",
+            photograph,
+            "--strength",
+            strength,
+            "--steps",
+            10,
+            "--prompt",
+            "a femur",
+            "--seeds",
+            1,
+        ]
         varied = pixels(sample(tmp_path / str(strength), *flags) / "prompt" / "euler_1.png")
-        resized = np.asarray(image.resize(varied.shape[1::-1], Image.Resampling.BICUBIC)).astype(float)
+        resized = np.asarray(image.resize(varied.shape[1::-1], Image.Resampling.BICUBIC)).astype(
+            float
+        )
         away.append(np.abs(varied - resized).mean())
     assert away[0] < away[1] < away[2]
 
@@ -309,14 +432,25 @@ def test_a_weak_variation_is_nearer_to_the_image_than_a_strong_one(photograph, t
 def test_a_lora_of_another_clip_skip_is_told_in_one_line(tiny, loras, tmp_path, capsys):
     sample(tmp_path, "--model", tiny, "--lora", loras[0], "--prompt", "a femur", "--seeds", 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "clip skip" in line]
-    assert len(lines) == 1 and "fetal.safetensors" in lines[0] and "2" in lines[0] and "--clip-skip 1" in lines[0]
+    assert (
+        len(lines) == 1
+        and "fetal.safetensors" in lines[0]
+        and "2" in lines[0]
+        and "--clip-skip 1" in lines[0]
+    )
 
 
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ({"ss_v_parameterization": "True"}, "was trained on a model that predicts v, this one predicts epsilon"),
-        ({"modelspec.prediction_type": "v"}, "was trained on a model that predicts v, this one predicts epsilon"),
+        (
+            {"ss_v_parameterization": "True"},
+            "was trained on a model that predicts v, this one predicts epsilon",
+        ),
+        (
+            {"modelspec.prediction_type": "v"},
+            "was trained on a model that predicts v, this one predicts epsilon",
+        ),
         ({"ss_v_parameterization": "False"}, None),
         ({"modelspec.prediction_type": "epsilon"}, None),
         ({}, None),
@@ -342,11 +476,23 @@ WEBUI = "a femur\nSteps: 2, Sampler: {}, CFG scale: 4, Seed: 9, Size: 64x64{}, V
 
 @pytest.mark.parametrize("sampler", ["Euler", pytest.param("UniPC", marks=pytest.mark.slow)])
 def test_like_takes_a_png_of_the_webui(tiny, tmp_path, sampler):
-    flags = ["--prompt", "a femur", "--seeds", 9, "--guidance-scale", 4, "--samplers", sampler.lower()]
+    flags = [
+        "--prompt",
+        "a femur",
+        "--seeds",
+        9,
+        "--guidance-scale",
+        4,
+        "--samplers",
+        sampler.lower(),
+    ]
     name = f"prompt/{sampler.lower()}_9.png"
     path = sample(tmp_path / "flags", "--model", tiny, *flags) / name
     model = parse_parameters(text(path)["parameters"]).settings["Model hash"]
-    more = f", Model hash: {model}, Schedule type: {'Karras' if sampler == 'UniPC' else 'Automatic'}, RNG: CPU"
+    more = (
+        f", Model hash: {model}, Schedule type: {'Karras' if sampler == 'UniPC' else 'Automatic'},"
+        " RNG: CPU"
+    )
     write_png(tmp_path / "webui.png", parameters=WEBUI.format(sampler, more))
     sample(tmp_path / "again", "--like", tmp_path / "webui.png", "--model", tiny)
     assert np.array_equal(pixels(tmp_path / "again" / name), pixels(tmp_path / "flags" / name))
@@ -370,7 +516,13 @@ def places(run, tiny, loras, photograph, tmp_path):
     }
     for name, parameters in webui.items():
         write_png(tmp_path / f"{name}.png", parameters=parameters)
-    return {"here": tmp_path, "tiny": tiny, "fetal": loras[0], "sharp": loras[1], "photograph": photograph}
+    return {
+        "here": tmp_path,
+        "tiny": tiny,
+        "fetal": loras[0],
+        "sharp": loras[1],
+        "photograph": photograph,
+    }
 
 
 @pytest.mark.parametrize(
@@ -412,10 +564,14 @@ def places(run, tiny, loras, photograph, tmp_path):
         ("--like {here}/moved.png --lora {sharp} {fetal}", "moved.png"),
     ],
 )
-def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(flags, words, places, monkeypatch, capsys):
+def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
+    flags, words, places, monkeypatch, capsys
+):
     out = places["here"] / "out"
     flags = [flag.format(**places) for flag in ["{tiny}", *flags.split()]]
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--out", str(out), "--device", "cpu", "--model", *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", "--out", str(out), "--device", "cpu", "--model", *flags]
+    )
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(SCRIPT, run_name="__main__")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample.py:")]
@@ -431,7 +587,9 @@ def test_a_lora_that_differs_from_the_images_is_named_with_both_hashes(run, tiny
     other.write_bytes(content)
     with pytest.raises(ValueError) as error:
         sample(tmp_path / "out", "--like", path, "--model", tiny, "--lora", other, loras[1])
-    assert data_sha256(loras[0])[:12] in str(error.value) and data_sha256(other)[:12] in str(error.value)
+    assert data_sha256(loras[0])[:12] in str(error.value) and data_sha256(other)[:12] in str(
+        error.value
+    )
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -449,7 +607,9 @@ def test_a_lora_that_differs_from_the_images_is_named_with_both_hashes(run, tiny
     ],
     ids=lambda flags: next(iter(flags)),
 )
-def test_an_image_made_with_another_flag_that_changes_pixels_is_made_again(tiny, tmp_path, capsys, other):
+def test_an_image_made_with_another_flag_that_changes_pixels_is_made_again(
+    tiny, tmp_path, capsys, other
+):
     flags = ["--model", tiny, "--prompt", "a photo of fetal femur", "--seeds", 1]
     before = pixels(sample(tmp_path / "out", *flags) / "prompt" / "euler_1.png")
     sample(tmp_path / "out", *flags)
@@ -457,7 +617,10 @@ def test_an_image_made_with_another_flag_that_changes_pixels_is_made_again(tiny,
     if "--tokenizer" in other:  # two words of the prompt change their numbers
         shutil.copytree(tiny / "tokenizer", tmp_path / "other")
         vocabulary = json.loads((tmp_path / "other" / "vocab.json").read_text())
-        vocabulary["photo</w>"], vocabulary["fetal</w>"] = vocabulary["fetal</w>"], vocabulary["photo</w>"]
+        vocabulary["photo</w>"], vocabulary["fetal</w>"] = (
+            vocabulary["fetal</w>"],
+            vocabulary["photo</w>"],
+        )
         (tmp_path / "other" / "vocab.json").write_text(json.dumps(vocabulary))
         other = {"--tokenizer": tmp_path / "other"}
     sample(tmp_path / "out", *flags, *[part for flag in other.items() for part in flag])
@@ -477,12 +640,15 @@ def test_a_run_over_other_planes_leaves_the_rows_of_images_that_are_there(tiny, 
     brain = [f"brain/euler_{seed}.png" for seed in (200_000, 200_001)]
     thorax = [f"thorax/euler_{seed}.png" for seed in (600_000, 600_001)]
     assert rows_of(tmp_path) == [*brain, "femur/euler_400000.png", *thorax]
-    sample(tmp_path, "--model", tiny, "--count", 1, "--planes", "brain")  # of its own plane a run says all there is
+    # of its own plane a run says all there is
+    sample(tmp_path, "--model", tiny, "--count", 1, "--planes", "brain")
     assert rows_of(tmp_path) == ["femur/euler_400000.png", *thorax, brain[0]]
 
 
 def test_an_image_again_by_like_takes_its_precision_and_refuses_another(tiny, tmp_path, capsys):
-    run = sample(tmp_path / "out", "--model", tiny, "--prompt", PROMPT, "--seeds", 1, "--dtype", "bf16")
+    run = sample(
+        tmp_path / "out", "--model", tiny, "--prompt", PROMPT, "--seeds", 1, "--dtype", "bf16"
+    )
     moved = tmp_path / "moved.png"  # away from the record of its run
     shutil.copy(run / "prompt" / "euler_1.png", moved)
     sample(tmp_path / "again", "--model", tiny, "--like", moved)

@@ -1,4 +1,5 @@
-"""train_lora.py and sample.py on the embedded model: determinism, resuming, what they write, what they refuse."""
+"""train_lora.py and sample.py on the embedded model: determinism, resuming, what they write, what
+they refuse."""
 
 import csv
 import hashlib
@@ -59,7 +60,20 @@ def trained(spanish, tmp_path_factory):
 
 
 def sample_flags(out, *more):
-    return ["--out", out, "--device", "cpu", "--count", 2, "--steps", 3, "--planes", "brain", "femur", *more]
+    return [
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--count",
+        2,
+        "--steps",
+        3,
+        "--planes",
+        "brain",
+        "femur",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +88,15 @@ def test_training_writes_a_kohya_file_the_losses_and_a_record(trained):
     with safe_open(trained / "lora.safetensors", "pt") as file:
         keys, metadata = list(file.keys()), file.metadata()
     assert all(key.startswith("lora_unet_") and "attn2" in key for key in keys)
-    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "20"  # 2 repeats
+    # 2 repeats
+    assert metadata["ss_network_dim"] == "4" and metadata["ss_num_train_images"] == "20"
     rows = list(csv.DictReader((trained / "loss.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5]  # 10 images x 2 repeats / 4
     assert all(0 < float(row["loss"]) < 10 for row in rows)
     record = json.loads((trained / "args.json").read_text())
-    assert record["arguments"]["rank"] == 4 and torch.__version__.startswith(record["versions"]["torch"])
+    assert record["arguments"]["rank"] == 4 and torch.__version__.startswith(
+        record["versions"]["torch"]
+    )
     assert (trained / "samples" / "step000005.png").exists()
 
 
@@ -129,7 +146,10 @@ def test_accumulated_batches_train_as_one_large_batch(spanish, tmp_path):
     flags = ["--per-plane", 2, "--repeats", 2, "--rank", 4, "--spanish", spanish, "--device", "cpu"]
     run("train_lora", *flags, "--out", tmp_path / "large", "--batch-size", 10)
     run("train_lora", *flags, "--out", tmp_path / "small", "--batch-size", 5, "--accumulate", 2)
-    large, small = (np.loadtxt(tmp_path / d / "loss.csv", delimiter=",", skiprows=1)[:, 2] for d in ("large", "small"))
+    large, small = (
+        np.loadtxt(tmp_path / d / "loss.csv", delimiter=",", skiprows=1)[:, 2]
+        for d in ("large", "small")
+    )
     assert len(large) == 2
     np.testing.assert_allclose(large, small, rtol=1e-3)
 
@@ -141,7 +161,19 @@ def test_a_folder_of_captioned_images_trains_too(spanish, tmp_path):
     for n, path in enumerate(sorted((spanish / "Images").iterdir())[:3]):
         Image.open(path).save(folder / f"{n}.png")
         (folder / f"{n}.txt").write_text(PROMPTS[PLANES[n]] + "\n")
-    run("train_lora", "--images", folder, "--out", tmp_path / "out", "--repeats", 1, "--rank", 2, "--device", "cpu")
+    run(
+        "train_lora",
+        "--images",
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--repeats",
+        1,
+        "--rank",
+        2,
+        "--device",
+        "cpu",
+    )
     assert (tmp_path / "out" / "lora.safetensors").exists()
 
 
@@ -153,7 +185,11 @@ def test_sampling_writes_images_a_manifest_and_a_contact_sheet(sampled):
     for row in rows:
         with Image.open(sampled / row["image"]) as image:
             assert image.size == (SIDE, SIDE)
-            assert json.loads(image.text["fu-lora"])["prompt"] == row["prompt"] == PROMPTS[row["plane"]]
+            assert (
+                json.loads(image.text["fu-lora"])["prompt"]
+                == row["prompt"]
+                == PROMPTS[row["plane"]]
+            )
     assert (sampled / "contact_sheet.png").exists() and (sampled / "args.json").exists()
 
 
@@ -167,9 +203,11 @@ def test_the_same_seed_samples_the_same_files_and_batches_do_not_matter(sampled,
     run("sample", *sample_flags(tmp_path / "single", *lora, "--batch-size", 1))
     for path in sampled.glob("*/*.png"):
         one, two = (
-            np.asarray(Image.open(p)).astype(int) for p in (path, tmp_path / "single" / path.relative_to(sampled))
+            np.asarray(Image.open(p)).astype(int)
+            for p in (path, tmp_path / "single" / path.relative_to(sampled))
         )
-        assert np.abs(one - two).max() <= 1  # a batch of another size may round the last bit otherwise
+        # a batch of another size may round the last bit otherwise
+        assert np.abs(one - two).max() <= 1
 
 
 @pytest.mark.slow
@@ -189,17 +227,28 @@ def test_other_settings_make_the_images_again(sampled, trained, tmp_path):
     run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler"))
     first = next((tmp_path / "brain").glob("*.png"))
     before = first.read_bytes()
-    run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--guidance-scale", 2))
+    run(
+        "sample",
+        *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--guidance-scale", 2),
+    )
     assert first.read_bytes() != before
     before = first.read_bytes()
-    run("sample", *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--clip-skip", 2))
+    run(
+        "sample",
+        *sample_flags(tmp_path, "--planes", "brain", "--samplers", "euler", "--clip-skip", 2),
+    )
     assert first.read_bytes() != before
 
 
 @pytest.mark.slow
 def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
     few = ["--planes", "brain", "--samplers", "euler"]
-    run("sample", *sample_flags(tmp_path / "zero", "--lora", trained / "lora.safetensors", "--lora-weight", 0, *few))
+    run(
+        "sample",
+        *sample_flags(
+            tmp_path / "zero", "--lora", trained / "lora.safetensors", "--lora-weight", 0, *few
+        ),
+    )
     run("sample", *sample_flags(tmp_path / "none", *few))
     for path in (tmp_path / "zero").glob("*/*.png"):
         other = tmp_path / "none" / path.relative_to(tmp_path / "zero")
@@ -216,7 +265,11 @@ def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
             ["--spanish", "{spanish}", "--per-plane", "2", "--target", "nothing_like_it"],
             "nothing_like_it",
         ),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "2", "--model", "{nowhere}"], "nowhere"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "2", "--model", "{nowhere}"],
+            "nowhere",
+        ),
         ("train_lora", ["--spanish", "{spanish}", "--per-plane", "2", "--size", "60"], "60"),
         ("train_lora", [], "--spanish"),
         ("sample", ["--lora", "{nowhere}"], "nowhere"),
@@ -225,23 +278,56 @@ def test_lora_weight_zero_is_the_model_without_lora(trained, tmp_path):
         ("sample", ["--size", "100"], "100"),
         ("sample", ["--count", "0"], "--count"),
         ("sample", ["--clip-skip", "9"], "clip skip 9"),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "2", "--clip-skip", "9"], "clip skip 9"),
-        ("train_lora", ["--spanish", "{spanish}", "--rank", "0"], "--learn-token"),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "ultrasound"], "has it already"),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "two words"], "one word"),
         (
             "train_lora",
-            ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "<x>", "--init-word", "vein"],
+            ["--spanish", "{spanish}", "--per-plane", "2", "--clip-skip", "9"],
+            "clip skip 9",
+        ),
+        ("train_lora", ["--spanish", "{spanish}", "--rank", "0"], "--learn-token"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "ultrasound"],
+            "has it already",
+        ),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--learn-token", "two words"],
+            "one word",
+        ),
+        (
+            "train_lora",
+            [
+                "--spanish",
+                "{spanish}",
+                "--per-plane",
+                "1",
+                "--learn-token",
+                "<x>",
+                "--init-word",
+                "vein",
+            ],
             "'vein'",
         ),
-        ("train_lora", ["--spanish", "{spanish}", "--learn-token", "<x>", "--rare-token", "sks"], "not both"),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{empty}"], "no images"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--learn-token", "<x>", "--rare-token", "sks"],
+            "not both",
+        ),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{empty}"],
+            "no images",
+        ),
         (
             "train_lora",
             ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{lost}"],
             "1 of 1 images are missing",
         ),
-        ("train_lora", ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{nowhere}"], "nowhere"),
+        (
+            "train_lora",
+            ["--spanish", "{spanish}", "--per-plane", "1", "--prior", "{nowhere}"],
+            "nowhere",
+        ),
         ("train_lora", ["--spanish", "{spanish}", "--prior-weight", "-1"], "--prior-weight -1.0"),
         ("sample", ["--embedding", "{wide}"], "1024 wide"),
         ("sample", ["--embedding", "{several}"], f"[3, {WIDTH}]"),
@@ -256,7 +342,10 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
 ):
     weights = MINI / "vae" / "diffusion_pytorch_model.safetensors"
     places = {"nowhere": tmp_path / "nowhere", "spanish": spanish, "weights": weights}
-    for name, content in {"empty": "image,prompt\n", "lost": "image,prompt\nlost.png,a photo\n"}.items():
+    for name, content in {
+        "empty": "image,prompt\n",
+        "lost": "image,prompt\nlost.png,a photo\n",
+    }.items():
         places[name] = tmp_path / name
         places[name].write_text(content)
     for name, token, shape in [
@@ -266,7 +355,13 @@ def test_a_mistake_costs_one_line_and_exit_code_2_and_leaves_nothing(
     ]:
         places[name] = tmp_path / name
         save_file({token: torch.zeros(shape)}, places[name])
-    flags = ["--out", str(tmp_path / "out"), "--device", "cpu", *(flag.format(**places) for flag in flags)]
+    flags = [
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        *(flag.format(**places) for flag in flags),
+    ]
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")

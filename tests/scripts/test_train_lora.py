@@ -1,6 +1,8 @@
-"""train_lora.py as kohya's users know it: the text encoder trained too, the authors' preset, buckets and repeats.
+"""train_lora.py as kohya's users know it: the text encoder trained too, the authors' preset,
+buckets and repeats.
 
-Runs are of a few steps, of a random model with the embedded one's tokenizer, on images of 64 px and less.
+Runs are of a few steps, of a random model with the embedded one's tokenizer, on images of 64 px and
+less.
 """
 
 import json
@@ -34,7 +36,9 @@ from samplers.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = len(load_tokenizer(MINI / "tokenizer", TextConfig()))
-TEXT = TextConfig(WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+TEXT = TextConfig(
+    WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2
+)
 SCRIPT = runpy.run_path(str(ROOT / "train_lora.py"), run_name="train_lora")
 WIDE, SQUARE = (96, 40), (48, 48)
 
@@ -44,8 +48,14 @@ def tiny(tmp_path_factory):
     """A Stable Diffusion of random weights in a folder."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet(UNetConfig(4, 4, (8, 16), (True, True), 1, (2, 2), cross_attention_dim=16, norm_num_groups=4))
-        vae = AutoencoderKL(VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2))
+        unet = UNet(
+            UNetConfig(
+                4, 4, (8, 16), (True, True), 1, (2, 2), cross_attention_dim=16, norm_num_groups=4
+            )
+        )
+        vae = AutoencoderKL(
+            VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2)
+        )
         text_encoder = TextEncoder(TEXT)
     tokenizer = load_tokenizer(MINI / "tokenizer", TEXT)
     path = tmp_path_factory.mktemp("tiny") / "model"
@@ -61,7 +71,9 @@ def folder(tmp_path_factory):
     for name, size, count in (("2_fetal brain", WIDE, 2), ("1_fetal femur", SQUARE, 3)):
         (root / name).mkdir()
         for n in range(count):
-            pixels = torch.randint(256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+            pixels = torch.randint(
+                256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8
+            )
             Image.fromarray(pixels.numpy()).save(root / name / f"{n}.png")
     return root
 
@@ -94,7 +106,16 @@ def header(out):
         return file.metadata()
 
 
-KOHYA = ("--train-text-encoder", "--text-encoder-lr", 1e-3, "--bucket", "--batch-size", 2, "--accumulate", 2)
+KOHYA = (
+    "--train-text-encoder",
+    "--text-encoder-lr",
+    1e-3,
+    "--bucket",
+    "--batch-size",
+    2,
+    "--accumulate",
+    2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +130,9 @@ def test_captions_say_how_bright_the_images_are_and_resuming_holds_to_it(tiny, f
     train(tiny, folder, out, "--style-words")
     tags = json.loads(header(out)["ss_tag_frequency"])
     for name, (_, count) in {"2_fetal brain": (WIDE, 2), "1_fetal femur": (SQUARE, 3)}.items():
-        words = [word for path in (folder / name).iterdir() for word in style_words(Image.open(path))]
+        words = [
+            word for path in (folder / name).iterdir() for word in style_words(Image.open(path))
+        ]
         assert tags[name] == {name[2:]: count} | Counter(words)
     with pytest.raises(LoRAError, match="style-words was True, is None"):
         train(tiny, folder, out, "--resume")
@@ -120,7 +143,10 @@ def test_captions_say_how_bright_the_images_are_and_resuming_holds_to_it(tiny, f
 
 def epoch_of(repeats, buckets, batch_size, accumulate, seed, epoch=0):
     count = math.ceil(batches_per_epoch(repeats, buckets, batch_size) / accumulate)
-    return [batches_of_step(epoch * count + n, repeats, buckets, batch_size, accumulate, seed) for n in range(count)]
+    return [
+        batches_of_step(epoch * count + n, repeats, buckets, batch_size, accumulate, seed)
+        for n in range(count)
+    ]
 
 
 def test_an_epoch_shows_every_image_as_often_as_it_repeats_in_batches_of_one_bucket():
@@ -151,7 +177,10 @@ def test_a_step_depends_on_its_number_and_the_seed_alone():
 def test_batches_of_several_buckets_come_in_a_random_order():
     repeats, buckets = torch.full((8,), 10), torch.tensor([0, 1] * 4)
     firsts = [int(buckets[step[0][0]]) for step in epoch_of(repeats, buckets, 4, 1, seed=0)]
-    assert sorted(firsts) == [0] * 10 + [1] * 10 and firsts not in (sorted(firsts), sorted(firsts)[::-1])
+    assert sorted(firsts) == [0] * 10 + [1] * 10 and firsts not in (
+        sorted(firsts),
+        sorted(firsts)[::-1],
+    )
 
 
 def test_one_bucket_and_equal_repeats_are_one_shuffle_cut_into_steps():
@@ -173,11 +202,31 @@ def test_images_are_cut_into_batches_of_one_bucket_in_their_order():
 
 
 def test_the_preset_of_kohya_has_the_authors_values(monkeypatch):
-    monkeypatch.setitem(SCRIPT["parse_args"].__globals__, "device_name", str)  # as where there is a GPU
+    # as where there is a GPU
+    monkeypatch.setitem(SCRIPT["parse_args"].__globals__, "device_name", str)
     args = vars(parse("--preset", "kohya", "--spanish", "x", "--out", "y", "--device", "cuda"))
-    authors = {"rank": 128, "alpha": 128, "lr": 1e-4, "text_encoder_lr": 5e-5, "train_text_encoder": True}
-    authors |= {"batch_size": 1, "epochs": 1, "clip_skip": 2, "dtype": "fp16", "optimizer": "adamw8bit", "seed": 1234}
-    authors |= {"bucket": True, "resize": None, "target": "transformer", "init": "kaiming", "accumulate": 1}
+    authors = {
+        "rank": 128,
+        "alpha": 128,
+        "lr": 1e-4,
+        "text_encoder_lr": 5e-5,
+        "train_text_encoder": True,
+    }
+    authors |= {
+        "batch_size": 1,
+        "epochs": 1,
+        "clip_skip": 2,
+        "dtype": "fp16",
+        "optimizer": "adamw8bit",
+        "seed": 1234,
+    }
+    authors |= {
+        "bucket": True,
+        "resize": None,
+        "target": "transformer",
+        "init": "kaiming",
+        "accumulate": 1,
+    }
     assert {key: args[key] for key in authors} == authors
     assert args["repeats"] is None  # they did not publish theirs
     assert {key: args[key] for key in PRESETS["kohya"]} == PRESETS["kohya"]
@@ -197,9 +246,23 @@ def test_an_explicit_flag_wins_over_the_preset(flag):
 
 def test_without_a_preset_the_paper_holds():
     args = vars(parse("--spanish", "x", "--out", "y", "--device", "cpu"))
-    assert args == vars(parse("--spanish", "x", "--out", "y", "--device", "cpu", "--preset", "paper"))
-    paper = {"target": "cross-attention", "train_text_encoder": False, "init": "gaussian", "bucket": False}
-    paper |= {"resize": "squash", "clip_skip": 1, "batch_size": 2, "rank": 128, "alpha": 128, "seed": 0}
+    assert args == vars(
+        parse("--spanish", "x", "--out", "y", "--device", "cpu", "--preset", "paper")
+    )
+    paper = {
+        "target": "cross-attention",
+        "train_text_encoder": False,
+        "init": "gaussian",
+        "bucket": False,
+    }
+    paper |= {
+        "resize": "squash",
+        "clip_skip": 1,
+        "batch_size": 2,
+        "rank": 128,
+        "alpha": 128,
+        "seed": 0,
+    }
     assert {key: args[key] for key in paper} == paper
 
 
@@ -212,7 +275,11 @@ def test_alpha_follows_the_rank_under_the_preset_too():
 
 def test_a_trained_text_encoder_is_in_the_file_and_its_b_has_moved(trained):
     weights = lora_of(trained[0])
-    ups = {key: weight for key, weight in weights.items() if key.startswith("lora_te_") and "lora_up" in key}
+    ups = {
+        key: weight
+        for key, weight in weights.items()
+        if key.startswith("lora_te_") and "lora_up" in key
+    }
     assert len(ups) == 6 * TEXT.num_hidden_layers and all(weight.any() for weight in ups.values())
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in ups
     assert any(key.startswith("lora_unet_") for key in weights)
@@ -228,12 +295,18 @@ def test_training_leaves_the_base_weights_as_they_were(trained, tiny):
         assert all(parameter.dtype == torch.float32 for parameter in trained_ones)
         remove(network)
         after = network.state_dict()
-        assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+        assert after.keys() == before.keys() and all(
+            torch.equal(after[key], before[key]) for key in before
+        )
 
 
 def test_the_text_encoder_is_asked_once_unless_it_is_trained(tiny, folder, tmp_path, monkeypatch):
     calls, forward = [], TextEncoder.forward
-    monkeypatch.setattr(TextEncoder, "forward", lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args))
+    monkeypatch.setattr(
+        TextEncoder,
+        "forward",
+        lambda *args: calls.append(torch.is_grad_enabled()) or forward(*args),
+    )
     train(tiny, folder, tmp_path / "without", "--batch-size", 4)  # 7 passes: 2 steps
     assert calls == [False]
     assert not any(key.startswith("lora_te") for key in lora_of(tmp_path / "without"))
@@ -242,7 +315,9 @@ def test_the_text_encoder_is_asked_once_unless_it_is_trained(tiny, folder, tmp_p
     assert calls == [False, True, True]
 
 
-def test_clip_skip_2_leaves_the_last_layer_of_the_text_encoder_where_it_began(tiny, folder, tmp_path):
+def test_clip_skip_2_leaves_the_last_layer_of_the_text_encoder_where_it_began(
+    tiny, folder, tmp_path
+):
     train(tiny, folder, tmp_path, "--train-text-encoder", "--clip-skip", 2, "--batch-size", 4)
     for key, weight in lora_of(tmp_path).items():
         if key.startswith("lora_te_") and "lora_up" in key:
@@ -258,23 +333,52 @@ def test_gradient_checkpointing_trains_the_text_encoder_alike(trained, tiny, fol
 
 
 def test_each_network_has_its_own_learning_rate(tiny, folder, tmp_path):
-    few = ["--batch-size", 8, "--train-text-encoder", "--lr", 1e-2, "--text-encoder-lr", 1e-3, "--weight-decay", 0]
+    few = [
+        "--batch-size",
+        8,
+        "--train-text-encoder",
+        "--lr",
+        1e-2,
+        "--text-encoder-lr",
+        1e-3,
+        "--weight-decay",
+        0,
+    ]
     train(tiny, folder, tmp_path, *few)
     for key, weight in lora_of(tmp_path).items():
-        if "lora_up" in key:  # Adam's first step has the size of the learning rate; fp16 rounds it by 5e-4
+        # Adam's first step has the size of the learning rate; fp16 rounds it by 5e-4
+        if "lora_up" in key:
             expected = 1e-2 if key.startswith("lora_unet") else 1e-3
             assert weight.abs().max().item() == pytest.approx(expected, rel=1e-2), key
 
 
 @pytest.mark.slow
 def test_a_half_precision_base_keeps_the_text_encoders_lora_in_float32(tiny, folder, tmp_path):
-    model = train(tiny, folder, tmp_path, "--train-text-encoder", "--dtype", "bf16", "--batch-size", 8)
+    model = train(
+        tiny, folder, tmp_path, "--train-text-encoder", "--dtype", "bf16", "--batch-size", 8
+    )
     layer = lora_layers(model.text_encoder)["text_model.encoder.layers.0.mlp.fc1"]
-    assert (layer.root.weight.dtype, layer.B.dtype) == (torch.bfloat16, torch.float32) and layer.B.any()
+    assert (layer.root.weight.dtype, layer.B.dtype) == (
+        torch.bfloat16,
+        torch.float32,
+    ) and layer.B.any()
 
 
-def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike(tiny, folder, tmp_path, monkeypatch):
-    flags = (*KOHYA, "--learn-token", "<x>", "--schedule", "cosine", "--save-every", 1, "--epochs", 2)  # four steps
+def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike(
+    tiny, folder, tmp_path, monkeypatch
+):
+    # four steps
+    flags = (
+        *KOHYA,
+        "--learn-token",
+        "<x>",
+        "--schedule",
+        "cosine",
+        "--save-every",
+        1,
+        "--epochs",
+        2,
+    )
     train(tiny, folder, tmp_path / "whole", *flags)
     norm, calls = torch.nn.utils.clip_grad_norm_, iter(range(9))
     with monkeypatch.context() as patch:
@@ -297,14 +401,19 @@ def test_a_token_is_learned_beside_the_text_encoder_and_a_resumed_run_ends_alike
     train(tiny, folder, tmp_path / "cut", *flags, "--resume")
     for name in ("lora.safetensors", "embedding.safetensors", "loss.csv"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    rates = [float(line.split(",")[-1]) for line in (tmp_path / "whole" / "loss.csv").read_text().splitlines()[1:]]
+    rates = [
+        float(line.split(",")[-1])
+        for line in (tmp_path / "whole" / "loss.csv").read_text().splitlines()[1:]
+    ]
     assert rates == pytest.approx([1e-3, 1e-3 * (2 + 2**0.5) / 4, 5e-4, 1e-3 * (2 - 2**0.5) / 4])
     ((_, vector),) = load_file(tmp_path / "whole" / "embedding.safetensors").items()
     assert vector.isfinite().all()
 
 
 @pytest.mark.slow
-def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a_run_without_a_stop(tiny, tmp_path):
+def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a_run_without_a_stop(
+    tiny, tmp_path
+):
     write_spanish_layout(tmp_path / "spanish", 3, test=0, seed=0)
     data = ["--spanish", tmp_path / "spanish", "--per-plane", 1, "--repeats", 2]
     out = [tmp_path / name for name in ("plain", "whole", "cut")]
@@ -313,8 +422,16 @@ def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a
     train(tiny, None, out[1], *data, *looks)
     assert (out[0] / "lora.safetensors").read_bytes() == (out[1] / "lora.safetensors").read_bytes()
     rows = [line.split(",") for line in (out[1] / "loss.csv").read_text().splitlines()]
-    assert rows[0][-1] == "held_out" and [bool(row[-1]) for row in rows[1:]] == [False, True, False, True, True]
-    assert [row[:-1] for row in rows] == [line.split(",") for line in (out[0] / "loss.csv").read_text().splitlines()]
+    assert rows[0][-1] == "held_out" and [bool(row[-1]) for row in rows[1:]] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert [row[:-1] for row in rows] == [
+        line.split(",") for line in (out[0] / "loss.csv").read_text().splitlines()
+    ]
     assert len({row[-1] for row in rows[2::2]}) > 1  # it moves as the network does
     assert Image.open(out[1] / "loss.png").width > 500
 
@@ -336,7 +453,9 @@ def test_held_out_images_leave_the_training_as_it_is_and_their_loss_is_that_of_a
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tiny, folder, tmp_path, number, capsys):
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(
+    tiny, folder, tmp_path, number, capsys
+):
     flags = ["--epochs", 2, "--seed", 3]  # eight steps
     train(tiny, folder, tmp_path / "whole", *flags)
     before, rate_share = signal.getsignal(number), training.rate_share
@@ -350,7 +469,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_the_same_bits(tiny, fo
         patch.setattr(training, "rate_share", asked_in_the_third_step)
         train(tiny, folder, tmp_path / "cut", *flags)
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
-    assert "checkpoint.pt has the 3 steps that are done; --resume goes on from there" in capsys.readouterr().err
+    assert (
+        "checkpoint.pt has the 3 steps that are done; --resume goes on from there"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "cut" / "lora.safetensors").exists()
     train(tiny, folder, tmp_path / "cut", *flags, "--resume")
     for name in ("lora.safetensors", "loss.csv"):
@@ -385,14 +507,20 @@ def test_the_echo_of_a_signal_is_the_first_again_and_a_later_one_ends_the_run(mo
 
 def test_where_no_checkpoint_is_yet_a_run_gone_wrong_names_none(tiny, folder, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(LoRAError, match=r"^step \d+: the loss or its gradient is not finite; try a lower --lr"):
+    with pytest.raises(
+        LoRAError, match=r"^step \d+: the loss or its gradient is not finite; try a lower --lr"
+    ):
         train(tiny, folder, tmp_path / "a", "--lr", 1e30, "--epochs", 9)
-    with pytest.raises(LoRAError, match=r"not finite; .*checkpoint\.pt holds the last good state: try a lower --lr"):
+    with pytest.raises(
+        LoRAError, match=r"not finite; .*checkpoint\.pt holds the last good state: try a lower --lr"
+    ):
         train(tiny, folder, tmp_path / "b", "--lr", 1e30, "--epochs", 9, "--save-every", 1)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("change", ["image", "caption", "--dtype", "--prediction-type", "--tokenizer"])
+@pytest.mark.parametrize(
+    "change", ["image", "caption", "--dtype", "--prediction-type", "--tokenizer"]
+)
 def test_a_run_goes_on_with_what_it_was_made_of_alone(tiny, folder, tmp_path, change):
     shutil.copytree(folder, tmp_path / "images")
     shutil.copytree(tiny / "tokenizer", tmp_path / "tokenizer")
@@ -406,14 +534,24 @@ def test_a_run_goes_on_with_what_it_was_made_of_alone(tiny, folder, tmp_path, ch
         (tmp_path / "images" / "2_fetal brain" / "0.txt").write_text("a photo of fetal brain")
     elif change == "--tokenizer":
         vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text())
-        vocabulary["photo</w>"], vocabulary["fetal</w>"] = vocabulary["fetal</w>"], vocabulary["photo</w>"]
+        vocabulary["photo</w>"], vocabulary["fetal</w>"] = (
+            vocabulary["fetal</w>"],
+            vocabulary["photo</w>"],
+        )
         (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
         named = change
     else:
-        named, more = change, [change, {"--dtype": "bf16", "--prediction-type": "v_prediction"}[change]]
-    with pytest.raises(LoRAError, match=rf"other settings \({named} was \w+, is \w+\): use its own"):
+        named, more = (
+            change,
+            [change, {"--dtype": "bf16", "--prediction-type": "v_prediction"}[change]],
+        )
+    with pytest.raises(
+        LoRAError, match=rf"other settings \({named} was \w+, is \w+\): use its own"
+    ):
         train(tiny, tmp_path / "images", tmp_path / "out", *flags, "--epochs", 2, "--resume", *more)
-    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    } == before
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_nothing_is_overwritten(tiny, folder, tmp_path):
@@ -432,26 +570,42 @@ def test_sample_sheets_show_the_text_encoder_as_it_is_trained(tiny, folder, tmp_
         return torch.zeros(len(seeds), 4, *size)
 
     monkeypatch.setattr("paper.adapt.generate", generate)
-    model = train(tiny, folder, tmp_path, "--train-text-encoder", "--batch-size", 8, "--sample-every", 0)
+    model = train(
+        tiny, folder, tmp_path, "--train-text-encoder", "--batch-size", 8, "--sample-every", 0
+    )
     base = load(tiny)
     for shown, text in zip((*contexts[0], contexts[1][0]), ("fetal brain", "", "fetal femur")):
         now = encode_prompts(model.tokenizer, model.text_encoder, [text])[0]
         torch.testing.assert_close(shown, now, atol=1e-6, rtol=0)
-        assert (shown - encode_prompts(base.tokenizer, base.text_encoder, [text])[0]).abs().max() > 1e-3
+        assert (
+            shown - encode_prompts(base.tokenizer, base.text_encoder, [text])[0]
+        ).abs().max() > 1e-3
 
 
-def test_of_many_captions_a_sample_sheet_shows_eight_from_first_to_last(tiny, folder, tmp_path, monkeypatch):
+def test_of_many_captions_a_sample_sheet_shows_eight_from_first_to_last(
+    tiny, folder, tmp_path, monkeypatch
+):
     for n in range(20):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{n}.png").symlink_to(folder / "1_fetal femur" / "0.png")
         (tmp_path / "images" / f"{n}.txt").write_text(chr(ord("a") + n))
     prompts = []
-    monkeypatch.setattr("paper.adapt.encode_prompts", lambda *args: prompts.append(args[2]) or encode_prompts(*args))
+    monkeypatch.setattr(
+        "paper.adapt.encode_prompts", lambda *args: prompts.append(args[2]) or encode_prompts(*args)
+    )
     drawn = torch.zeros(4, 4, 8, 8)
     monkeypatch.setattr("paper.adapt.generate", lambda *args, **settings: drawn)
     few = ["--train-text-encoder", "--batch-size", 20, "--repeats", 1, "--sample-every", 0]
     train(tiny, tmp_path / "images", tmp_path / "out", *few)
-    assert [asked[0] for asked in prompts if len(asked) == 1 and asked[0]] == ["a", "d", "g", "j", "m", "p", "s"]
+    assert [asked[0] for asked in prompts if len(asked) == 1 and asked[0]] == [
+        "a",
+        "d",
+        "g",
+        "j",
+        "m",
+        "p",
+        "s",
+    ]
 
 
 # buckets and repeats
@@ -461,7 +615,10 @@ def test_kohyas_folders_say_their_repeats(trained):
     out, _ = trained
     rows = [line.split(",") for line in (out / "loss.csv").read_text().splitlines()[1:]]
     # an epoch has 3 passes of squares and 4 of wide ones
-    assert len(rows) == 4 and [sum(int(row[1]) for row in rows[n : n + 2]) for n in (0, 2)] == [7, 7]
+    assert len(rows) == 4 and [sum(int(row[1]) for row in rows[n : n + 2]) for n in (0, 2)] == [
+        7,
+        7,
+    ]
     assert json.loads((out / "args.json").read_text())["arguments"]["repeats"] == 1
 
 
@@ -475,10 +632,14 @@ def test_kohyas_folders_of_one_repeat_are_seen_once(tiny, folder, tmp_path, caps
 def test_repeats_multiply_those_of_the_folders(tiny, folder, tmp_path, capsys):
     train(tiny, folder, tmp_path, "--repeats", 2, "--batch-size", 8, "--bucket")
     printed = capsys.readouterr().out
-    assert "5 images x 2 or 4 repeats x 1 epochs = 14 image passes; batch 8 x 1 accumulated -> 2 optimizer steps" in (
-        printed
+    assert (
+        "5 images x 2 or 4 repeats x 1 epochs = 14 image passes; batch 8 x 1 accumulated -> 2"
+        " optimizer steps" in (printed)
     )
-    assert "2 images in the bucket of 96 x 32 px" in printed and "3 images in the bucket of 48 x 48 px" in printed
+    assert (
+        "2 images in the bucket of 96 x 32 px" in printed
+        and "3 images in the bucket of 48 x 48 px" in printed
+    )
     assert json.loads(header(tmp_path)["ss_dataset_dirs"]) == {
         "2_fetal brain": {"n_repeats": 4, "img_count": 2},
         "1_fetal femur": {"n_repeats": 2, "img_count": 3},
@@ -486,14 +647,22 @@ def test_repeats_multiply_those_of_the_folders(tiny, folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("debiased", (False, True))
-def test_in_a_step_over_two_buckets_all_images_weigh_alike_but_for_their_times(tiny, folder, tmp_path, debiased):
+def test_in_a_step_over_two_buckets_all_images_weigh_alike_but_for_their_times(
+    tiny, folder, tmp_path, debiased
+):
     flags = ["--batch-size", 8, "--accumulate", 2, "--bucket", "--train-text-encoder"]
     train(tiny, folder, tmp_path, *flags, *["--debiased-estimation-loss"] * debiased)
-    ((_, images, loss, _, _),) = (r.split(",") for r in (tmp_path / "loss.csv").read_text().splitlines()[1:])
+    ((_, images, loss, _, _),) = (
+        r.split(",") for r in (tmp_path / "loss.csv").read_text().splitlines()[1:]
+    )
     # the only step, B = 0: the base model's error
     base, schedule = load(tiny), NoiseSchedule()
     read = SCRIPT["parse_args"].__globals__["read_bucketed"]
-    paths = [path for name in ("1_fetal femur", "2_fetal brain") for path in sorted((folder / name).iterdir())]
+    paths = [
+        path
+        for name in ("1_fetal femur", "2_fetal brain")
+        for path in sorted((folder / name).iterdir())
+    ]
     latents = encode_images(base.vae, (read(path, 64, 16) for path in paths), 0)
     captions = ["fetal femur"] * 3 + ["fetal brain"] * 2
     repeats, buckets = torch.tensor([1, 1, 1, 2, 2]), torch.tensor([1, 1, 1, 0, 0])
@@ -562,13 +731,18 @@ def test_the_file_says_how_it_was_trained_in_kohyas_words(trained, tiny):
 def test_a_list_of_the_spanish_images_is_refused_beside_a_folder_of_images(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--images", "x", "--manifest", "list.csv", "--out", "y")
-    assert stop.value.code == 2 and "--manifest lists images of --spanish" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "--manifest lists images of --spanish" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--rank", "0", "--learn-token", "<x>", "--train-text-encoder"], "--no-train-text-encoder"),
+        (
+            ["--rank", "0", "--learn-token", "<x>", "--train-text-encoder"],
+            "--no-train-text-encoder",
+        ),
         (["--bucket", "--resize", "crop"], "--resize crop"),
         (["--text-encoder-lr", "0"], "--text-encoder-lr 0.0"),
         (["--lr", "nan"], "--lr nan"),
@@ -585,7 +759,9 @@ def test_flags_that_cannot_go_together_are_refused_in_one_line(flags, words, cap
     assert stop.value.code == 2 and words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted_and_said_once(tiny, folder, tmp_path, capsys):
+def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted_and_said_once(
+    tiny, folder, tmp_path, capsys
+):
     long = "ultrasound " * 76
     for name, caption in (("0", long), ("1", long + "again"), ("2", "ultrasound " * 75)):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -593,4 +769,6 @@ def test_captions_that_are_longer_than_the_text_encoder_reads_are_counted_and_sa
         (tmp_path / "images" / f"{name}.txt").write_text(caption)
     train(tiny, tmp_path / "images", tmp_path / "out", "--repeats", 1)
     said = [line for line in capsys.readouterr().out.splitlines() if "captions are cut" in line]
-    assert said == ["2 captions are cut behind 75 tokens, such as the one that begins " + repr(long[:40])]
+    assert said == [
+        "2 captions are cut behind 75 tokens, such as the one that begins " + repr(long[:40])
+    ]

@@ -1,4 +1,5 @@
-"""Checkpoints: both layouts against stored outputs, what is dropped or renamed, every error line, and writing."""
+"""Checkpoints: both layouts against stored outputs, what is dropped or renamed, every error line,
+and writing."""
 
 import hashlib
 import json
@@ -30,7 +31,10 @@ WEIGHT_FILES = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "
 # SD 1's structure, 1130 tensors, at a few channels
 CONFIG = Config(
     unet=UNetConfig(
-        block_out_channels=(8, 16, 24, 24), num_heads=(2, 2, 2, 2), cross_attention_dim=12, norm_num_groups=4
+        block_out_channels=(8, 16, 24, 24),
+        num_heads=(2, 2, 2, 2),
+        cross_attention_dim=12,
+        norm_num_groups=4,
     ),
     vae=VAEConfig(block_out_channels=(8, 12, 16, 16), norm_num_groups=4),
     text_encoder=TextConfig(
@@ -84,12 +88,18 @@ def compvis(name):
             r"down_blocks\.(\d)\.(resnets|attentions)\.(\d)",
             lambda m: f"input_blocks.{1 + 3 * int(m[1]) + int(m[3])}.{kind[m[2]]}",
         ),
-        (r"down_blocks\.(\d)\.downsamplers\.0\.conv", lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op"),
+        (
+            r"down_blocks\.(\d)\.downsamplers\.0\.conv",
+            lambda m: f"input_blocks.{3 * int(m[1]) + 3}.0.op",
+        ),
         (
             r"up_blocks\.(\d)\.(resnets|attentions)\.(\d)",
             lambda m: f"output_blocks.{3 * int(m[1]) + int(m[3])}.{kind[m[2]]}",
         ),
-        (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}"),
+        (
+            r"up_blocks\.(\d)\.upsamplers\.0",
+            lambda m: f"output_blocks.{3 * int(m[1]) + 2}.{1 if m[1] == '0' else 2}",
+        ),
     ):
         key = re.sub(ours, theirs, key)
     if re.match(r"(in|out)put_blocks\.\d+\.0|middle_block\.[02]", key):
@@ -107,7 +117,11 @@ def compvis(name):
 
 def parameters(model):
     """Name, behind its network's -> tensor."""
-    return {f"{name}.{key}": v for name in NETWORKS for key, v in getattr(model, name).state_dict().items()}
+    return {
+        f"{name}.{key}": v
+        for name in NETWORKS
+        for key, v in getattr(model, name).state_dict().items()
+    }
 
 
 def assert_same(model, expected):
@@ -153,10 +167,19 @@ def save_single_file(model, path, metadata=None):
     for key, value in tensors.items():
         if "mid.attn_1" in key and value.ndim == 2:
             tensors[key] = value[:, :, None, None]
-    extra = {f"model_ema.{k[6:].replace('.', '')}": v + 1 for k, v in tensors.items() if k.startswith("model.")}
-    extra |= {"model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32)}
+    extra = {
+        f"model_ema.{k[6:].replace('.', '')}": v + 1
+        for k, v in tensors.items()
+        if k.startswith("model.")
+    }
+    extra |= {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+    }
     extra |= {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)}
-    extra |= {"cond_stage_model.transformer.text_model.embeddings.position_ids": torch.full((1, 16), 3.5)}
+    extra |= {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.full((1, 16), 3.5)
+    }
     save_file(tensors | extra, path, metadata)
 
 
@@ -232,7 +255,8 @@ def test_a_loaded_model_gives_the_reference_outputs(built, tokenizer_folder, cas
         image, noise, z = (gold[f"in.vae.{run}.{name}"] for name in ("image", "noise", "z"))
         posterior = model.vae.encode(image)
         moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
-        assert_near(moments, gold[f"gold.vae.{run}.moments"], 1e-5)  # logvar lies inside the clamp here
+        # logvar lies inside the clamp here
+        assert_near(moments, gold[f"gold.vae.{run}.moments"], 1e-5)
         assert_near(posterior.mean, gold[f"gold.vae.{run}.mean"], 1e-5)
         assert_near(posterior.logvar, gold[f"gold.vae.{run}.logvar"], 1e-5)
         assert_near(posterior.std, gold[f"gold.vae.{run}.std"], 1e-5)
@@ -277,7 +301,10 @@ def test_a_folder_comes_back_as_it_was_saved(tiny, folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_type_of_the_file_and_the_type_asked_for_are_independent(tiny, folder, dtype):
     for name in WEIGHT_FILES:
-        rewrite(folder / f"{name}.safetensors", lambda tensors: {k: v.to(dtype) for k, v in tensors.items()})
+        rewrite(
+            folder / f"{name}.safetensors",
+            lambda tensors: {k: v.to(dtype) for k, v in tensors.items()},
+        )
     assert_same(load(folder), {k: v.to(dtype).float() for k, v in parameters(tiny).items()})
     assert_same(load(folder, dtype=dtype), {k: v.to(dtype) for k, v in parameters(tiny).items()})
 
@@ -293,19 +320,31 @@ def test_a_loaded_model_is_real_frozen_and_in_eval_mode(folder, single_file, tok
 
 
 def mapped_weights(model, path):
-    """How many of the model's parameters are in memory that is mapped from the file, and of how many."""
+    """How many of the model's parameters are in memory that is mapped from the file, and of how
+    many."""
     mappings = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     spans = [[int(end, 16) for end in m[0].split("-")] for m in mappings if m[5:] == [str(path)]]
     pointers = [value.data_ptr() for value in parameters(model).values()]
     return sum(any(start <= p < end for start, end in spans) for p in pointers), len(pointers)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is seen on Linux alone")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="what is mapped is seen on Linux alone"
+)
 def test_weights_that_keep_their_type_take_no_memory_but_the_files(single_file, tokenizer_folder):
-    rewrite(single_file, lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()})
+    rewrite(
+        single_file,
+        lambda tensors: {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()},
+    )
     options = {"config": UNTOLD, "tokenizer": tokenizer_folder}
-    assert mapped_weights(load(single_file, dtype=torch.float16, **options), single_file) == (986, 986)
-    assert mapped_weights(load(single_file, dtype=torch.float32, **options), single_file) == (0, 986)
+    assert mapped_weights(load(single_file, dtype=torch.float16, **options), single_file) == (
+        986,
+        986,
+    )
+    assert mapped_weights(load(single_file, dtype=torch.float32, **options), single_file) == (
+        0,
+        986,
+    )
 
 
 def test_weights_outlive_a_file_that_is_removed_or_replaced_by_a_rename(tiny, folder):
@@ -336,13 +375,17 @@ def test_weights_behind_a_header_of_odd_length_are_moved_to_whole_addresses(tiny
         whole = path.read_bytes()
         end = 8 + int.from_bytes(whole[:8], "little")
         spaces = b" " * (1 + end % 2)
-        path.write_bytes(struct.pack("<Q", end - 8 + len(spaces)) + whole[8:end] + spaces + whole[end:])
+        path.write_bytes(
+            struct.pack("<Q", end - 8 + len(spaces)) + whole[8:end] + spaces + whole[end:]
+        )
     model = load(folder)
     assert_same(model, parameters(tiny))
     assert all(value.data_ptr() % value.element_size() == 0 for value in parameters(model).values())
 
 
-def test_of_a_single_file_only_the_wanted_tensors_are_read(single_file, tokenizer_folder, monkeypatch):
+def test_of_a_single_file_only_the_wanted_tensors_are_read(
+    single_file, tokenizer_folder, monkeypatch
+):
     read = []
 
     class Recorder:
@@ -368,7 +411,9 @@ def test_of_a_single_file_only_the_wanted_tensors_are_read(single_file, tokenize
 
 @pytest.mark.slow
 def test_text_keys_may_lack_text_model(tiny, folder, single_file, tokenizer_folder):
-    rewrite(single_file, lambda tensors: {k.replace("text_model.", ""): v for k, v in tensors.items()})
+    rewrite(
+        single_file, lambda tensors: {k.replace("text_model.", ""): v for k, v in tensors.items()}
+    )
     assert_same(load(single_file, tokenizer=tokenizer_folder, config=UNTOLD), parameters(tiny))
     positions = {"embeddings.position_ids": torch.zeros(1, 16)}
     rewrite(
@@ -413,7 +458,9 @@ def test_broken_converters_vae_names_and_flat_weights_load_from_a_single_file(
 ):
     rewrite(
         single_file,
-        lambda tensors: {k: v[..., 0, 0] if "attn_1" in k and v.ndim == 4 else v for k, v in tensors.items()},
+        lambda tensors: {
+            k: v[..., 0, 0] if "attn_1" in k and v.ndim == 4 else v for k, v in tensors.items()
+        },
     )
     rewrite(single_file, lambda tensors: renamed(tensors, names))
     assert any("attn_1." + names["q"] in key for key in load_file(single_file))
@@ -454,7 +501,9 @@ def test_a_single_files_header_can_state_v_prediction(tmp_path, tokenizer_folder
     config = Config(
         unet=UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=4),
         vae=VAEConfig(block_out_channels=(32,) * 4),
-        text_encoder=TextConfig(vocab_size=200, hidden_size=12, intermediate_size=4, num_hidden_layers=1),
+        text_encoder=TextConfig(
+            vocab_size=200, hidden_size=12, intermediate_size=4, num_hidden_layers=1
+        ),
     )
     model = random_model(config, tokenizer_folder)
     path = tmp_path / "v.safetensors"
@@ -486,8 +535,17 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in\n - Hub</title></head></htm
         (b"", "empty, 0 bytes"),
         (POINTER, "a git-LFS pointer, not the weights (4265146304 bytes); run `git lfs pull`"),
         (PAGE, "a web page titled 'Sign in - Hub', not the weights"),
-        (b'{"error": "Repository not found"}', 'a JSON text, not the weights: {"error": "Repository not found"}'),
-        (PICKLE, "a pickle that torch.load(weights_only=True) refuses, broken or able to run code; convert it"),
+        (
+            b'{"error": "Repository not found"}',
+            'a JSON text, not the weights: {"error": "Repository not found"}',
+        ),
+        (
+            PICKLE,
+            (
+                "a pickle that torch.load(weights_only=True) refuses, broken or able to run code;"
+                " convert it"
+            ),
+        ),
         (b"PK\x03\x04" + bytes(40), "a pickle that torch.load(weights_only=True) refuses"),
         (b"\xff" * 100, "not a safetensors file"),
         (b"\xff" * 8 + b"{}", "not a safetensors file"),
@@ -495,11 +553,27 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in\n - Hub</title></head></htm
         (struct.pack("<Q", 4) + b"{]]}", "a damaged safetensors header"),
         (struct.pack("<Q", 9) + b'{"a": 1 }', "a damaged safetensors header"),
     ],
-    ids=["empty", "LFS", "page", "JSON", "pickle", "zip", "noise", "endless header", "short", "no JSON", "no table"],
+    ids=[
+        "empty",
+        "LFS",
+        "page",
+        "JSON",
+        "pickle",
+        "zip",
+        "noise",
+        "endless header",
+        "short",
+        "no JSON",
+        "no table",
+    ],
 )
 @pytest.mark.parametrize("layout", ["single", "folder"])
 def test_a_file_that_is_no_weights_is_named(folder, tmp_path, content, message, layout):
-    path = tmp_path / "model.ckpt" if layout == "single" else folder / "vae/diffusion_pytorch_model.safetensors"
+    path = (
+        tmp_path / "model.ckpt"
+        if layout == "single"
+        else folder / "vae/diffusion_pytorch_model.safetensors"
+    )
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=re.escape(f"{path}: {message}")) as error:
         load(path if layout == "single" else folder)
@@ -509,10 +583,16 @@ def test_a_file_that_is_no_weights_is_named(folder, tmp_path, content, message, 
 def test_a_cut_or_overlong_file_is_told_with_both_sizes(single_file):
     whole = single_file.read_bytes()
     single_file.write_bytes(whole[:-5])
-    with pytest.raises(CheckpointError, match=f"cut short, {len(whole) - 5} bytes where its header says {len(whole)}"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"cut short, {len(whole) - 5} bytes where its header says {len(whole)}",
+    ):
         load(single_file)
     single_file.write_bytes(whole + b"more")
-    with pytest.raises(CheckpointError, match=f"too long, {len(whole) + 4} bytes where its header says {len(whole)}"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"too long, {len(whole) + 4} bytes where its header says {len(whole)}",
+    ):
         load(single_file)
     single_file.write_bytes(whole[:100])
     with pytest.raises(CheckpointError, match="cut short, 100 bytes where its header ends at"):
@@ -531,10 +611,16 @@ def test_a_cut_or_overlong_file_is_told_with_both_sizes(single_file):
         ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "a LoRA, not a base model"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "a LoRA, not a base model"),
         ("control_model.time_embed.0.weight", "a ControlNet"),
-        ("down_blocks.0.resnets.0.norm1.weight", "a U-Net alone; give the diffusers folder around it"),
+        (
+            "down_blocks.0.resnets.0.norm1.weight",
+            "a U-Net alone; give the diffusers folder around it",
+        ),
         ("encoder.conv_in.weight", "a VAE alone"),
         ("text_model.final_layer_norm.weight", "a text encoder alone"),
-        ("something.else", r"not a Stable Diffusion checkpoint: no tensor model\.diffusion_model\.\*"),
+        (
+            "something.else",
+            r"not a Stable Diffusion checkpoint: no tensor model\.diffusion_model\.\*",
+        ),
     ],
 )
 def test_a_single_file_of_another_family_is_named(tmp_path, key, message):
@@ -544,7 +630,9 @@ def test_a_single_file_of_another_family_is_named(tmp_path, key, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (6, "another kind")])
+@pytest.mark.parametrize(
+    ("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (6, "another kind")]
+)
 def test_a_unet_with_other_inputs_is_named(single_file, channels, kind):
     key = "model.diffusion_model.input_blocks.0.0.weight"
     rewrite(single_file, lambda tensors: tensors | {key: torch.zeros(8, channels, 3, 3)})
@@ -554,11 +642,21 @@ def test_a_unet_with_other_inputs_is_named(single_file, channels, kind):
 
 @pytest.mark.slow
 def test_missing_tensors_are_counted_and_the_first_five_named(folder, single_file):
-    rewrite(single_file, lambda tensors: {k: v for k, v in tensors.items() if "first_stage_model.decoder" not in k})
-    with pytest.raises(CheckpointError, match=r"138 of 248 vae tensors missing: (vae\.[\w.]+, ){5}\.\.; fetch it"):
+    rewrite(
+        single_file,
+        lambda tensors: {k: v for k, v in tensors.items() if "first_stage_model.decoder" not in k},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"138 of 248 vae tensors missing: (vae\.[\w.]+, ){5}\.\.; fetch it"
+    ):
         load(single_file, config=UNTOLD)
-    rewrite(folder / "unet/diffusion_pytorch_model.safetensors", lambda t: t.pop("conv_in.bias") is None or t)
-    with pytest.raises(CheckpointError, match=r"1 of 686 unet tensors missing: unet\.conv_in\.bias; fetch it"):
+    rewrite(
+        folder / "unet/diffusion_pytorch_model.safetensors",
+        lambda t: t.pop("conv_in.bias") is None or t,
+    )
+    with pytest.raises(
+        CheckpointError, match=r"1 of 686 unet tensors missing: unet\.conv_in\.bias; fetch it"
+    ):
         load(folder)
 
 
@@ -579,25 +677,43 @@ def test_an_unknown_tensor_is_an_error(single_file, key):
 
 
 @pytest.mark.slow
-def test_what_lies_beside_the_networks_in_a_single_file_is_said_once_and_let_be(tiny, single_file, tokenizer_folder):
-    more = {f"{key}": torch.zeros(3) for key in ("global_step_of_mine", "control.0.weight", "safety.concepts")}
+def test_what_lies_beside_the_networks_in_a_single_file_is_said_once_and_let_be(
+    tiny, single_file, tokenizer_folder
+):
+    more = {
+        f"{key}": torch.zeros(3)
+        for key in ("global_step_of_mine", "control.0.weight", "safety.concepts")
+    }
     rewrite(single_file, lambda tensors: tensors | more)
-    with pytest.warns(UserWarning, match=r"3 more tensors: .*control\.0\.weight.* beside the model, not read$") as said:
+    with pytest.warns(
+        UserWarning, match=r"3 more tensors: .*control\.0\.weight.* beside the model, not read$"
+    ) as said:
         model = load(single_file, config=UNTOLD, tokenizer=tokenizer_folder)
     assert len(said) == 1
     assert_same(model, parameters(tiny))
 
 
 @pytest.mark.slow
-def test_a_model_without_a_vae_takes_anothers_and_else_asks_for_one(tiny, folder, single_file, tokenizer_folder):
+def test_a_model_without_a_vae_takes_anothers_and_else_asks_for_one(
+    tiny, folder, single_file, tokenizer_folder
+):
     whole = shutil.copytree(folder / "vae", folder.parent / "vae")
-    rewrite(single_file, lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")})
-    with pytest.raises(CheckpointError, match=r"tiny\.safetensors: no VAE inside; give one by --vae$"):
+    rewrite(
+        single_file,
+        lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage_model.")},
+    )
+    with pytest.raises(
+        CheckpointError, match=r"tiny\.safetensors: no VAE inside; give one by --vae$"
+    ):
         load(single_file, config=UNTOLD, tokenizer=tokenizer_folder)
-    assert_same(load(single_file, config=UNTOLD, tokenizer=tokenizer_folder, vae=whole), parameters(tiny))
+    assert_same(
+        load(single_file, config=UNTOLD, tokenizer=tokenizer_folder, vae=whole), parameters(tiny)
+    )
     for file in (folder / "vae").glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"vae: no diffusion_pytorch_model.*; give another by --vae$"):
+    with pytest.raises(
+        CheckpointError, match=r"vae: no diffusion_pytorch_model.*; give another by --vae$"
+    ):
         load(folder)
     assert_same(load(folder, vae=whole), parameters(tiny))
 
@@ -606,7 +722,9 @@ def test_a_model_without_a_vae_takes_anothers_and_else_asks_for_one(tiny, folder
 def test_an_unknown_tensor_in_a_folder_is_an_error(folder):
     path = folder / "unet/diffusion_pytorch_model.safetensors"
     rewrite(path, lambda tensors: tensors | {"add_embedding.linear_1.weight": torch.zeros(3)})
-    with pytest.raises(CheckpointError, match=re.escape(f"{path}: 1 unknown tensor: add_embedding.linear_1.weight")):
+    with pytest.raises(
+        CheckpointError, match=re.escape(f"{path}: 1 unknown tensor: add_embedding.linear_1.weight")
+    ):
         load(folder)
 
 
@@ -614,7 +732,9 @@ def test_an_unknown_tensor_in_a_folder_is_an_error(folder):
 def test_two_tensors_for_one_parameter_are_an_error(folder):
     path = folder / "text_encoder/model.safetensors"
     rewrite(path, lambda tensors: tensors | {"final_layer_norm.weight": torch.zeros(12)})
-    with pytest.raises(CheckpointError, match=r"are both text_encoder\.text_model\.final_layer_norm\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"are both text_encoder\.text_model\.final_layer_norm\.weight"
+    ):
         load(folder)
 
 
@@ -629,12 +749,18 @@ def test_a_wrong_shape_is_told_with_the_files_own_key(single_file):
 
 @pytest.mark.slow
 def test_heads_and_groups_that_do_not_divide_the_widths_are_an_error(single_file):
-    with pytest.raises(CheckpointError, match="8 channels do not divide into 32 U-Net norm groups; a model of anoth"):
+    with pytest.raises(
+        CheckpointError,
+        match="8 channels do not divide into 32 U-Net norm groups; a model of anoth",
+    ):
         load(single_file)
     for config, message in (
         (replace(UNTOLD, unet=replace(UNTOLD.unet, num_heads=(8, 8, 8, 5))), "24 .* 5 U-Net heads"),
         (replace(UNTOLD, vae=VAEConfig(norm_num_groups=8)), "12 .* 8 VAE norm groups"),
-        (replace(UNTOLD, text_encoder=TextConfig(num_attention_heads=8)), "12 .* 8 text encoder heads"),
+        (
+            replace(UNTOLD, text_encoder=TextConfig(num_attention_heads=8)),
+            "12 .* 8 text encoder heads",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             load(single_file, config=config)
@@ -646,12 +772,24 @@ def test_heads_and_groups_that_do_not_divide_the_widths_are_an_error(single_file
     [
         ("unet/config.json", {"act_fn": "gelu"}, "act_fn is 'gelu'; only 'silu' is implemented"),
         ("unet/config.json", {"freq_shift": 1}, "freq_shift is 1; only 0 is implemented"),
-        ("unet/config.json", {"up_block_types": ["UpBlock2D"] * 4}, "only SD's, mirrored, are implemented"),
+        (
+            "unet/config.json",
+            {"up_block_types": ["UpBlock2D"] * 4},
+            "only SD's, mirrored, are implemented",
+        ),
         ("unet/config.json", {"in_channels": 9}, "an inpainting U-Net"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift_factor is 0.1; only None is implemented"),
         ("text_encoder/config.json", {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
-        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "prediction_type 'sample' is not one of"),
+        (
+            "scheduler/scheduler_config.json",
+            {"beta_schedule": "linear"},
+            "beta_schedule is 'linear'",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "sample"},
+            "prediction_type 'sample' is not one of",
+        ),
     ],
 )
 def test_a_folder_beyond_these_networks_is_an_error(folder, file, change, message):
@@ -671,7 +809,10 @@ def test_an_incomplete_folder_is_an_error(folder):
         load(folder)
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(CheckpointError, match=r"no diffusion_pytorch_model\.safetensors .* only a pickle; convert it"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"no diffusion_pytorch_model\.safetensors .* only a pickle; convert it",
+    ):
         load(folder)
 
 
@@ -687,13 +828,16 @@ def hub_cache(tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "hub")
+    )
     return tmp_path / "hub"
 
 
 def test_without_a_tokenizer_the_files_to_fetch_are_named(single_file, hub_cache):
     message = (
-        "no tokenizer: --tokenizer openai/clip-vit-large-patch14 fetches it from the hub; without a network put its "
+        "no tokenizer: --tokenizer openai/clip-vit-large-patch14 fetches it from the hub; without a"
+        " network put its "
     )
     with pytest.raises(CheckpointError, match=message):
         load(single_file, config=UNTOLD)
@@ -710,7 +854,10 @@ def test_a_tokenizer_in_the_hub_cache_is_found(single_file, hub_cache, tokenizer
 
 def test_a_folder_without_its_tokenizer_is_an_error(folder, tokenizer_folder):
     (folder / "tokenizer/merges.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"tokenizer: no merges\.txt; put those of openai/clip-vit-large-patch14"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"tokenizer: no merges\.txt; put those of openai/clip-vit-large-patch14",
+    ):
         load(folder)
     assert load(folder, tokenizer=tokenizer_folder).tokenizer
 
@@ -731,12 +878,21 @@ def test_prompts_are_marked_cut_and_padded_to_the_length(tokenizer_folder):
 
 
 SD_2 = {
-    "special_tokens_map.json": {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "!"},
-    "tokenizer_config.json": {"pad_token": "!", "added_tokens_decoder": {"0": {"content": "!", "special": True}}},
+    "special_tokens_map.json": {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "!",
+    },
+    "tokenizer_config.json": {
+        "pad_token": "!",
+        "added_tokens_decoder": {"0": {"content": "!", "special": True}},
+    },
 }
 
 
-@pytest.mark.parametrize("json_files", [{}, SD_2, {"special_tokens_map.json": SD_2["special_tokens_map.json"]}])
+@pytest.mark.parametrize(
+    "json_files", [{}, SD_2, {"special_tokens_map.json": SD_2["special_tokens_map.json"]}]
+)
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
 def test_the_text_encoder_and_no_json_says_what_pads_and_a_typed_exclamation_mark_is_a_word(
     tokenizer_folder, act, json_files
@@ -755,7 +911,11 @@ def test_the_text_encoder_and_no_json_says_what_pads_and_a_typed_exclamation_mar
         ("added_tokens.json", {"<probe>": 195, "<us>": 194, "<|endoftext|>": 193}),
         (
             "tokenizer_config.json",
-            {"added_tokens_decoder": {str(n): {"content": t} for n, t in enumerate(["<us>", "<probe>"], 194)}},
+            {
+                "added_tokens_decoder": {
+                    str(n): {"content": t} for n, t in enumerate(["<us>", "<probe>"], 194)
+                }
+            },
         ),
     ],
 )
@@ -765,11 +925,19 @@ def test_tokens_that_were_added_keep_their_numbers(tokenizer_folder, tmp_path, n
     tokenizer = load_tokenizer(tokenizer_folder, config)
     save_tokenizer(tokenizer, tmp_path / "again", config)
     for known in (tokenizer, load_tokenizer(tmp_path / "again", config)):
-        assert tokenize(known, ["fetal <probe> <us>"], config)[0, :5].tolist() == [192, 191, 195, 194, 193]
+        assert tokenize(known, ["fetal <probe> <us>"], config)[0, :5].tolist() == [
+            192,
+            191,
+            195,
+            194,
+            193,
+        ]
 
 
 @pytest.mark.parametrize("pairs", [str, list])  # as written before transformers 4.45, and since
-def test_a_tokenizer_in_one_file_as_transformers_5_saves_it_is_the_same(tokenizer_folder, tmp_path, pairs):
+def test_a_tokenizer_in_one_file_as_transformers_5_saves_it_is_the_same(
+    tokenizer_folder, tmp_path, pairs
+):
     config = TextConfig(vocab_size=196)
     known = load_tokenizer(tokenizer_folder, config)
     known.add_tokens(["<probe>"])
@@ -777,7 +945,9 @@ def test_a_tokenizer_in_one_file_as_transformers_5_saves_it_is_the_same(tokenize
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).unlink(missing_ok=True)
     whole = json.loads((tmp_path / "tokenizer.json").read_text())
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]]
+    merges = [
+        pair.split(" ") if isinstance(pair, str) else pair for pair in whole["model"]["merges"]
+    ]
     whole["model"]["merges"] = [" ".join(pair) if pairs is str else pair for pair in merges]
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
     again, texts = load_tokenizer(tmp_path, config), ["a fetal <probe>!", "", "total"]
@@ -791,7 +961,12 @@ def test_a_tokenizer_in_one_file_as_transformers_5_saves_it_is_the_same(tokenize
 
 @pytest.mark.parametrize(
     "name, content",
-    [("vocab.json", "[1"), ("vocab.json", '{"a": "b"}'), ("merges.txt", "a\n"), ("merges.txt", "#version\n" + "q z\n")],
+    [
+        ("vocab.json", "[1"),
+        ("vocab.json", '{"a": "b"}'),
+        ("merges.txt", "a\n"),
+        ("merges.txt", "#version\n" + "q z\n"),
+    ],
 )
 def test_a_damaged_vocabulary_is_named(tokenizer_folder, tmp_path, name, content):
     tokenizer_folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
@@ -804,7 +979,8 @@ def test_a_damaged_vocabulary_is_named(tokenizer_folder, tmp_path, name, content
 def test_a_broken_list_of_added_tokens_is_named(tokenizer_folder, content):
     (tokenizer_folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(
-        CheckpointError, match=r"tokenizer_config\.json: not as transformers writes it .*; fetch it again$"
+        CheckpointError,
+        match=r"tokenizer_config\.json: not as transformers writes it .*; fetch it again$",
     ):
         load_tokenizer(tokenizer_folder, TextConfig())
 
@@ -813,7 +989,9 @@ def test_prompts_are_encoded_at_the_towers_own_length(tiny):
     prompts = ["fetal brain", "fetal femur"]
     with torch.no_grad():
         context = encode_prompts(tiny.tokenizer, tiny.text_encoder, prompts, clip_skip=2)
-        expected = tiny.text_encoder(tokenize(tiny.tokenizer, prompts, tiny.text_encoder.config), clip_skip=2)
+        expected = tiny.text_encoder(
+            tokenize(tiny.tokenizer, prompts, tiny.text_encoder.config), clip_skip=2
+        )
     assert context.shape == (2, 16, 12)
     assert torch.equal(context, expected)
 
@@ -825,7 +1003,10 @@ def test_prompts_are_encoded_at_the_towers_own_length(tiny):
 def test_a_folder_saved_in_float16_halves_and_loads_alike(tiny, folder, tmp_path):
     save_folder(tiny, tmp_path / "half", dtype=torch.float16)
     for name in WEIGHT_FILES:
-        whole, half = load_file(folder / f"{name}.safetensors"), load_file(tmp_path / "half" / f"{name}.safetensors")
+        whole, half = (
+            load_file(folder / f"{name}.safetensors"),
+            load_file(tmp_path / "half" / f"{name}.safetensors"),
+        )
         assert {v.dtype for v in half.values()} == {torch.float16}
         assert whole.keys() == half.keys()
     assert_same(load(tmp_path / "half"), parameters(tiny))  # the model's numbers are float16's
@@ -855,13 +1036,17 @@ def test_a_save_that_fails_leaves_nothing_behind(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_diffusers_loads_what_was_saved(tiny, folder):
-    """StableDiffusionPipeline.from_pretrained: the same noise from the same prompt within 1e-5 of its maximum."""
+    """StableDiffusionPipeline.from_pretrained: the same noise from the same prompt within 1e-5 of
+    its maximum."""
     diffusers = pytest.importorskip("diffusers")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["fetal brain"]
     generator = torch.Generator().manual_seed(0)
-    latents, image = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 16, 16, generator=generator)
+    latents, image = (
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.randn(1, 3, 16, 16, generator=generator),
+    )
     with torch.no_grad():
         context = encode_prompts(tiny.tokenizer, tiny.text_encoder, prompts)
         expected = pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0]

@@ -1,4 +1,5 @@
-"""Checkpoints beyond a plain SD 1: SD 2, v-prediction, averages, pickles, foreign VAEs, single files written."""
+"""Checkpoints beyond a plain SD 1: SD 2, v-prediction, averages, pickles, foreign VAEs, single
+files written."""
 
 import json
 import pickle
@@ -34,11 +35,16 @@ from ldm.vae import VAEConfig
 SD_1 = Config(
     unet=UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=12),
     vae=VAEConfig(block_out_channels=(32,) * 4),
-    text_encoder=TextConfig(vocab_size=200, hidden_size=12, intermediate_size=4, num_hidden_layers=2),
+    text_encoder=TextConfig(
+        vocab_size=200, hidden_size=12, intermediate_size=4, num_hidden_layers=2
+    ),
 )
 SD_2 = Config(
     unet=UNetConfig(
-        block_out_channels=(64,) * 4, num_heads=(1,) * 4, cross_attention_dim=64, use_linear_projection=True
+        block_out_channels=(64,) * 4,
+        num_heads=(1,) * 4,
+        cross_attention_dim=64,
+        use_linear_projection=True,
     ),
     vae=VAEConfig(block_out_channels=(32,) * 4),
     text_encoder=TextConfig(
@@ -59,7 +65,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def models(tokenizer_folder):
-    models = {"SD 1": random_model(SD_1, tokenizer_folder), "SD 2": random_model(SD_2, tokenizer_folder)}
+    models = {
+        "SD 1": random_model(SD_1, tokenizer_folder),
+        "SD 2": random_model(SD_2, tokenizer_folder),
+    }
     models["SD 2"].prediction_type = "v_prediction"
     return models
 
@@ -117,14 +126,19 @@ def test_a_single_file_of_sd_1_has_compviss_names_and_shapes(models, kept):
         assert torch.equal(value.flatten(), expected[key].flatten()), key
 
 
-def test_a_reference_file_written_again_has_every_tensor_it_was_read_from(built, tokenizer_folder, tmp_path):
-    """The file's own but for the averages' counters, the schedule and OpenCLIP's last layer, which no model holds."""
+def test_a_reference_file_written_again_has_every_tensor_it_was_read_from(
+    built, tokenizer_folder, tmp_path
+):
+    """The file's own but for the averages' counters, the schedule and OpenCLIP's last layer, which
+    no model holds."""
     config = Config(
-        unet=UNetConfig(num_heads=(8,) * 4), text_encoder=TextConfig(num_attention_heads=4, hidden_act="gelu")
+        unet=UNetConfig(num_heads=(8,) * 4),
+        text_encoder=TextConfig(num_attention_heads=4, hidden_act="gelu"),
     )
     path = built("tiny_sd2") / "single_file.safetensors"
     model = load(path, tokenizer=tokenizer_folder, config=config)
-    model.unet.config = replace(model.unet.config, num_heads=(1, 1, 2, 2))  # 64 channels each, as a reader takes them
+    # 64 channels each, as a reader takes them
+    model.unet.config = replace(model.unet.config, num_heads=(1, 1, 2, 2))
     model.text_encoder.config = replace(model.text_encoder.config, num_attention_heads=1)
     save_single(tmp_path / "again.safetensors", model, dtype=torch.float16)
     original, again = load_file(path), load_file(tmp_path / "again.safetensors")
@@ -141,7 +155,10 @@ def test_a_reference_file_written_again_has_every_tensor_it_was_read_from(built,
 
 def test_a_model_that_a_single_file_does_not_tell_is_refused(tokenizer_folder, tmp_path):
     model = random_model(CONFIG, tokenizer_folder)
-    message = r"would be read with unet num_heads \(8, 8, 8, 8\), the model has \(2, 2, 2, 2\); save it as a folder"
+    message = (
+        r"would be read with unet num_heads \(8, 8, 8, 8\), the model has \(2, 2, 2, 2\); save it"
+        r" as a folder"
+    )
     with pytest.raises(CheckpointError, match=message):
         save_single(tmp_path / "model.safetensors", model)
     assert list(tmp_path.iterdir()) == []
@@ -157,13 +174,17 @@ def test_an_existing_single_file_is_not_overwritten(models, sd_1):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["SD 1", "SD 2"])
 def test_diffusers_reads_a_saved_file_and_folder_alike(models, kept, tmp_path, family):
-    """from_single_file with our folder as its config, and from_pretrained; 1e-5 of the outputs' maximum."""
+    """from_single_file with our folder as its config, and from_pretrained; 1e-5 of the outputs'
+    maximum."""
     diffusers = pytest.importorskip("diffusers")
     model = models[family]
     save_folder(model, tmp_path / "folder")
     file = kept / ("sd1.safetensors" if family == "SD 1" else "sd2.safetensors")
     generator = torch.Generator().manual_seed(0)
-    latents, image = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 3, 32, 32, generator=generator)
+    latents, image = (
+        torch.randn(1, 4, 16, 16, generator=generator),
+        torch.randn(1, 3, 32, 32, generator=generator),
+    )
     ids = torch.randint(0, 190, (1, 77), generator=generator)
     with torch.no_grad():
         context, posterior = model.text_encoder(ids), model.vae.encode(image)
@@ -175,7 +196,9 @@ def test_diffusers_reads_a_saved_file_and_folder_alike(models, kept, tmp_path, f
     ):
         with torch.no_grad():
             assert_near(context, theirs.text_encoder(ids)[0], 1e-5)
-            assert_near(output, theirs.unet(latents, 500, encoder_hidden_states=context).sample, 1e-5)
+            assert_near(
+                output, theirs.unet(latents, 500, encoder_hidden_states=context).sample, 1e-5
+            )
             assert_near(posterior.mean, theirs.vae.encode(image).latent_dist.mean, 1e-5)
             assert_near(decoded, theirs.vae.decode(latents / 0.18215).sample, 1e-5)
         assert theirs.scheduler.config.prediction_type == model.prediction_type
@@ -191,13 +214,22 @@ def test_what_an_sd_2_file_predicts_is_probed_where_nothing_says_it(sd_2, tokeni
         model = load(sd_2, tokenizer=tokenizer_folder)
         assert (model.prediction_type, model.sample_size) == (expected, 96 if shift < 0 else 64)
     rewrite(sd_2, lambda tensors: tensors | {bias: torch.full((4,), torch.nan)})
-    with pytest.raises(CheckpointError, match=r"the U-Net overflows in float32; give its --prediction-type"):
+    with pytest.raises(
+        CheckpointError, match=r"the U-Net overflows in float32; give its --prediction-type"
+    ):
         load(sd_2, tokenizer=tokenizer_folder)
-    assert load(sd_2, tokenizer=tokenizer_folder, prediction_type="epsilon").prediction_type == "epsilon"
+    assert (
+        load(sd_2, tokenizer=tokenizer_folder, prediction_type="epsilon").prediction_type
+        == "epsilon"
+    )
 
 
-@pytest.mark.parametrize(("text", "expected"), [('  parameterization: "v"\n', "v_prediction"), ("model:\n", "epsilon")])
-def test_webuis_yaml_beside_the_file_says_what_it_predicts(kept, tmp_path, tokenizer_folder, text, expected):
+@pytest.mark.parametrize(
+    ("text", "expected"), [('  parameterization: "v"\n', "v_prediction"), ("model:\n", "epsilon")]
+)
+def test_webuis_yaml_beside_the_file_says_what_it_predicts(
+    kept, tmp_path, tokenizer_folder, text, expected
+):
     """It outranks the file's own words: whoever puts it there has the last one."""
     for name in ("sd1.safetensors", "sd2.safetensors"):
         path = Path(shutil.copy(kept / name, tmp_path))
@@ -210,9 +242,14 @@ def test_a_v_pred_mark_and_an_argument_say_what_it_predicts(sd_1, folder, tokeni
     assert load(sd_1, tokenizer=tokenizer_folder).prediction_type == "epsilon"
     rewrite(sd_1, lambda tensors: tensors | {"v_pred": torch.zeros(0)})
     assert load(sd_1, tokenizer=tokenizer_folder).prediction_type == "v_prediction"
-    assert load(sd_1, tokenizer=tokenizer_folder, prediction_type="epsilon").prediction_type == "epsilon"
+    assert (
+        load(sd_1, tokenizer=tokenizer_folder, prediction_type="epsilon").prediction_type
+        == "epsilon"
+    )
     assert load(folder, prediction_type="v_prediction").prediction_type == "v_prediction"
-    with pytest.raises(CheckpointError, match="prediction_type 'x0' is not one of epsilon, v_prediction"):
+    with pytest.raises(
+        CheckpointError, match="prediction_type 'x0' is not one of epsilon, v_prediction"
+    ):
         load(folder, prediction_type="x0")
 
 
@@ -221,20 +258,31 @@ def test_a_v_pred_mark_and_an_argument_say_what_it_predicts(sd_1, folder, tokeni
 
 def test_the_average_is_taken_only_where_it_is_asked_for(tokenizer_folder, tmp_path):
     model = random_model(CONFIG, tokenizer_folder)
-    save_single_file(model, tmp_path / "both.safetensors")  # the average is the trained U-Net plus one
+    # the average is the trained U-Net plus one
+    save_single_file(model, tmp_path / "both.safetensors")
     trained = load(tmp_path / "both.safetensors", tokenizer=tokenizer_folder, config=UNTOLD)
-    averaged = load(tmp_path / "both.safetensors", tokenizer=tokenizer_folder, config=UNTOLD, ema=True)
+    averaged = load(
+        tmp_path / "both.safetensors", tokenizer=tokenizer_folder, config=UNTOLD, ema=True
+    )
     assert_same(trained, parameters(model))
     assert_same(averaged, {k: v + k.startswith("unet.") for k, v in parameters(model).items()})
-    rewrite(tmp_path / "both.safetensors", lambda t: {k: v for k, v in t.items() if "diffusion_modelout2" not in k})
-    message = r"2 missing tensors: model_ema\.diffusion_modelout2(bias|weight), model_ema\.\w+; load it without --ema$"
+    rewrite(
+        tmp_path / "both.safetensors",
+        lambda t: {k: v for k, v in t.items() if "diffusion_modelout2" not in k},
+    )
+    message = (
+        r"2 missing tensors: model_ema\.diffusion_modelout2(bias|weight), model_ema\.\w+; load it"
+        r" without --ema$"
+    )
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "both.safetensors", config=UNTOLD, ema=True)
 
 
 def test_no_average_to_take_is_an_error(sd_1, folder):
     rewrite(sd_1, lambda tensors: tensors | {"model_ema.decay": torch.ones(())})
-    with pytest.raises(CheckpointError, match=r"no averaged U-Net \(model_ema\.\*\) inside; load it without --ema"):
+    with pytest.raises(
+        CheckpointError, match=r"no averaged U-Net \(model_ema\.\*\) inside; load it without --ema"
+    ):
         load(sd_1, ema=True)
     with pytest.raises(CheckpointError, match="a folder holds one U-Net"):
         load(folder, ema=True)
@@ -247,17 +295,28 @@ def test_bf16_names_load_from_a_folder(models, folder):
     for path in folder.glob("*/*.safetensors"):
         rewrite(path, lambda tensors: {k: v.bfloat16() for k, v in tensors.items()})
         path.rename(path.with_suffix(".bf16.safetensors"))
-    assert_same(load(folder), {k: v.bfloat16().float() for k, v in parameters(models["SD 1"]).items()})
+    assert_same(
+        load(folder), {k: v.bfloat16().float() for k, v in parameters(models["SD 1"]).items()}
+    )
 
 
 @pytest.mark.parametrize(
-    "index", [{}, {"weight_map": 3}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../vae/x.safetensors"}}, []]
+    "index",
+    [
+        {},
+        {"weight_map": 3},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../vae/x.safetensors"}},
+        [],
+    ],
 )
 def test_an_index_without_a_map_of_shards_is_an_error(folder, index):
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
     path = folder / "unet/diffusion_pytorch_model.safetensors.index.json"
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=re.escape(str(path)) + ": no (weight_map|JSON object)") as error:
+    with pytest.raises(
+        CheckpointError, match=re.escape(str(path)) + ": no (weight_map|JSON object)"
+    ) as error:
         load(folder)
     assert "\n" not in str(error.value)
 
@@ -272,11 +331,17 @@ def test_an_absent_shard_is_named(folder):
 
 @pytest.mark.parametrize(
     ("pipeline", "family"),
-    [("StableDiffusionXLPipeline", "an SDXL"), ("StableDiffusion3Pipeline", "an SD 3"), ("FluxPipeline", "a Flux")],
+    [
+        ("StableDiffusionXLPipeline", "an SDXL"),
+        ("StableDiffusion3Pipeline", "an SD 3"),
+        ("FluxPipeline", "a Flux"),
+    ],
 )
 def test_a_folder_of_another_family_is_named(folder, pipeline, family):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    with pytest.raises(CheckpointError, match=rf"{family} model \({pipeline}\); give one of SD 1 or SD 2"):
+    with pytest.raises(
+        CheckpointError, match=rf"{family} model \({pipeline}\); give one of SD 1 or SD 2"
+    ):
         load(folder)
 
 
@@ -287,7 +352,9 @@ def test_unknown_tensors_are_counted_and_the_first_five_named(sd_1, folder):
     ):
         extra = {f"{inside}extra.{n}": torch.zeros(1) for n in range(7)}
         rewrite(path, lambda tensors, extra=extra: tensors | extra)
-        with pytest.raises(CheckpointError, match=rf"7 unknown tensors: {', '.join([*extra][:5])}, \.\.; a model"):
+        with pytest.raises(
+            CheckpointError, match=rf"7 unknown tensors: {', '.join([*extra][:5])}, \.\.; a model"
+        ):
             load(where)
 
 
@@ -297,7 +364,9 @@ def test_unknown_tensors_are_counted_and_the_first_five_named(sd_1, folder):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("end", [".ckpt", ".safetensors"])
-def test_a_pickle_of_plain_tensors_loads_whatever_its_name(models, sd_1, tokenizer_folder, zipped, wrapped, end):
+def test_a_pickle_of_plain_tensors_loads_whatever_its_name(
+    models, sd_1, tokenizer_folder, zipped, wrapped, end
+):
     path = sd_1.with_name(f"pickle{end}")
     state = load_file(sd_1)
     content = {"state_dict": state, "global_step": 840000} if wrapped else state
@@ -316,8 +385,14 @@ class _Payload:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, zipped):
     path, proof = tmp_path / "model.ckpt", tmp_path / "ran"
-    torch.save({"state_dict": {}, "callbacks": _Payload(proof)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match="refuses, broken or able to run code; convert it to safetensors"):
+    torch.save(
+        {"state_dict": {}, "callbacks": _Payload(proof)},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(
+        CheckpointError, match="refuses, broken or able to run code; convert it to safetensors"
+    ):
         load(path)
     assert not proof.exists()
 
@@ -348,7 +423,9 @@ def _vae_files(place, model, form):
     """The VAE alone, in one of the forms that people have."""
     state = {k: v.clone() for k, v in model.vae.state_dict().items()}
     named = {compvis(f"vae.{k}"): v for k, v in state.items()}
-    named = {k: v[:, :, None, None] if "attn_1" in k and v.ndim == 2 else v for k, v in named.items()}
+    named = {
+        k: v[:, :, None, None] if "attn_1" in k and v.ndim == 2 else v for k, v in named.items()
+    }
     bare = {k.removeprefix("first_stage_model."): v for k, v in named.items()}
     extra = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.zeros(())}
     path = place / "vae.safetensors"
@@ -368,9 +445,13 @@ def _vae_files(place, model, form):
     return path
 
 
-@pytest.mark.parametrize("form", ["CompVis", "first_stage_model", "diffusers", "pickle", "vae folder", "model folder"])
+@pytest.mark.parametrize(
+    "form", ["CompVis", "first_stage_model", "diffusers", "pickle", "vae folder", "model folder"]
+)
 @pytest.mark.parametrize("base", ["sd1", "sd1.safetensors"])
-def test_another_vae_takes_the_place_of_the_models_own(models, kept, foreign, tokenizer_folder, tmp_path, form, base):
+def test_another_vae_takes_the_place_of_the_models_own(
+    models, kept, foreign, tokenizer_folder, tmp_path, form, base
+):
     other = foreign[0]
     path = _vae_files(tmp_path, other, form)
     model = load(kept / base, tokenizer=tokenizer_folder, vae=path)
@@ -378,7 +459,10 @@ def test_another_vae_takes_the_place_of_the_models_own(models, kept, foreign, to
     assert_same(model, own | {k: v for k, v in parameters(other).items() if k.startswith("vae.")})
     assert model.config.vae == other.config.vae
     assert len(model.sha256()) == (3 if base == "sd1" else 2)
-    assert f"vae/{path.name if path.is_file() else 'diffusion_pytorch_model.safetensors'}" in model.files
+    assert (
+        f"vae/{path.name if path.is_file() else 'diffusion_pytorch_model.safetensors'}"
+        in model.files
+    )
 
 
 def test_a_file_that_is_no_vae_is_refused_as_one(sd_1, tmp_path, folder):
@@ -389,16 +473,29 @@ def test_a_file_that_is_no_vae_is_refused_as_one(sd_1, tmp_path, folder):
     scaled = Path(shutil.copytree(folder / "vae", tmp_path / "scaled"))
     config = json.loads((scaled / "config.json").read_text())
     (scaled / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.13025}))
-    with pytest.raises(CheckpointError, match=r"latents scaled by 0\.13025, the model's by 0\.18215"):
+    with pytest.raises(
+        CheckpointError, match=r"latents scaled by 0\.13025, the model's by 0\.18215"
+    ):
         load(folder, vae=scaled)
 
 
 def test_a_vae_with_missing_or_unknown_tensors_is_named(folder, tmp_path):
-    path = Path(shutil.copy(folder / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors"))
+    path = Path(
+        shutil.copy(
+            folder / "vae/diffusion_pytorch_model.safetensors", tmp_path / "vae.safetensors"
+        )
+    )
     rewrite(path, lambda tensors: {k: v for k, v in tensors.items() if k != "decoder.conv_in.bias"})
     message = re.escape(str(path)) + r": 1 of 240 vae tensors missing: vae\.decoder\.conv_in\.bias"
     with pytest.raises(CheckpointError, match=message):
         load(folder, vae=path)
-    rewrite(path, lambda tensors: tensors | {"decoder.conv_in.bias": torch.zeros(32), "encoder.more": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"vae\.safetensors: 1 unknown tensor: encoder\.more; a model"):
+    rewrite(
+        path,
+        lambda tensors: (
+            tensors | {"decoder.conv_in.bias": torch.zeros(32), "encoder.more": torch.zeros(1)}
+        ),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"vae\.safetensors: 1 unknown tensor: encoder\.more; a model"
+    ):
         load(folder, vae=path)

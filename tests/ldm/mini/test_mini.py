@@ -1,4 +1,5 @@
-"""The embedded miniature model: its size, what its autoencoder keeps of real images, that the peers open it."""
+"""The embedded miniature model: its size, what its autoencoder keeps of real images, that the peers
+open it."""
 
 from pathlib import Path
 

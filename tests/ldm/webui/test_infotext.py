@@ -1,4 +1,5 @@
-"""The webui's `parameters` text, written here and read by a parser of webui's grammar of its own, and the other way."""
+"""The webui's `parameters` text, written here and read by a parser of webui's grammar of its own,
+and the other way."""
 
 import json
 
@@ -20,8 +21,8 @@ KEY = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_ -/")
 
 
 def pairs_of(line):
-    """The settings of a line, character by character: a key of two characters or more, a colon, a value that ends at
-    the next comma or, where it is a JSON string, behind it."""
+    """The settings of a line, character by character: a key of two characters or more, a colon, a
+    value that ends at the next comma or, where it is a JSON string, behind it."""
     pairs, at = [], 0
     while at < len(line):
         start, colon = at, line.find(":", at)
@@ -32,7 +33,9 @@ def pairs_of(line):
         value = line[colon + 1 :].lstrip()
         at = len(line) - len(value)
         try:
-            quoted, end = json.JSONDecoder().raw_decode(value) if value.startswith('"') else (None, 0)
+            quoted, end = (
+                json.JSONDecoder().raw_decode(value) if value.startswith('"') else (None, 0)
+            )
         except ValueError:
             quoted, end = None, 0
         if isinstance(quoted, str) and value[end : end + 1] in ("", ","):
@@ -107,10 +110,16 @@ def test_the_text_of_an_image_is_webuis_to_the_letter():
     text = format_parameters(
         "a photo of fetal femur <lora:fetal:0.8>",
         "text, caliper",
-        {"Steps": 20, "Sampler": "UniPC", "CFG scale": 7.5, "Clip skip": None, "Lora hashes": "fetal: 0123456789ab"},
+        {
+            "Steps": 20,
+            "Sampler": "UniPC",
+            "CFG scale": 7.5,
+            "Clip skip": None,
+            "Lora hashes": "fetal: 0123456789ab",
+        },
     )
-    assert text == (
-        "a photo of fetal femur <lora:fetal:0.8>\n"
+    assert (
+        text == "a photo of fetal femur <lora:fetal:0.8>\n"
         "Negative prompt: text, caliper\n"
         'Steps: 20, Sampler: UniPC, CFG scale: 7.5, Lora hashes: "fetal: 0123456789ab"'
     )
@@ -118,10 +127,10 @@ def test_the_text_of_an_image_is_webuis_to_the_letter():
 
 def test_a_text_that_webui_wrote_is_read():
     read = parse_parameters(
-        "masterpiece, (ultrasound:1.2)\nof a femur\n"
-        "Negative prompt: blurry,\n  low quality\n"
-        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x512, "
-        'Model hash: 6ce0161689, Model: v1-5-pruned, Clip skip: 2, TI hashes: "a: 1, b: 2", Version: v1.9.4'
+        "masterpiece, (ultrasound:1.2)\nof a femur\nNegative prompt: blurry,\n  low quality\nSteps:"
+        " 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size:"
+        ' 512x512, Model hash: 6ce0161689, Model: v1-5-pruned, Clip skip: 2, TI hashes: "a: 1, b:'
+        ' 2", Version: v1.9.4'
     )
     assert read.prompt == "masterpiece, (ultrasound:1.2)\nof a femur"
     assert read.negative_prompt == "blurry,\nlow quality"
@@ -129,7 +138,9 @@ def test_a_text_that_webui_wrote_is_read():
     assert list(read.settings)[-1] == "Version" and len(read.settings) == 11
 
 
-@pytest.mark.parametrize("text", ["a femur", "a femur\nSteps: 20, Sampler: Euler", "two\nlines: x, y: z", ""])
+@pytest.mark.parametrize(
+    "text", ["a femur", "a femur\nSteps: 20, Sampler: Euler", "two\nlines: x, y: z", ""]
+)
 def test_a_last_line_of_fewer_than_three_settings_is_the_prompts(text):
     assert read_as_webui(text) == (text, "", {})
     assert parse_parameters(text).prompt == text and parse_parameters(text).settings == {}

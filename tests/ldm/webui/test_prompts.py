@@ -25,10 +25,14 @@ def random_encoder(positions, hidden_act="quick_gelu"):
         max_position_embeddings=positions,
         hidden_act=hidden_act,
     )
-    encoder, generator = TextEncoder(config).eval().requires_grad_(False), torch.Generator().manual_seed(0)
+    encoder, generator = (
+        TextEncoder(config).eval().requires_grad_(False),
+        torch.Generator().manual_seed(0),
+    )
     for (
         parameter
-    ) in encoder.parameters():  # also the norms', else the mean of what they put out is nothing but rounding
+        # also the norms', else the mean of what they put out is nothing but rounding
+    ) in encoder.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     encoder.text_model.final_layer_norm.bias += 0.5
     return encoder
@@ -120,7 +124,9 @@ def tokenizer(encoder):
 def test_the_grammar_is_webuis(text, pieces):
     parsed = parse_prompt(text)
     assert [piece for piece, _ in parsed] == [piece for piece, _ in pieces]
-    assert [weight for _, weight in parsed] == pytest.approx([weight for _, weight in pieces], rel=1e-12)
+    assert [weight for _, weight in parsed] == pytest.approx(
+        [weight for _, weight in pieces], rel=1e-12
+    )
 
 
 # chunks
@@ -128,7 +134,10 @@ def test_the_grammar_is_webuis(text, pieces):
 
 def chunks(tokenizer, prompt, length=75):
     """The text of each chunk's tokens."""
-    return [tokenizer.convert_ids_to_tokens([t for t, _ in chunk]) for chunk in split_chunks(tokenizer, prompt, length)]
+    return [
+        tokenizer.convert_ids_to_tokens([t for t, _ in chunk])
+        for chunk in split_chunks(tokenizer, prompt, length)
+    ]
 
 
 def words(number, word="fetal"):
@@ -138,7 +147,15 @@ def words(number, word="fetal"):
 
 @pytest.mark.parametrize(
     ("number", "sizes"),
-    [(0, [0]), (1, [1]), (74, [74]), (75, [75]), (76, [75, 1]), (150, [75, 75]), (151, [75, 75, 1])],
+    [
+        (0, [0]),
+        (1, [1]),
+        (74, [74]),
+        (75, [75]),
+        (76, [75, 1]),
+        (150, [75, 75]),
+        (151, [75, 75, 1]),
+    ],
 )
 def test_a_chunk_is_75_tokens(tokenizer, encoder, number, sizes):
     assert [len(chunk) for chunk in chunks(tokenizer, words(number))] == sizes
@@ -224,14 +241,19 @@ def by_hand(tokenizer, encoder, *chunks, clip_skip=1):
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_the_embeddings_are_weighted_and_each_chunks_mean_is_restored(tokenizer, encoder, clip_skip):
+def test_the_embeddings_are_weighted_and_each_chunks_mean_is_restored(
+    tokenizer, encoder, clip_skip
+):
     """To 1e-5: the means are sums of a thousand float32 numbers."""
     prompt = "a (fetal:1.5) [brain] BREAK (femur:-0.5), (abdomen:0)"
     actual = encode_weighted(tokenizer, encoder, prompt, clip_skip)
     first = [("a", 1), ("fetal", 1.5), ("brain", 1 / 1.1)]
     second = [("femur", -0.5), (",", 1), ("abdomen", 0)]
     torch.testing.assert_close(
-        actual, by_hand(tokenizer, encoder, first, second, clip_skip=clip_skip), rtol=1e-5, atol=1e-5
+        actual,
+        by_hand(tokenizer, encoder, first, second, clip_skip=clip_skip),
+        rtol=1e-5,
+        atol=1e-5,
     )
     plain = encode_weighted(tokenizer, encoder, "a fetal brain BREAK femur, abdomen", clip_skip)
     torch.testing.assert_close(actual[:, :77].mean(), plain[:, :77].mean(), rtol=1e-5, atol=0)
@@ -240,9 +262,12 @@ def test_the_embeddings_are_weighted_and_each_chunks_mean_is_restored(tokenizer,
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
 @pytest.mark.parametrize(
-    "prompt", ["", "a photo of fetal brain", words(74), words(75), "(fetal:1) brain", r"fetal \(brain\)!"]
+    "prompt",
+    ["", "a photo of fetal brain", words(74), words(75), "(fetal:1) brain", r"fetal \(brain\)!"],
 )
-def test_without_weights_and_in_one_chunk_the_bits_are_those_of_encode_prompts(tokenizer, encoder, prompt, clip_skip):
+def test_without_weights_and_in_one_chunk_the_bits_are_those_of_encode_prompts(
+    tokenizer, encoder, prompt, clip_skip
+):
     plain = prompt.replace("(fetal:1)", "fetal").replace("\\", "")
     expected = encode_prompts(tokenizer, encoder, [plain], clip_skip)
     assert torch.equal(encode_weighted(tokenizer, encoder, prompt, clip_skip), expected)
@@ -282,17 +307,24 @@ def test_chunks_are_as_long_as_the_text_encoder_allows(tokenizer):
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_does_not_swallow_an_exclamation_mark(tokenizer):
+def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_does_not_swallow_an_exclamation_mark(
+    tokenizer,
+):
     encoder = random_encoder(77, hidden_act="gelu")
     seen = []
-    with encoder.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0][0].tolist())):
+    with encoder.register_forward_pre_hook(
+        lambda module, arguments: seen.append(arguments[0][0].tolist())
+    ):
         actual = encode_weighted(tokenizer, encoder, "fetal! (brain)")
     text = [*tokenizer("fetal!").input_ids[1:-1], *tokenizer("brain").input_ids[1:-1]]
     tokens = [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
     assert seen == [tokens + [0] * (77 - len(tokens))] and 0 not in tokens
     expected = by_hand(tokenizer, encoder, [("fetal!", 1), ("brain", 1.1)])
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(encode_weighted(tokenizer, encoder, "fetal!"), encode_prompts(tokenizer, encoder, ["fetal!"]))
+    assert torch.equal(
+        encode_weighted(tokenizer, encoder, "fetal!"),
+        encode_prompts(tokenizer, encoder, ["fetal!"]),
+    )
 
 
 def test_a_learned_token_takes_weights_and_starts_chunks_like_any_other(tokenizer, encoder):
@@ -321,8 +353,8 @@ def test_a_layer_the_encoder_does_not_have_is_one_clear_line(tokenizer, encoder)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [40, 75, 76, 151])
 def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
-    """Without commas and weights, to 1e-5: compel ends chunks at other places and weights by another formula, away
-    from the empty prompt's embeddings."""
+    """Without commas and weights, to 1e-5: compel ends chunks at other places and weights by
+    another formula, away from the empty prompt's embeddings."""
     compel = pytest.importorskip("compel")
     theirs = compel.Compel(
         tokenizer,
@@ -332,4 +364,6 @@ def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
         model_max_length=77,
     )
     prompt = words(number // 2) + " " + words(number - number // 2, "brain")
-    torch.testing.assert_close(encode_weighted(tokenizer, encoder, prompt), theirs(prompt), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        encode_weighted(tokenizer, encoder, prompt), theirs(prompt), rtol=0, atol=1e-5
+    )
