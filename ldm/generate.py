@@ -1,7 +1,6 @@
-"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image that
-exists."""
+"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,31 +41,13 @@ def make_nodes(
     if order not in (None, 1, 2, 3):
         raise SamplerError(f"UniPC of order {order}: choose 1, 2 or 3")
     if not 0 < strength <= 1:
-        raise SamplerError(
-            f"strength {strength:g}: choose more than 0, the image as it is, and at most 1, nearly"
-            " all noise"
-        )
-    nodes = SAMPLERS[sampler][0](
-        NoiseSchedule(), steps, **({} if spacing is None else {"spacing": spacing})
-    )
+        raise SamplerError(f"strength {strength:g}: choose more than 0 and at most 1")
+    settings = {} if spacing is None else {"spacing": spacing}
+    nodes = SAMPLERS[sampler][0](NoiseSchedule(), steps, **settings)
     first = steps - int(steps * strength)
     if first == steps:
         raise SamplerError(f"strength {strength:g} of {steps} steps: no step is left; raise either")
     return Nodes(nodes.timesteps[first:], nodes.sigmas[first:], nodes.init_scale)
-
-
-def _reading_once(unet: UNet) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The U-Net, for contexts that are the same objects at every step: each is read the first
-    time."""
-    kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def predict(x: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        if id(context) not in kept:
-            kept[id(context)] = unet.read(context)
-        # a CUDA graph overwrites what it returned when it is run again
-        return unet(x, t, kept[id(context)]).clone()
-
-    return predict
 
 
 @torch.no_grad()
@@ -101,14 +82,11 @@ def generate(
     Raises SamplerError for a setting that the sampler does not have, where no step is left, or
     where the network's prediction is not finite.
     """
-    nodes = make_nodes(
-        sampler, steps, spacing, order, strength if init_latents is not None else 1.0
-    )
+    strength = 1.0 if init_latents is None else strength
+    nodes = make_nodes(sampler, steps, spacing, order, strength)
     if negative_context is not None:
         negative_context = negative_context.expand(len(context), -1, -1)
-    denoise = Denoiser(
-        _reading_once(unet), nodes, context, negative_context, guidance_scale, prediction_type
-    )
+    denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
     if init_latents is None:
         x = nodes.init_scale * noise

@@ -72,8 +72,8 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention softmax(Q K^T / sqrt(d)) V (Vaswani et al. 2017, eq. 1).
 
-    x: (B, T, C) asks; context: (B, S, D) answers, x itself where it is None; or its keys and values
-        by `read`, a tuple
+    x: (B, T, C) gives the queries; context: (B, S, D) the keys and values, x itself where it is
+        None
     """
 
     def __init__(self, channels: int, context_dim: int, heads: int, bias: bool = False):
@@ -84,17 +84,11 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor, context: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
-        q = self._split(self.to_q(x))
-        k, v = (
-            context if isinstance(context, tuple) else self.read(x if context is None else context)
-        )
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = map(self._split, (self.to_q(x), self.to_k(context), self.to_v(context)))
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](h.transpose(1, 2).flatten(-2))
-
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values (B, heads, S, C / heads) of a context."""
-        return self._split(self.to_k(context)), self._split(self.to_v(context))
 
     def _split(self, y: Tensor) -> Tensor:
         return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, tokens, C / heads)

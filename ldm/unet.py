@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise, repeat
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -106,9 +106,8 @@ class UNet(nn.Module):
 
     latents: (B, 4, H, W) x_t of the forward process, H and W multiples of config.multiple
     t: (B,) or a scalar, times in [0, 999], fractions allowed
-    context: (B, S, D) text embeddings, D = config.cross_attention_dim; any S; or what `read` makes
-    of them Returns (B, 4, H, W) in the weights' dtype. Raises ValueError where H or W does not
-    divide.
+    context: (B, S, D) text embeddings, D = config.cross_attention_dim; any S
+    Returns (B, 4, H, W) in the weights' dtype. Raises ValueError where H or W does not divide.
 
     Set `gradient_checkpointing` to recompute each block in the backward pass: slower, far less
     memory.
@@ -153,35 +152,16 @@ class UNet(nn.Module):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
-    def read(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the text in each cross-attention, in the order of their use; at every
-        time the same."""
-        down, up = (
-            [a for block in blocks for a in block.attentions if a is not None]
-            for blocks in (self.down_blocks, self.up_blocks)
-        )
-        transformers = [*down, self.mid_block.attentions[0], *up]
-        return [
-            transformer.transformer_blocks[0].attn2.read(context) for transformer in transformers
-        ]
-
-    def forward(
-        self, latents: Tensor, t: Tensor, context: Tensor | list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        height, width = latents.shape[-2:]
-        if height % self.config.multiple or width % self.config.multiple:
-            raise ValueError(
-                f"latents of {height}x{width}: both sides must be multiples of"
-                f" {self.config.multiple}"
-            )
+    def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        (height, width), multiple = latents.shape[-2:], self.config.multiple
+        if height % multiple or width % multiple:
+            raise ValueError(f"latents of {height}x{width}: sides must be multiples of {multiple}")
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
+        # a norm's, since a LoRA may be around any convolution
+        dtype = self.conv_norm_out.weight.dtype
         temb = self.time_embedding(
-            timestep_embedding(t, self.config.block_out_channels[0]).to(
-                self.conv_norm_out.weight.dtype
-            )
-        )  # of a norm's weight, since a LoRA may stand around any convolution
-
-        texts = iter(context) if isinstance(context, list) else repeat(context)
+            timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
+        )
 
         # down: every output is kept for the way up
         h = self.conv_in(latents)
@@ -190,7 +170,7 @@ class UNet(nn.Module):
             for resnet, attention in zip(block.resnets, block.attentions):
                 h = self._run(resnet, h, temb)
                 if attention is not None:
-                    h = self._run(attention, h, next(texts))
+                    h = self._run(attention, h, context)
                 skips.append(h)
             for downsampler in block.downsamplers:
                 h = downsampler(h)
@@ -198,7 +178,7 @@ class UNet(nn.Module):
 
         # middle
         h = self._run(self.mid_block.resnets[0], h, temb)
-        h = self._run(self.mid_block.attentions[0], h, next(texts))
+        h = self._run(self.mid_block.attentions[0], h, context)
         h = self._run(self.mid_block.resnets[1], h, temb)
 
         # up
@@ -206,7 +186,7 @@ class UNet(nn.Module):
             for resnet, attention in zip(block.resnets, block.attentions):
                 h = self._run(resnet, torch.cat([h, skips.pop()], dim=1), temb)
                 if attention is not None:
-                    h = self._run(attention, h, next(texts))
+                    h = self._run(attention, h, context)
             for upsampler in block.upsamplers:
                 h = upsampler(h)
 
