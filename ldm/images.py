@@ -11,6 +11,8 @@ from ldm.generate import seeded_noise
 from ldm.vae import AutoencoderKL
 from planes.pictures import ImageError, open_image
 
+AT_ONCE = 4  # images that the decoder is given on a GPU
+
 
 def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
     """An image file as (3, h, w) in [-1, 1].
@@ -58,18 +60,16 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor, at_once: int = 1) -> Tensor:
-    """Images (B, H, W, 3) uint8 on the CPU of scaled latents (B, 4, H/8, W/8).
-
-    at_once: how many are decoded together; the decoder needs far more memory for an image than the
-        U-Net
+def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (B, H, W, 3) uint8 on the CPU of scaled latents (B, 4, H/8, W/8), a few at once on a
+    GPU: the decoder needs far more memory for an image than the U-Net.
 
     What a decoder in half precision makes of them and is not finite, as SD's can be in float16, is
     decoded again in float32. Raises ImageError where that is not finite either.
     """
     weight, images = vae.post_quant_conv.weight, []
     dtype, device = weight.dtype, weight.device
-    for rows in latents.split(at_once):
+    for rows in latents.split(AT_ONCE if weight.is_cuda else 1):
         decoded = vae.decode(rows.to(device, dtype)).float()
         if dtype != torch.float32 and not decoded.isfinite().all():
             decoded = vae.float().decode(rows.to(device, torch.float32))
