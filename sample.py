@@ -1,18 +1,17 @@
 """Stage 2 of FU-LoRA: synthetic ultrasound images, prompts x samplers x seeds.
 
-    python sample.py --model v1-5-pruned.safetensors --lora runs/lora/lora.safetensors --count 500 --out runs/synthetic
-    python sample.py --like runs/synthetic/brain/euler_200000.png --out runs/again
+    python sample.py --model v1-5-pruned.safetensors --lora runs/lora/lora.safetensors \\
+        --count 500 --out runs/synthetic
 
 Writes one PNG per image, with all settings in it as the webui writes them, manifest.csv, a contact
 sheet (the paper's figure 2) and args.json. What is there already, whole and made with these
 settings, is not made again. An image depends on its own seed and settings alone; its last bits, on
-how many are made at once too, and so --like, which repeats one image to the bit, fills a batch of
-the same size.
+how many are made at once too.
 """
 
 import argparse
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
@@ -22,136 +21,84 @@ from PIL import Image
 from eval.figures import first_images_figure, save
 from harness import processes
 from harness.files import sha256, write_text
-from harness.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
+from harness.flags import (
+    LAST_SEED,
+    HelpFormatter,
+    device_name,
+    plain_text,
+    require_at_least,
+    seed_number,
+)
 from harness.record import record_run
 from harness.script import alone_together, progress, run
-from ldm import CheckpointError, fast, webui
+from ldm import CheckpointError
+from ldm.checkpoints import Model
+from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images, read_image
-from lora.files import load_lora
+from ldm.webui import manifest, shots
+from ldm.webui.prompts import encode_weighted
+from lora.files import load_loras
 from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
-from lora.model import merge
-from planes.captions import choose_prompt, prompt_in_turn, prompts_beside, read_prompts, with_token
+from planes.captions import (
+    choose_prompt,
+    prompt_in_turn,
+    prompts_beside,
+    read_prompts,
+    with_token,
+)
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
-# from the first seed of a (plane, sampler) pair to the next: only --seeds shares noise
-SEEDS_APART = 100_000
+SEEDS_APART = (
+    100_000  # between the first seeds of (plane, sampler) pairs: only --seeds shares noise
+)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
-    add = parser.add_argument
     add_model_arguments(parser)
-    add(
-        "--lora",
-        type=lora_path,
-        nargs="+",
-        default=[],
-        help="LoRAs of kohya, PEFT or diffusers: files or hub ids",
-    )
-    add(
-        "--lora-weight",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="one of all LoRAs, or one of each (1)",
-    )
+    cuda, text = "cuda" if torch.cuda.is_available() else "cpu", {"type": plain_text}
+    add = parser.add_argument_group("LoRA and learned tokens").add_argument
+    add("--lora", type=lora_path, nargs="+", default=[], help="kohya's, PEFT's: files or hub ids")
+    add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all, or one of each")
     add(
         "--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names"
     )
-    add(
-        "--token",
-        type=plain_text,
-        help="another name for the token of --embedding (default: the file's)",
-    )
+    add("--token", **text, help="another name for the token of --embedding (else: the file's)")
     add(
         "--rare-token",
-        type=plain_text,
-        help="DreamBooth's, which every prompt then names: a photo of sks fetal femur",
+        **text,
+        help="DreamBooth's, named by every prompt: a photo of sks fetal femur",
     )
-    add(
-        "--prompts",
-        help="of each plane: paper, styles, detailed, or a JSON file of a list per plane (paper)",
-    )
-    add(
-        "--planes",
-        nargs="+",
-        help="planes, or classes of the LoRA's own, whose prompts are sampled (all)",
-    )
-    add(
-        "--prompt",
-        type=plain_text,
-        help="instead of the planes'; (word:1.2), [word] and BREAK as in the webui",
-    )
-    add(
-        "--negative-prompt",
-        type=plain_text,
-        default="",
-        help="what guidance leads away from (nothing)",
-    )
-    add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="(euler unipc)")
-    add("--count", type=int, help="images per prompt and sampler (500)")
-    add("--seed", type=seed_number, default=0, help="the first seed (0)")
-    add(
-        "--seeds",
-        type=seed_number,
-        nargs="+",
-        help="instead of --seed and --count, for every prompt and sampler",
-    )
-    add("--steps", type=int, default=20, help="model calls per image (20)")
-    add(
-        "--spacing",
-        help=(
-            "linspace, leading, trailing, karras or UniPC's time_uniform (default: the sampler's"
-            " own)"
-        ),
-    )
-    add("--order", type=int, help="UniPC's, 1 to 3 (3)")
-    add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance (7)")
-    add(
-        "--clip-skip",
-        type=int,
-        default=1,
-        help="1: the text encoder's last layer, 2: the last but one (1)",
-    )
-    add(
-        "--size",
-        type=image_size,
-        help="in px, 512 or 576x384 (default: a square of the model's own, 512 for SD 1.5)",
-    )
+    add = parser.add_argument_group("prompts").add_argument
+    add("--prompts", help="paper, styles, detailed, or a JSON file: lists per plane (else: paper)")
+    add("--planes", nargs="+", help="planes, or a LoRA's own classes, that are sampled (else: all)")
+    add("--prompt", **text, help="instead; (word:1.2), [word] and BREAK as in the webui")
+    add("--negative-prompt", **text, default="", help="what guidance leads away from")
+    add("--clip-skip", type=int, default=1, help="1: CLIP's last layer, 2: the last but one")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="one or both")
+    add("--count", type=int, help="images per prompt and sampler (else: 500)")
+    add("--seed", type=seed_number, default=0, help="the first one")
+    add("--seeds", type=seed_number, nargs="+", help="instead, for every prompt and sampler")
+    add("--steps", type=int, default=20, help="model calls per image")
+    add("--spacing", help="linspace, leading, trailing, karras, time_uniform (else: the sampler's)")
+    add("--order", type=int, help="UniPC's, 1 to 3 (else: 3)")
+    add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance; 1: none")
+    add("--size", type=image_size, help="in px, 512 or 576x384 (else: the model's own, 512)")
     add("--init-image", type=Path, help="an image to vary: image-to-image")
-    add(
-        "--strength",
-        type=float,
-        help="of the variation, up to 1; int(steps * strength) steps are done (0.75)",
-    )
-    add(
-        "--like",
-        type=Path,
-        help="a PNG of this script or of the webui: its settings are the flags' defaults",
-    )
-    add("--batch-size", type=int, default=8)
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="faster, once begun (many images on CUDA: yes)",
-    )
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the U-Net and the text encoder (default: fp16 on CUDA, else fp32)",
-    )
-    add("--out", type=Path, required=True)
-    if like := parser.parse_args(argv).like:
-        parser.set_defaults(**webui.settings_of(like))
+    add("--strength", type=float, help="of it, up to 1; int(steps * strength) steps (else: 0.75)")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--batch-size", type=int, default=8, help="images at once")
+    add("--compile", action="store_true", help="faster on a GPU, but for a start of a minute")
+    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add("--dtype", choices=DTYPES, help="of U-Net and CLIP (else: fp16 on CUDA, else fp32)")
+    add("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args(argv)
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if args.prompt is not None and (args.prompts or args.planes):
@@ -159,14 +106,7 @@ def parse_args(argv=None):
     if args.seeds and args.count is not None:
         parser.error("give --seeds, or --seed and --count, not both")
     if args.strength is not None and not args.init_image:
-        parser.error(
-            f"--strength {args.strength:g}: of the variation of an --init-image FILE, which is not"
-            " given"
-        )
-    args.prompts = args.prompts or "paper"
-    args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
-    args.strength = 0.75 if args.init_image and args.strength is None else args.strength
-    require_at_least(parser, args, 1, "steps", "batch_size", "count")
+        parser.error(f"--strength {args.strength:g}: of an --init-image FILE, which is not given")
     if args.embedding and args.rare_token:
         parser.error(
             "give --embedding FILE or --rare-token WORD, not both: a prompt names one token"
@@ -174,47 +114,58 @@ def parse_args(argv=None):
     if args.order is not None and "unipc" not in args.samplers:
         parser.error(f"--order {args.order}: UniPC has one, {' '.join(args.samplers)} does not")
     if args.token and not args.embedding:
-        parser.error(
-            f"--token {args.token}: names the token of an --embedding FILE, which is not given"
-        )
+        parser.error(f"--token {args.token}: of an --embedding FILE, which is not given")
+    args.prompts = args.prompts or "paper"
+    args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
+    args.strength = 0.75 if args.init_image and args.strength is None else args.strength
+    require_at_least(parser, args, 1, "steps", "batch_size", "count")
     if args.count > SEEDS_APART:
         parser.error(
-            f"--count {args.count}: at most {SEEDS_APART}; sample more with another --seed and"
-            " --out"
+            f"--count {args.count}: at most {SEEDS_APART}; more with another --seed and --out"
         )
     if len(args.lora_weight) not in (1, len(args.lora)):
-        parser.error(
-            f"--lora-weight: {len(args.lora_weight)} weights for {len(args.lora)} LoRAs; give one,"
-            " or one each"
-        )
+        given = f"{len(args.lora_weight)} weights for {len(args.lora)} LoRAs"
+        parser.error(f"--lora-weight: {given}; give one, or one each")
     if args.lora_weight != [1.0] and not args.lora:
         parser.error(f"--lora-weight {args.lora_weight[0]:g}: of a --lora FILE, which is not given")
+    if len(args.lora_weight) < len(args.lora):
+        args.lora_weight *= len(args.lora)
     if len({*(args.seeds or ())}) < len(args.seeds or ()):
         parser.error("--seeds: one is there twice; they name the images")
-    if args.like and args.out.resolve() in args.like.resolve().parents:
-        parser.error(
-            f"--out {args.out}: its manifest.csv of --like's own run would be lost; give another"
-            " folder"
-        )
     if "<lora:" in f"{args.prompt} {args.negative_prompt}":
-        parser.error(
-            "--prompt with <lora:..>: give LoRAs by --lora and --lora-weight; the PNGs then have"
-            " the tags"
-        )
-    if len({*webui.lora_labels(args.lora)}) < len(args.lora):
+        parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight")
+    if len({*shots.lora_labels(args.lora)}) < len(args.lora):
         parser.error("--lora: two files of one name in folders of one name; rename one")
     return args
 
 
+def adapt(model: Model, args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
+    """Puts the LoRAs into the weights, each at its own weight, and the learned token into the
+    vocabulary; returns the token that prompts are to name, and the hashes of all that the model
+    then is."""
+    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
+    for path, file in zip(args.lora, load_loras([*zip(args.lora, args.lora_weight)], networks)):
+        for difference in trained_otherwise(file.metadata, args.clip_skip, model.prediction_type):
+            print(f"{path}: {difference}")
+    hashes, token = model.sha256(), args.rare_token
+    if args.embedding:
+        token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
+        hashes[args.embedding.name] = sha256(args.embedding)  # one more row of the text encoder
+    return token, hashes
+
+
 def plan(
-    args, prompts: dict[str, tuple[str, ...]], common: dict[str, object]
-) -> Iterator[list[webui.Shot]]:
+    args: argparse.Namespace,
+    prompts: Mapping[str, Sequence[str]],
+    model: Model,
+    hashes: Mapping[str, str],
+    size: tuple[int, int],
+) -> Iterator[list[shots.Shot]]:
     """The images of each (plane, sampler), in order; seeds do not depend on which planes or
     samplers were asked for.
 
     prompts: of each plane; an image's seed chooses among them, in turn where they are styles, else
         at random
-    common: fields of every shot
     """
     choose = prompt_in_turn if args.prompts == "styles" else choose_prompt
     if unknown := [plane for plane in args.planes or () if plane not in prompts]:
@@ -225,159 +176,143 @@ def plan(
         )
     for plane in args.planes or prompts:
         for sampler in args.samplers:
-            number = [*prompts].index(plane)
-            first = args.seed + SEEDS_APART * (number * len(SAMPLERS) + [*SAMPLERS].index(sampler))
+            pair = [*prompts].index(plane) * len(SAMPLERS) + [*SAMPLERS].index(sampler)
+            first = args.seed + SEEDS_APART * pair
             yield [
-                webui.Shot(
+                shots.Shot(
                     image=f"{plane}/{sampler}_{seed}.png",
                     plane=str(plane),
                     prompt=choose(prompts[plane], seed),
+                    negative_prompt=args.negative_prompt,
                     sampler=sampler,
+                    steps=args.steps,
+                    guidance=args.guidance_scale,
                     seed=seed,
+                    width=size[0],
+                    height=size[1],
+                    clip_skip=args.clip_skip,
+                    spacing=args.spacing,
                     order=args.order if sampler == "unipc" else None,
-                    **common,
+                    loras=shots.tags(args.lora, args.lora_weight),
+                    lora_hashes=shots.lora_hashes(args.lora),
+                    init_image=shots.image_hash(args.init_image),
+                    strength=args.strength,
+                    model=Path(args.model).name.removesuffix(".safetensors"),
+                    model_hash=shots.model_hash(hashes),
+                    dtype=args.dtype,
+                    prediction_type=model.prediction_type,
+                    ema=args.ema,
+                    tokenizer=tokenizer_hash(model.tokenizer)[:10],
                 )
                 for seed in args.seeds or range(first, first + args.count)
             ]
 
 
 def batches(
-    shots: Sequence[webui.Shot], size: int, contexts: dict[str, torch.Tensor]
-) -> Iterator[list[webui.Shot]]:
+    group: Sequence[shots.Shot], size: int, contexts: Mapping[str, torch.Tensor]
+) -> Iterator[list[shots.Shot]]:
     """At most `size` images at once, consecutive and with equally many tokens. Those made already
-    count too: else the sizes, and with them the last bits, would depend on where a run was
-    interrupted."""
-    for _, alike in groupby(shots, key=lambda shot: contexts[shot.prompt].shape[1]):
+    count
+    too: else the sizes, and with them the last bits, would depend on where a run was
+        interrupted."""
+    for _, alike in groupby(group, key=lambda shot: contexts[shot.prompt].shape[1]):
         alike = list(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
+def arrange(model: Model, args: argparse.Namespace) -> None:
+    """On a GPU channels last, and a decoder in float16 where the U-Net is in half precision; else
+    the decoder is float32. Compiled where that is asked for."""
+    on_gpu = args.device.startswith("cuda")
+    model.vae.to(torch.float16 if on_gpu and args.dtype != "fp32" else torch.float32)
+    for network in (model.unet, model.vae.decoder):
+        if on_gpu:
+            network.to(memory_format=torch.channels_last)
+        if args.compile:
+            network.compile(dynamic=False)
+
+
+def write_outputs(args, groups, others, hashes) -> None:
+    """The table of all images, a sheet of the first four of each prompt and sampler, what the
+    run was."""
+    every = [shot for group in groups for shot in group]
+    write_text(args.out / "manifest.csv", manifest.manifest_text(every, others, args.out))
+    images = {sampler: {} for sampler in args.samplers}
+    for group in groups:
+        first = [Image.open(args.out / shot.image) for shot in group[:4]]
+        images[group[0].sampler][group[0].plane] = first
+    save(first_images_figure(images), args.out / "contact_sheet.png")
+    files = [path for path in (*args.lora, args.init_image) if path and path.is_file()]
+    record_run(args.out, args, hashes | {path.name: sha256(path) for path in files})
+
+
 @alone_together
 def main(args):
+    # what is wrong with samplers and prompts is told before the model is loaded
     strength = 1.0 if args.strength is None else args.strength
-    for sampler in args.samplers:  # raises what is wrong with it, before the model is loaded
-        make_nodes(
-            sampler, args.steps, args.spacing, args.order if sampler == "unipc" else None, strength
-        )
-    own = args.prompt is not None
-    prompts_of = (
-        {"prompt": (args.prompt,)} if own else read_prompts(args.prompts, prompts_beside(args.lora))
-    )
-    wanted, (at_once, position) = webui.read_shot(args.like) if args.like else (None, (1, 0))
+    for name in args.samplers:
+        order = args.order if name == "unipc" else None
+        make_nodes(name, args.steps, args.spacing, order, strength)
+    prompts = {"prompt": (args.prompt,)}
+    if args.prompt is None:
+        prompts = read_prompts(args.prompts, prompts_beside(args.lora))
+
+    # the model, with LoRAs in its weights and a learned token in its vocabulary; an image to vary
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
-    factor = model.vae.config.downsampling
     width, height = fitting_size(model, args.size)
+    token, hashes = adapt(model, args)
     init_latents = None
     if args.init_image:
         image = read_image(args.init_image, (width, height))[None].to(args.device)
-        with torch.no_grad():
-            # the mean: all that varies it is the sampler's noise
+        with torch.no_grad():  # the mean: all that varies it is the sampler's noise
             init_latents = model.vae.float().to_latents(image)
-
-    # LoRAs, each at its weight, and the learned token
-    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
-    weights = args.lora_weight * len(args.lora) if len(args.lora_weight) == 1 else args.lora_weight
-    loras = [*zip(webui.lora_labels(args.lora), weights)]
-    for path, (name, weight) in zip(args.lora, loras):
-        said = load_lora(path, networks, name, weight).metadata
-        for difference in trained_otherwise(said, args.clip_skip, model.prediction_type):
-            print(f"{path}: {difference}")
-    for network in networks.values():
-        merge(network)
-    hashes, token = model.sha256(), args.rare_token
-    if args.embedding:
-        token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
-        # one more row of the text encoder: part of the model
-        hashes[args.embedding.name] = sha256(args.embedding)
-    prompts_of = {
-        plane: tuple(with_token(prompt, token) for prompt in prompts_of[plane])
-        for plane in prompts_of
-    }
+    arrange(model, args)
 
     # what is to be made, and the text embeddings for it
-    groups = list(
-        plan(args, prompts_of, webui.common_fields(args, model, hashes, loras, (width, height)))
-    )
-    if wanted:
-        webui.require_same(groups[0][0], wanted, args.like)
-    shots = [shot for group in groups for shot in group]
-    others = webui.other_rows(shots, args.out)
-    texts = sorted({shot.prompt for shot in shots} | {args.negative_prompt})
+    prompts = {name: [with_token(text, token) for text in prompts[name]] for name in prompts}
+    groups = list(plan(args, prompts, model, hashes, (width, height)))
+    every = [shot for group in groups for shot in group]
+    others = manifest.other_rows(every, args.out)
     with torch.no_grad():
         contexts = {
-            t: webui.encode_weighted(model.tokenizer, model.text_encoder, t, args.clip_skip)
-            for t in texts
+            text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip)
+            for text in sorted({shot.prompt for shot in every} | {args.negative_prompt})
         }
 
-    # the rows of each batch, and which of them are missing; --like: as often and where its image
-    # was
-    work = []
-    compiled = fast.wants_compiling(args.compile, args.device, len(shots))
-    for group in groups:
-        for rows in batches(group, args.batch_size, contexts):
-            missing = [
-                n for n, shot in enumerate(rows) if not webui.is_saved(args.out / shot.image, shot)
-            ]
-            # of one shape, which is compiled once
-            rows += rows[-1:] * (args.batch_size - len(rows)) * compiled
-            work.append((rows * at_once, [position] * len(missing)) if wanted else (rows, missing))
-    left = sum(len(missing) for _, missing in work)
-    print(f"{len(shots)} images: {len(shots) - left} are there, {left} to make")
-    # of several processes each has seen what is there before the first adds to it
-    processes.barrier()
-    work = processes.share([(rows, missing) for rows, missing in work if missing])
-    fast.arrange(model.unet, model.vae)
-    if compiled:
-        fast.compile_whole(model.unet, model.vae.decoder)
-    decoded_at_once = fast.decoded_at_once(model.vae, width, height, args.batch_size)
-    mine, start = sum(len(missing) for _, missing in work), time.perf_counter()
-    with webui.Saving() as saving, progress(total=mine, desc="images", unit="image") as bar:
-        for rows, missing in work:
+    # the loop: every batch of which an image is missing
+    missing = {shot for shot in every if not shots.is_saved(args.out / shot.image, shot)}
+    print(f"{len(every)} images: {len(every) - len(missing)} are there, {len(missing)} to make")
+    processes.barrier()  # each has seen what is there before the first adds to it
+    work = [batch for group in groups for batch in batches(group, args.batch_size, contexts)]
+    work = processes.share([batch for batch in work if missing & {*batch}])
+    bar = progress(total=sum(len(missing & {*batch}) for batch in work), unit="image")
+    with bar, ThreadPoolExecutor() as pool:
+        for batch in work:
             latents = generate(
                 model.unet,
-                torch.cat([contexts[shot.prompt] for shot in rows]),
+                torch.cat([contexts[shot.prompt] for shot in batch]),
                 contexts[args.negative_prompt],
-                [shot.seed for shot in rows],
-                (height // factor, width // factor),
-                sampler=rows[0].sampler,
+                [shot.seed for shot in batch],
+                (height // model.vae.config.downsampling, width // model.vae.config.downsampling),
+                sampler=batch[0].sampler,
                 steps=args.steps,
                 guidance_scale=args.guidance_scale,
                 prediction_type=model.prediction_type,
                 spacing=args.spacing,
-                order=rows[0].order,
+                order=batch[0].order,
                 init_latents=init_latents,
                 strength=strength,
             )
-            pixels = decode_images(model.vae, latents, decoded_at_once).numpy()
-            if compiled and bar.n == 0:
-                print(f"the first batch, compiled, took {time.perf_counter() - start:.0f} s")
-            saving.save(
-                [(args.out / rows[n].image, pixels[n], rows[n], (len(rows), n)) for n in missing]
-            )
-            bar.update(len(missing))
-    processes.barrier()
-    if not processes.is_first():
-        return
+            images = zip(batch, decode_images(model.vae, latents).numpy())
+            made = [
+                (args.out / shot.image, image, shot) for shot, image in images if shot in missing
+            ]
+            list(pool.map(shots.save_shot, *zip(*made)))
+            bar.update(len(made))
 
-    write_text(args.out / "manifest.csv", webui.manifest_text(shots, others, args.out))
-    images = {sampler: {} for sampler in args.samplers}
-    for (first, *_), group in zip(groups, groups):
-        images[first.sampler][str(first.plane)] = [
-            Image.open(args.out / shot.image) for shot in group[:4]
-        ]
-    save(first_images_figure(images), args.out / "contact_sheet.png")
-    files = {
-        path.name: sha256(path)
-        for path in [*args.lora, args.init_image, args.like]
-        if path and path.is_file()
-    }
-    record_run(args.out, args, hashes | files)
-    if wanted:
-        again = args.out / shots[0].image
-        print(
-            f"{again}: {'the very' if webui.same_pixels(again, args.like) else 'not the'} pixels of"
-            f" {args.like}"
-        )
+    processes.barrier()
+    if processes.is_first():
+        write_outputs(args, groups, others, hashes)
 
 
 if __name__ == "__main__":
