@@ -4,47 +4,28 @@ A layer's frozen weight W0 (out x in) is corrected by a product of two thin matr
 that are trained (Eq. 2 of FU-LoRA, arXiv 2407.20072; the factor alpha / r is Hu et al.'s, section
 4.1):
 
-    h = W0 x + strength * (alpha / r) * B A x        A: (r, in) random, B: (out, r) zero before
-    training
+    h = W0 x + (alpha / r) * B A x        A: (r, in) random, B: (out, r) zero before training
 
 | concept | where |
 |---|---|
-| Eq. 2 for one linear layer or 1x1 convolution, at run time or merged into W0 | `layer.py` LoRALayer |
-| which layers of a model get one | `model.py` TARGETS, inject |
-| a whole model: strength, merge and unmerge, removal, the parameters to train | `model.py` |
-| around a training: presets, what a step sees, the optimizer, checkpoints | `training.py` |
-| when any long run saves, where it is asked to stop too, and what may go on from it | `saving.py` |
-| files of kohya, PEFT and diffusers: into models, from models, from one layout to another | `files/` |
+| Eq. 2 for one linear layer or convolution | `layer.py` LoRALayer |
+| which layers of a model get one, what is trained; updates put into the weights | `model.py` |
+| which images a step sees, the noise of a step, the optimizer | `training.py` |
+| files of kohya, PEFT and diffusers: into weights, from models, converted | `files/` |
 """
 
-from lora.files import LoRASummary, convert, load_lora, save_lora
+from lora.files import convert, load_loras, save_lora
 from lora.layer import LoRAError, LoRALayer
-from lora.model import (
-    TARGETS,
-    inject,
-    lora_layers,
-    lora_names,
-    lora_parameters,
-    merge,
-    remove,
-    set_strength,
-    unmerge,
-)
+from lora.model import TARGETS, inject, lora_layers, lora_parameters
 
 __all__ = [
     "TARGETS",
     "LoRAError",
     "LoRALayer",
-    "LoRASummary",
     "convert",
     "inject",
-    "load_lora",
+    "load_loras",
     "lora_layers",
-    "lora_names",
     "lora_parameters",
-    "merge",
-    "remove",
     "save_lora",
-    "set_strength",
-    "unmerge",
 ]

@@ -1,16 +1,15 @@
-"""LoRA on all layers of a model that a target names; merging, strength and removal of all at once.
+"""LoRA on all layers of a model that a target names; updates of LoRA files put into the weights.
 
 Wider targets than the paper's are those of diffusers and of kohya's sd-scripts.
 """
 
-import math
 import re
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.layer import LoRAError, LoRALayer, check_settings, unfit
 
@@ -36,144 +35,76 @@ def inject(
     alpha: float,
     target: str = "cross-attention",
     init: str = "gaussian",
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> list[str]:
     """Freezes a model and wraps the layers that `target` names in LoRALayers; returns their paths.
 
     target: a name in TARGETS, or a regular expression that matches the whole path of a layer
-    generator: its seed and a layer's path decide the layer's A, so that neither the order of
-        wrapping nor the other layers matter; None is seed 0
+    seed: it and a layer's path decide the layer's A, so that neither the order of wrapping nor the
+        other layers matter
 
     The model's output stays bit-equal. Raises LoRAError, with the model untouched, where nothing
     matches, a layer has a LoRA already or cannot have one, or a setting is wrong.
     """
     check_settings(rank, alpha, init)
+    names = ", ".join(TARGETS)
     try:
         pattern = re.compile(TARGETS.get(target, target))
     except re.error as error:
-        raise LoRAError(
-            f"target {target!r} is neither of {', '.join(TARGETS)} nor a regular expression:"
-            f" {error}"
-        ) from None
+        reason = f"is neither of {names} nor a regular expression: {error}"
+        raise LoRAError(f"target {target!r} {reason}") from None
     bases = {path: layer for path, layer in adaptable(model) if pattern.fullmatch(path)}
     if not bases:
-        example = next((path for path, _ in adaptable(model)), None)
+        example = next((f" such as {path}" for path, _ in adaptable(model)), "")
         raise LoRAError(
-            f"target {target!r} matches no layer of {type(model).__name__}: use one of"
-            f" {', '.join(TARGETS)} or a regular expression for a whole path"
-            + (f" such as {example}" if example else "")
+            f"target {target!r} matches no layer of {type(model).__name__}: use one of {names} or a "
+            f"regular expression for a whole path{example}"
         )
     for path, base in bases.items():
-        if isinstance(base, LoRALayer):
-            raise LoRAError(
-                f"{path}: has a LoRA already: remove it first, or inject into other layers"
-            )
         if reason := unfit(base):
             raise LoRAError(f"{path}: {reason}")
     full = min(min(base.weight.shape[:2]) for base in bases.values())
     if rank > full:
-        warnings.warn(
-            f"rank {rank}: the narrowest of the layers has full rank at {full}", stacklevel=2
-        )
+        text = f"rank {rank}: the narrowest of the layers has full rank at {full}"
+        warnings.warn(text, stacklevel=2)
 
-    seed = 0 if generator is None else generator.initial_seed()
     model.requires_grad_(False)
     for path, base in bases.items():
-        own = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
-        model.set_submodule(path, LoRALayer(base, rank, alpha, init, own))
+        generator = torch.Generator().manual_seed(seed ^ zlib.crc32(path.encode()))
+        model.set_submodule(path, LoRALayer(base, rank, alpha, init, generator))
     return list(bases)
 
 
 def adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Path and module of each layer that is linear, convolutional or already a LoRALayer (then not
-    what it wraps)."""
-    wrapped = {module.base for module in model.modules() if isinstance(module, LoRALayer)}
+    """Path and module of each linear or convolutional layer; a LoRALayer in place of what it
+    wraps."""
+    inside = set()
     for path, module in model.named_modules():
-        if path and module not in wrapped and isinstance(module, nn.Linear | nn.Conv2d | LoRALayer):
+        if isinstance(module, LoRALayer):
+            inside |= {module.base, module.A, module.B}
+        if path and module not in inside and isinstance(module, nn.Linear | nn.Conv2d | LoRALayer):
             yield path, module
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The model's LoRALayers by path, in the model's order, the outermost of each; empty where it
-    has none."""
-    return {path: module for path, module in adaptable(model) if isinstance(module, LoRALayer)}
-
-
-def lora_names(model: nn.Module) -> set[str]:
-    """Names of the LoRAs in the model."""
-    return {lora.name for layer in lora_layers(model).values() for lora in layer.loras}
+    """The model's LoRALayers by path, in the model's order; empty where it has none."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A and B of each LoRA: all that an optimizer should see."""
-    loras = [lora for layer in lora_layers(model).values() for lora in layer.loras]
-    return [parameter for lora in loras for parameter in (lora.A, lora.B)]
+    return [m.weight for layer in lora_layers(model).values() for m in (layer.A, layer.B)]
 
 
-def set_strength(model: nn.Module, strength: float, name: str | None = None) -> None:
-    """Scales the LoRA of a name, or all: 1 as trained, 0 bit-equal to the model without it,
-    negative away from it.
+@torch.no_grad()
+def add_updates(weight: nn.Parameter, updates: Sequence[tuple[float, Tensor, Tensor]]) -> None:
+    """W0 + the sum of scale * B A becomes a layer's weight: summed in float32, cast once.
 
-    Raises LoRAError where it is merged, or none has the name.
+    updates: (scale, A (r, in[, height, width]), B (out, r[, 1, 1])) of each LoRA, where scale is
+        its strength * alpha / r
     """
-    check_strength(strength)
-    _check_name(model, name)
-    layers = lora_layers(model)
-    for path, layer in layers.items():
-        if layer.original is not None:
-            raise LoRAError(
-                f"{path}: the LoRA is merged, its strength is in the weights: unmerge first"
-            )
-    for layer in layers.values():
-        for lora in layer.loras:
-            if name in (None, lora.name):
-                lora.strength = float(strength)
-
-
-def merge(model: nn.Module, strength: float | None = None) -> None:
-    """Puts all LoRAs into the weights, at the strength given or else set (1 at first): sampling
-    then costs no more.
-
-    Raises LoRAError where they are merged already.
-    """
-    if any(layer.original is not None for layer in lora_layers(model).values()):
-        raise LoRAError("the LoRA is merged already: unmerge first")
-    if strength is not None:
-        set_strength(model, strength)
-    for layer in lora_layers(model).values():
-        layer.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undoes merge: the weights are bit-equal to those before it, the LoRA acts at run time
-    again."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
-def remove(model: nn.Module, name: str | None = None) -> None:
-    """Takes the LoRA of a name out, or all: the original modules stand in their places, bit-equal;
-    they stay frozen.
-
-    What was merged is unmerged first. Raises LoRAError where none has the name.
-    """
-    _check_name(model, name)
-    unmerge(model)
-    for path, layer in lora_layers(model).items():
-        module, kept = layer.root, [lora for lora in layer.loras if name not in (None, lora.name)]
-        for lora in kept:
-            lora.base = module
-            module = lora
-        model.set_submodule(path, module)
-
-
-def check_strength(strength: float) -> None:
-    """Raises LoRAError for what is no strength."""
-    if not math.isfinite(strength):
-        raise LoRAError(f"strength {strength}: must be a finite number")
-
-
-def _check_name(model: nn.Module, name: str | None) -> None:
-    names = lora_names(model)
-    if name is not None and name not in names:
-        raise LoRAError(f"no LoRA is named {name!r}: {', '.join(sorted(names)) or 'none'} there")
+    total = weight.float()
+    for scale, A, B in updates:
+        A, B = (matrix.to(weight.device, torch.float32).flatten(1) for matrix in (A, B))
+        total = total + scale * (B @ A).view_as(weight)
+    weight.data = total.to(weight.dtype)

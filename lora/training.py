@@ -1,146 +1,116 @@
-"""Around the training loop: what a step sees, the optimizer, and a checkpoint that the same run
-goes on from."""
+"""Around the training loop: what a step sees, what errors count, held-out loss, the optimizer."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from harness.resume import read_state, write_state
-from lora.layer import LoRAError
-
-PRESETS: dict[str, dict[str, object]] = {
-    "paper": {},
-    "kohya": {
-        "target": "transformer",
-        "rank": 128,
-        "init": "kaiming",
-        "train_text_encoder": True,
-        "lr": 1e-4,
-        "text_encoder_lr": 5e-5,
-        "weight_decay": 0.01,
-        "optimizer": "adamw8bit",
-        "clip_skip": 2,
-        "bucket": True,
-        "batch_size": 1,
-        "accumulate": 1,
-        "epochs": 1,
-        "seed": 1234,
-    },
-}
-"""Defaults of train_lora.py by --preset: the script's own are the paper's; "kohya" is the
-configuration of kohya's script that the authors published, complete even where it equals ours. It
-names no repeats."""
+HELD_OUT_DRAWS = 8  # of noise and time for each held-out image, a batch
 
 
-def batches_of_step(
-    step: int, repeats: Tensor, buckets: Tensor, batch_size: int, accumulate: int, seed: int
-) -> list[Tensor]:
-    """Indices of the images of an optimizer step, in `accumulate` batches (fewer at an epoch's
-    end): a function of (seed, step) alone.
+@dataclass(frozen=True)
+class Batch:
+    """latents: (B, 4, H, W) x0; captions: B texts; noise: (B, 4, H, W) eps; t: (B,) integers.
 
-    repeats: (N,) integers, how often an epoch sees each image
-    buckets: (N,) integers, the same for images of the same shape; a batch is of one bucket
-
-    As kohya does it, an epoch's passes are shuffled, each bucket's are cut into batches, and where
-    there are several buckets their batches are shuffled.
+    of: how many images the whole step has
     """
-    epoch, within = divmod(
-        step, math.ceil(batches_per_epoch(repeats, buckets, batch_size) / accumulate)
-    )
-    # primes keep seeds and uses apart
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    # every image once, and again, ..
-    passes = (torch.arange(int(repeats.max()))[:, None] < repeats).nonzero()[:, 1]
-    batches = cut(passes[torch.randperm(len(passes), generator=generator)], buckets, batch_size)
-    if len(buckets.unique()) > 1:
-        batches = [batches[n] for n in torch.randperm(len(batches), generator=generator)]
-    return batches[within * accumulate :][:accumulate]
+
+    latents: Tensor
+    captions: list[str]
+    noise: Tensor
+    t: Tensor
+    of: int
 
 
-def batches_per_epoch(repeats: Tensor, buckets: Tensor, batch_size: int) -> int:
-    """The sum over buckets of their image passes divided by the batch size, each rounded up."""
-    return sum(
-        math.ceil(int(repeats[buckets == bucket].sum()) / batch_size) for bucket in buckets.unique()
-    )
+class Draws:
+    """What each optimizer step sees: images, noise and times, a function of (seed, step) alone, so
+    that a run that goes on sees what it would have seen.
 
-
-def describe_passes(
-    repeats: Tensor, epochs: int, batch_size: int, accumulate: int, steps: int
-) -> str:
-    """How image passes make optimizer steps, in a line."""
-    each = " or ".join(map(str, repeats.unique().tolist()))
-    return (
-        f"{len(repeats)} images x {each} repeats x {epochs} epochs ="
-        f" {epochs * int(repeats.sum()):,} image passes; batch {batch_size} x {accumulate}"
-        f" accumulated -> {steps:,} optimizer steps"
-    )
-
-
-def describe_buckets(shapes: Sequence[torch.Size], buckets: Tensor, downsampling: int) -> str:
-    """A line for each bucket: how many images of which size in px."""
-    sides = [(width * downsampling, height * downsampling) for _, height, width in shapes]
-    counts = torch.bincount(buckets).tolist()
-    return "\n".join(
-        f"{n} images in the bucket of {width} x {height} px"
-        for n, (width, height) in zip(counts, sides)
-    )
-
-
-def cut(images: Tensor, buckets: Tensor, batch_size: int) -> list[Tensor]:
-    """Indices (M,) of images cut into batches of one bucket each, in their order within a
-    bucket."""
-    bucket_of = buckets[images]
-    return [
-        batch
-        for bucket in bucket_of.unique()
-        for batch in images[bucket_of == bucket].split(batch_size)
-    ]
-
-
-def draws_of_step(
-    step: int,
-    batches: list[Tensor],
-    seed: int,
-    batch_size: int,
-    num_train_timesteps: int,
-    *,
-    latents: Sequence[Tensor],
-    buckets: Tensor,
-    held: Tensor,
-    mine: slice = slice(None),
-) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-    """(indices (B,), noise (B, 4, H, W), t (B,), is it `held`) for each batch of a step: a function
-    of (seed, step).
-
-    batches: those of `batches_of_step`
+    latents: (4, H, W) of each image, on the training's device; a batch holds images of one shape
+    captions: one of each; repeats: how often an epoch shows each
+    accumulate: batches per optimizer step
     num_train_timesteps: T, of which t is drawn
-    latents: (4, H, W) of every image, by index; buckets: the number of each one's shape
-    held: indices of the base model's own images; as many of them are drawn as `batches` hold, so
-        that both losses weigh alike (DreamBooth, Ruiz et al. 2023, eq. 2). None are where it is
-        empty
-    mine: which images of each batch are this process's, where several share a step
+    share: which images of each batch are this process's, where several share a step
+
+    As kohya does it, an epoch's passes are shuffled, cut into batches shape by shape, and where
+    there are several shapes their batches are shuffled.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + 500_009 + step)
-    count = sum(len(batch) for batch in batches)
-    for is_held in (False, True)[: 2 if len(held) else 1]:
-        if is_held:
-            batches = cut(
-                held[torch.randint(len(held), (count,), generator=generator)], buckets, batch_size
-            )
+
+    def __init__(
+        self,
+        latents: Sequence[Tensor],
+        captions: Sequence[str],
+        repeats: Sequence[int],
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        num_train_timesteps: int = 1000,
+        share: slice = slice(None),
+    ):
+        self.latents, self.captions, self.repeats = latents, captions, torch.tensor(repeats)
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.num_train_timesteps, self.share = num_train_timesteps, share
+        self.shapes = sorted({latent.shape for latent in latents})
+        self.bucket = torch.tensor([self.shapes.index(latent.shape) for latent in latents])
+        self.shuffled = -1, []  # an epoch and its batches
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """The sum over shapes of their image passes divided by the batch size, each rounded up."""
+        passes = [self.repeats[self.bucket == n].sum().item() for n in range(len(self.shapes))]
+        return sum(math.ceil(count / self.batch_size) for count in passes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps, the last of which may have fewer batches."""
+        return math.ceil(self.batches_per_epoch / self.accumulate)
+
+    def indices(self, step: int) -> list[Tensor]:
+        """The images (B,) of each batch of a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self.shuffled[0] != epoch:
+            self.shuffled = epoch, self._shuffle(epoch)
+        return self.shuffled[1][within * self.accumulate :][: self.accumulate]
+
+    def _shuffle(self, epoch: int) -> list[Tensor]:
+        # primes keep seeds and uses apart
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        # every image once, and again, ..
+        passes = (torch.arange(int(self.repeats.max()))[:, None] < self.repeats).nonzero()[:, 1]
+        passes = passes[torch.randperm(len(passes), generator=generator)]
+        batches = []
+        for n in range(len(self.shapes)):
+            batches += passes[self.bucket[passes] == n].split(self.batch_size)
+        if len(self.shapes) > 1:
+            order = torch.randperm(len(batches), generator=generator)
+            batches = [batches[n] for n in order]
+        return batches
+
+    def __call__(self, step: int) -> Iterator[Batch]:
+        """The batches of a step, each the share of this process, none where that is empty."""
+        batches, shape = self.indices(step), [latent.shape for latent in self.latents]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_009 + step)
         noises = [
-            torch.stack([torch.randn(latents[n].shape, generator=generator) for n in b])
-            for b in batches
+            torch.stack([torch.randn(shape[n], generator=generator) for n in batch])
+            for batch in batches
         ]
-        times = torch.randint(num_train_timesteps, (count,), generator=generator).split(
-            [len(b) for b in batches]
-        )
-        for batch, noise, t in zip(batches, noises, times):
-            if len(batch[mine]):
-                yield batch[mine], noise[mine], t[mine], is_held
+        sizes = [len(batch) for batch in batches]
+        t = torch.randint(self.num_train_timesteps, (sum(sizes),), generator=generator)
+        for batch, noise, times in zip(batches, noises, t.split(sizes)):
+            mine, device = batch[self.share].tolist(), self.latents[0].device
+            if mine:
+                yield Batch(
+                    torch.stack([self.latents[n] for n in mine]),
+                    [self.captions[n] for n in mine],
+                    noise[self.share].to(device),
+                    times[self.share].to(device),
+                    sum(sizes),
+                )
 
 
 def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -> Tensor:
@@ -159,105 +129,54 @@ def loss_weights(alphas_cumprod: Tensor, prediction_type: str, debiased: bool) -
     return (snr.rsqrt() if prediction_type == "epsilon" else 1 / (snr + 1)).float()
 
 
+@torch.no_grad()
+def held_out_loss(
+    predict: Callable[[Tensor, Tensor, list[str]], Tensor],
+    latents: Sequence[Tensor],
+    captions: Sequence[str],
+    schedule: Any,
+    prediction_type: str,
+    seed: int,
+) -> float:
+    """Is it learning, or learning by heart? E |eps - eps_theta(x_t, t, c)|^2 (Ho et al. 2020, eq.
+    14) over images that are not trained on, unweighted, whatever the training's loss is.
+
+    predict: (x_t (B, 4, H, W), t (B,), captions) -> (B, 4, H, W)
+    latents: (4, H, W) of each image; captions: one of each
+    schedule: with `add_noise`, `target` and a length, as samplers.NoiseSchedule
+    seed: of noise and times, one in each eighth of the schedule: the same at every look, so that
+        losses can be compared
+
+    No generator but its own is touched, so that training goes on as if nobody had looked.
+    """
+    errors = []
+    for n, (x0, caption) in enumerate(zip(latents, captions, strict=True)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + 700_001 + n)
+        x0, eighths = x0.expand(HELD_OUT_DRAWS, *x0.shape), torch.arange(HELD_OUT_DRAWS)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        within = torch.rand(HELD_OUT_DRAWS, generator=generator)
+        t = ((eighths + within) * len(schedule) / HELD_OUT_DRAWS).long().to(x0.device)
+        prediction = predict(schedule.add_noise(x0, noise, t), t, [caption] * HELD_OUT_DRAWS)
+        target = schedule.target(x0, noise, t, prediction_type)
+        errors.append(F.mse_loss(prediction.float(), target).item())
+    return sum(errors) / len(errors)
+
+
 def make_optimizer(
     groups: list[dict], weight_decay: float, eight_bit: bool
-) -> tuple[torch.optim.Optimizer, str]:
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over groups of {"params", "lr"}: 8-bit where that runs, else
-    torch's.
-
-    Also returns why it is not 8-bit though `eight_bit` asked for it; "" where there is nothing to
-    say.
-    """
+    torch's, with a warning that says why."""
     settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
-    reason = ""
+    on_gpu, reason = groups[0]["params"][0].is_cuda, "no CUDA device"
+    if eight_bit and on_gpu:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **settings)
+        except (ImportError, OSError, RuntimeError) as error:
+            reason = f"bitsandbytes does not load: {str(error).splitlines()[0]}"
     if eight_bit:
-        reason = "no CUDA device"
-        if groups[0]["params"][0].is_cuda:
-            try:
-                from bitsandbytes.optim import AdamW8bit
-
-                return AdamW8bit(groups, **settings), ""
-            except (ImportError, OSError, RuntimeError) as error:
-                reason = f"bitsandbytes does not load: {str(error).splitlines()[0]}"
-    # one kernel, which heeds GradScaler's verdict without asking for it
-    fused = groups[0]["params"][0].is_cuda
-    return torch.optim.AdamW(groups, **settings, fused=fused), reason
-
-
-def run_identity(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What a run that goes on must have as it was, of the arguments of train_lora.py and the `size`
-    in px."""
-    same = [
-        "rank",
-        "alpha",
-        "target",
-        "init",
-        "lr",
-        "weight_decay",
-        "clip_skip",
-        "size",
-        "bucket",
-        "resize",
-    ]
-    same += ["repeats", "batch_size", "accumulate", "seed"]
-    for flag, more in {
-        "train_text_encoder": ["text_encoder_lr"],
-        "learn_token": ["init_word", "token_lr"],
-        "rare_token": [],
-        "style_words": [],
-        "prior": ["prior_weight"],
-    }.items():
-        same += [flag, *more] if settings[flag] else []
-    same += ["debiased_estimation_loss"] * settings["debiased_estimation_loss"]
-    # whose rates the length decides
-    same += ["schedule", "epochs"] if settings["schedule"] != "constant" else []
-    return {key: str(settings[key]) for key in same}
-
-
-def save_checkpoint(
-    path: Path,
-    identity: Mapping[str, str],
-    step: int,
-    rows: list[tuple],
-    lora: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Write all that a run goes on from; replaced in one go, so that a run killed meanwhile keeps
-    the one before.
-
-    identity: the settings that a run which goes on must share
-    step, rows: how many steps are done, and the table of their losses
-    lora: what is trained
-    """
-    state = {
-        "identity": dict(identity),
-        "step": step,
-        "rows": rows,
-        "lora": [tensor.detach().cpu() for tensor in lora],
-    }
-    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    write_state(path, state)
-
-
-def load_checkpoint(
-    path: Path,
-    identity: Mapping[str, str],
-    lora: list[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> tuple[int, list[tuple]]:
-    """Put what save_checkpoint wrote into its places; returns step and rows.
-
-    Raises LoRAError, which names them, where settings of `identity` were others, or the file is
-    damaged.
-    """
-
-    def restore(state: dict[str, Any]) -> tuple[int, list[tuple]]:
-        for tensor, saved in zip(lora, state["lora"], strict=True):
-            tensor.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return int(state["step"]), [tuple(row) for row in state["rows"]]
-
-    return read_state(path, identity, "train_lora.py", LoRAError, restore, lora[0].device)
+        warnings.warn(f"torch's AdamW in place of 8-bit AdamW ({reason})", stacklevel=2)
+    # fused: one kernel, which heeds GradScaler's verdict without asking for it
+    return torch.optim.AdamW(groups, **settings, fused=on_gpu)

@@ -89,6 +89,12 @@ class NoiseSchedule:
         signal_share, noise_share = self._shares_at(latents, t)
         return signal_share * noise - noise_share * latents
 
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
+        """What a network is trained to say: the noise, or the velocity for "v_prediction"."""
+        if prediction_type == "epsilon":
+            return noise
+        return self.velocity(latents, noise, t)
+
     def _shares_at(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The square roots of alphas_cumprod and its complement at t, (B, 1, ..), rounded to
         latents' dtype last."""

@@ -1,44 +1,31 @@
-"""LoRA files in and out of models, and from one layout to another:
+"""LoRA files into a model's weights, trained layers into files, and from one layout to another:
 
     python -m lora.files fetal.safetensors fetal_peft.safetensors --to peft
 
 | concept | where |
 |---|---|
-| a file into models, all or nothing, or beside others; models' LoRAs into a file; converting | this file |
+| files into weights, all or nothing; models' LoRAs into a file; converting | this file |
 | reading the layouts of kohya, PEFT and diffusers, without a model | `formats.py` |
 | writing the first two | `export.py` |
 | what a file says of its training | `metadata.py` |
 """
 
-import re
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.files.export import write
-from lora.files.formats import LoRAFile, Pair, kohya_name, no_place, read
-from lora.layer import LoRAError, LoRALayer, unfit
-from lora.model import adaptable, check_strength, lora_layers, lora_names
+from lora.files.formats import LoRAFile, Pair, kohya_name, no_place, read, text_width
+from lora.layer import LoRAError, unfit
+from lora.model import adaptable, add_updates, lora_layers
 
 Models = Mapping[str, nn.Module]
 
 TEXT_WIDTHS = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
 """Width of the text embedding -> the models that have it."""
-
-
-@dataclass(frozen=True)
-class LoRASummary:
-    """What load_lora found: layers for each prefix, each (rank, alpha) with its number of layers,
-    the metadata."""
-
-    layers: dict[str, int]
-    ranks: dict[tuple[int, float], int]
-    dtype: torch.dtype
-    metadata: dict[str, str]
 
 
 def save_lora(
@@ -52,92 +39,59 @@ def save_lora(
 
     models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; one without LoRALayers adds
         nothing
-    metadata: for the header, written as str; what the layers tell (ranks, alphas, SD 1 or 2) is
-        added
+    metadata: for the header, as str; what the layers tell (ranks, alphas, SD 1 or 2) is added
     dtype: of weights and alphas; float32 keeps every bit
     layout: "kohya" for its tools, AUTOMATIC1111 and ComfyUI, or "peft" for diffusers (alpha / r
         goes into B)
 
-    Raises LoRAError where there is no LoRA or a layer has several, a weight is not finite in
-    `dtype`, or the file cannot be written.
+    Raises LoRAError where there is no LoRA, a weight is not finite in `dtype`, or the file cannot
+    be written.
     """
     pairs = {}
     for prefix, model in models.items():
         for where, layer in lora_layers(model).items():
-            if len(layer.loras) > 1:
-                names = ", ".join(lora.name for lora in layer.loras)
-                raise LoRAError(f"{path}: {where} has several LoRAs ({names}): remove all but one")
             if prefix == "lora_te":
                 where = f"text_model.{where.removeprefix('text_model.')}"
-            kernel, ones = (
-                (layer.root.kernel_size, (1, 1)) if isinstance(layer.root, nn.Conv2d) else ((), ())
-            )
-            A, B = layer.A.view(layer.rank, -1, *kernel), layer.B.view(*layer.B.shape, *ones)
-            pairs[f"{prefix}.{where}"] = Pair(A, B, layer.alpha)
+            pairs[f"{prefix}.{where}"] = Pair(layer.A.weight, layer.B.weight, layer.alpha)
     write(path, pairs, metadata or {}, layout, dtype)
 
 
-def load_lora(
-    path: str | Path, models: Models, name: str = "lora", strength: float = 1.0
-) -> LoRASummary:
-    """Injects a LoRA file into models: all of the file, or nothing and a LoRAError that names file,
-    layer and shapes.
+def load_loras(loras: Sequence[tuple[str | Path, float]], models: Models) -> list[LoRAFile]:
+    """Puts LoRA files into the weights of models, W0 + the sum of strength * (alpha / r) * B A (Eq.
+    2), summed in float32 and cast once: all of all files, or nothing and a LoRAError that names
+    file, layer and shapes.
 
-    path: of a file in any of the layouts in formats.py, or of PEFT's folder
-    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; they are frozen, and the LoRA
-        can be trained on
-    name: tells it from those that the models have already, which are frozen too and to which it is
-        added
-    strength: of all its layers, as by set_strength
+    loras: (file in any of the layouts in formats.py, or PEFT's folder; its strength: 1 as trained)
+    models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}
 
-    Each layer has its own rank and alpha. A file that was made for another base model, that holds a
-    key without a place, a weight that is not finite or a variant other than plain LoRA is refused.
+    They are summed in the order of their names, so that the order given changes no bit. A file that
+    was made for another base model, that holds a key without a place, a weight that is not finite
+    or a variant other than plain LoRA is refused. Returns what was read, in the order given.
     """
-    check_strength(strength)
-    for prefix, model in models.items():
-        if name in lora_names(model):
-            raise LoRAError(
-                f"{path}: the {prefix} model has a LoRA named {name!r} already: remove it, or name"
-                " this one"
-            )
-        if any(layer.original is not None for layer in lora_layers(model).values()):
-            raise LoRAError(f"{path}: the {prefix} model's LoRA is merged: unmerge first")
-    file = read(path)
+    for path, strength in loras:
+        if not math.isfinite(strength):
+            raise LoRAError(f"{path}: strength {strength}: must be a finite number")
+    files = [read(path) for path, _ in loras]
     table = {
-        kohya_name(prefix, where): (prefix, where)
+        kohya_name(prefix, where): layer
         for prefix, model in models.items()
-        for where, _ in adaptable(model)
+        for where, layer in adaptable(model)
     }
-    if leftover := [
-        key for key_of in file.pairs.keys() - table.keys() for key in file.keys[key_of]
-    ]:
-        total = sum(map(len, file.keys.values()))
-        remedy = f"pass the models that the file was made for{_made_for(file)}"
-        raise no_place(path, leftover, total, ", ".join(models), remedy)
-
-    # everything is made and checked before the first model changes
-    layers = {}
-    for layer_name, pair in file.pairs.items():
-        prefix, where = table[layer_name]
-        base = models[prefix].get_submodule(where)
-        _check_fit(f"{path}: {prefix} {where}", base, pair, file)
-        layers[prefix, where] = base, pair
-    for model in models.values():
-        model.requires_grad_(False)
-    for (prefix, where), (base, pair) in layers.items():
-        layer = LoRALayer(base, len(pair.down), pair.alpha, name=name)
-        layer.strength = float(strength)
-        with torch.no_grad():
-            layer.A.copy_(pair.down.flatten(1))
-            layer.B.copy_(pair.up.flatten(1))
-        models[prefix].set_submodule(where, layer)
-
-    return LoRASummary(
-        layers={prefix: sum(p == prefix for p, _ in layers) for prefix in models},
-        ranks=dict(Counter((len(pair.down), pair.alpha) for pair in file.pairs.values())),
-        dtype=file.dtype,
-        metadata=file.metadata,
-    )
+    updates: dict[str, list[tuple[float, Tensor, Tensor]]] = {}
+    for (path, strength), file in sorted(zip(loras, files), key=lambda lora: Path(lora[0][0]).stem):
+        if leftover := [
+            key for name in file.pairs.keys() - table.keys() for key in file.keys[name]
+        ]:
+            remedy = f"pass the models that the file was made for{_made_for(file)}"
+            total = sum(map(len, file.keys.values()))
+            raise no_place(path, leftover, total, ", ".join(models), remedy)
+        for name, pair in file.pairs.items():
+            _check_fit(f"{path}: {name}", table[name], pair, file)
+            scale = strength * pair.alpha / len(pair.down)
+            updates.setdefault(name, []).append((scale, pair.down, pair.up))
+    for name, sums in updates.items():
+        add_updates(table[name].weight, sums)
+    return files
 
 
 def convert(source: str | Path, path: str | Path, layout: str) -> None:
@@ -159,27 +113,21 @@ def convert(source: str | Path, path: str | Path, layout: str) -> None:
 def _check_fit(where: str, base: nn.Module, pair: Pair, file: LoRAFile) -> None:
     if reason := unfit(base):
         raise LoRAError(f"{where}: {reason}")
-    weight = (base.root if isinstance(base, LoRALayer) else base).weight
-    inputs, wanted = (tuple([*shape[1:], 1, 1][:3]) for shape in (pair.down.shape, weight.shape))
+    wanted = list(base.weight.shape)
     # of 1x1 convolutions there are files without the ones
-    if len(pair.up) != len(weight) or inputs != wanted:
+    inputs, own = ([*shape[1:], 1, 1][:3] for shape in (pair.down.shape, wanted))
+    if len(pair.up) != wanted[0] or inputs != own:
+        shapes = f"lora_down {list(pair.down.shape)} and lora_up {list(pair.up.shape)}"
         raise LoRAError(
-            f"{where}: lora_down {list(pair.down.shape)} and lora_up {list(pair.up.shape)} for a"
-            f" weight {list(weight.shape)}: made for another base model{_made_for(file)}: load it"
-            " into that one"
+            f"{where}: {shapes} for a weight {wanted}: made for another base model"
+            f"{_made_for(file)}: load it into that one"
         )
 
 
 def _made_for(file: LoRAFile) -> str:
-    """The base that a file was made for, by its metadata or the width of the text that its layers
-    take."""
-    base = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
-    if base:
-        return f" (its metadata says {base})"
-    widths = {
-        pair.down.shape[1]
-        for name, pair in file.pairs.items()
-        if re.search(r"attn2_to_[kv]$", name)
-    }
-    families = sorted({TEXT_WIDTHS[width] for width in widths if width in TEXT_WIDTHS})
-    return f" (by its shapes {' or '.join(families)})" if families else ""
+    """The base that a file was made for, by its metadata or the width of the text that it takes."""
+    said = file.metadata.get("ss_base_model_version") or file.metadata.get("modelspec.architecture")
+    if said:
+        return f" (its metadata says {said})"
+    family = TEXT_WIDTHS.get(text_width(file.pairs))
+    return f" (by its shapes {family})" if family else ""

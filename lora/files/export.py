@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from lora.files.formats import NETWORKS, Pair, dotted
+from lora.files.formats import NETWORKS, Pair, dotted, text_width
 from lora.layer import LoRAError
 
-BASES = {768: ("sd_v1", False), 1024: ("sd_v2", True)}
-"""Width of the text embedding -> kohya's ss_base_model_version and ss_v2."""
+BASES = {
+    768: {"ss_base_model_version": "sd_v1", "ss_v2": False},
+    1024: {"ss_base_model_version": "sd_v2", "ss_v2": True},
+}
+"""Width of the text embedding -> what kohya's tools call the base model."""
 
 TOOLS_OWN = ("format", "lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that describe a file's bytes or layout, and hold for no other file."""
@@ -40,15 +42,13 @@ def write(
     PEFT's layout has no tensor for alpha, and not all tools read it in the header: alpha / r goes
     into B. Where they differ, float32 keeps what half precision would round. Raises LoRAError.
     """
-    path, metadata = (
-        Path(path),
-        {key: value for key, value in metadata.items() if key not in TOOLS_OWN},
-    )
+    path = Path(path)
+    metadata = {key: value for key, value in metadata.items() if key not in TOOLS_OWN}
     if not pairs:
         raise LoRAError(f"{path}: nothing to save, no model has a LoRA: inject first")
     if layout == "kohya":
         tensors, header = _kohya(pairs)
-        header = _guessed_base(pairs) | metadata | header
+        header = BASES.get(text_width(pairs), {}) | metadata | header
     elif layout == "peft":
         tensors, header = _peft(path, pairs)
         header = metadata | header
@@ -77,14 +77,10 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
     for name, (down, up, alpha) in pairs.items():
         parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
         tensors |= {f"{name.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
-    rank, alpha = (
-        _one({len(pair.down) for pair in pairs.values()}),
-        _one({pair.alpha for pair in pairs.values()}),
-    )
     header = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
+        "ss_network_dim": _one({len(pair.down) for pair in pairs.values()}),
+        "ss_network_alpha": _one({pair.alpha for pair in pairs.values()}),
     }
     if kernels := [pair for pair in pairs.values() if pair.down.shape[2:].numel() > 1]:
         settings = {"conv_dim": _one({len(pair.down) for pair in kernels})}
@@ -100,14 +96,6 @@ def _one(values: set) -> object:
     return min(values) if len(values) == 1 else "Dynamic"
 
 
-def _guessed_base(pairs: Mapping[str, Pair]) -> dict[str, object]:
-    widths = {
-        pair.down.shape[1] for name, pair in pairs.items() if re.search(r"attn2[._]to_[kv]$", name)
-    }
-    version, v2 = BASES.get(next(iter(widths), 0), (None, None))
-    return {} if version is None else {"ss_base_model_version": version, "ss_v2": v2}
-
-
 def _peft(path: Path, pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, object]]:
     tensors, ranks = {}, defaultdict(dict)
     for name, (down, up, alpha) in pairs.items():
@@ -117,12 +105,7 @@ def _peft(path: Path, pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dic
                 f"{path}: {name} is no layer of Stable Diffusion that PEFT's layout has a name for"
             )
         prefix, _, module = full.partition(".")
-        network = next((network for network, kohya in NETWORKS.items() if kohya == prefix), None)
-        if network is None:
-            raise LoRAError(
-                f"{path}: {prefix} has no name in PEFT's layout: use"
-                f" {' or '.join(NETWORKS.values())}"
-            )
+        network = next(network for network, kohya in NETWORKS.items() if kohya == prefix)
         key = f"{network}.{module}"
         tensors[f"{key}.lora_A.weight"] = down
         tensors[f"{key}.lora_B.weight"] = (

@@ -63,16 +63,6 @@ REFUSED: dict[str, str] = {
 """A pattern that the beginning of some key matches -> what the file is and what to do, where it
 cannot be read."""
 
-CONTENTS: dict[bytes, str] = {
-    b"$": "empty, 0 bytes: download it again",
-    b"version https://git-lfs": "a git-LFS pointer, not the weights: run `git lfs pull`",
-    b"<": "a web page, not the weights: download it again",
-    rb"PK\x03\x04|\x80[\x02-\x05]": (
-        "a pickle, which may run code: convert it to safetensors in a sandbox"
-    ),
-}
-"""A pattern that the beginning of a file matches -> what it is, where it is no safetensors file."""
-
 KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's init_lora_weights that leave W0 as it was. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA take
 from it what A and B begin with (`tuners/lora/layer.py` of PEFT 0.21): behind the original W0 it
@@ -117,6 +107,13 @@ def kohya_name(prefix: str, path: str) -> str:
     if prefix == "lora_te":
         path = f"text_model.{path.removeprefix('text_model.')}"
     return f"{prefix}.{path}".replace(".", "_")
+
+
+def text_width(pairs: Mapping[str, Pair]) -> int | None:
+    """How wide the text is that the layers take, which tells the base model; None where none
+    takes it."""
+    keys_values = (pair for name, pair in pairs.items() if re.search(r"attn2[._]to_[kv]$", name))
+    return next((pair.down.shape[1] for pair in keys_values), None)
 
 
 def read(path: str | Path) -> LoRAFile:
@@ -247,17 +244,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             keys = file.keys()
             return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise LoRAError(f"{path}: {_other_content(path, error)}") from None
-
-
-def _other_content(path: Path, error: Exception) -> str:
-    """What a file is that is no whole safetensors file, by its first bytes or by the error, and
-    what to do."""
-    start = path.read_bytes()[:512].lstrip(b"\xef\xbb\xbf \r\n\t")
-    for mark, what in CONTENTS.items():
-        if re.match(mark, start):
-            return what
-    return f"not a whole safetensors file: download or convert it again ({error})"
+        with path.open("rb") as file:
+            start = file.read(40)  # of a git-LFS pointer, a web page or a pickle it shows which
+        what = f"no whole safetensors file ({error}), it begins with {start!r}"
+        raise LoRAError(f"{path}: {what}: download or convert it again") from None
 
 
 def _read_configs(
