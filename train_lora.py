@@ -1,445 +1,476 @@
 """Stage 1 of FU-LoRA: fine-tune the U-Net of Stable Diffusion with LoRA on a hundred ultrasound
 images.
 
-    python train_lora.py --model v1-5-pruned.safetensors --spanish FETAL_PLANES_ZENODO --out runs/lora
+    python train_lora.py --model v1-5.safetensors --spanish FETAL_PLANES_ZENODO --out runs/lora
 
 Each step predicts the noise that was added to a batch of latents (Ho et al. 2020, eq. 14), and
 AdamW moves A and B of h = W0 x + (alpha/r) B A x (the paper's eq. 2). Writes lora.safetensors,
-loss.csv, args.json, sample sheets and a checkpoint that --resume goes on from. --preset kohya takes
-the authors' configuration, with LoRA on CLIP too. --learn-token trains the embedding of one new
-token besides, or with --rank 0 instead (Textual Inversion, Gal et al. 2022, eq. 2), and writes
-embedding.safetensors. --rare-token and --prior are DreamBooth (Ruiz et al. 2023, eq. 2).
+loss.csv, loss.png, args.json, sample sheets and a checkpoint that --resume goes on from. --preset
+kohya takes the authors' configuration, with LoRA on CLIP too.
 """
 
 import argparse
+import hashlib
+import json
 import math
+from collections import Counter
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from eval.figures import loss_figure, save
 from harness import processes
-from harness.files import write_text
-from harness.flags import device_name, plain_text, require_at_least, seed_number
-from harness.resume import SaveTimes, rate_share
+from harness.files import sha256, write_text
+from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
+from harness.record import record_run
+from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone_together, progress, run
-from ldm import CheckpointError, fast
+from ldm import CheckpointError
 from ldm.buckets import read_bucketed
+from ldm.checkpoints import Model
+from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
-from ldm.embedding import save_embedding
-from ldm.images import encode_images, read_image
-from lora import training
+from ldm.generate import generate
+from ldm.images import decode_images, encode_images, read_image
+from ldm.text import Contexts
 from lora.files import save_lora
 from lora.files.metadata import metadata
 from lora.layer import LoRAError
-from lora.losses import Losses, nothing, upload
-from lora.model import TARGETS
-from lora.validation import HeldOut
-from paper.adapt import (
-    Contexts,
-    adapt,
-    captioned_images,
-    default_repeats,
-    material,
-    record,
-    sample_sheet,
-)
-from planes.captions import prior_pairs
+from lora.model import TARGETS, inject, lora_parameters
+from lora.training import Draws, held_out_loss, loss_weights, make_optimizer
+from planes.captions import PROMPTS_FILE, say_style, training_images
 from planes.datasets import DatasetError
+from planes.folders import REPEATS, Captioned
+from planes.sites import classes_of, prompts_of, read_site
 from samplers.schedule import NoiseSchedule
+
+PRESETS: dict[str, dict[str, object]] = {
+    "paper": {},
+    "kohya": {
+        "target": "transformer",
+        "rank": 128,
+        "init": "kaiming",
+        "train_text_encoder": True,
+        "lr": 1e-4,
+        "text_encoder_lr": 5e-5,
+        "weight_decay": 0.01,
+        "optimizer": "adamw8bit",
+        "clip_skip": 2,
+        "bucket": True,
+        "batch_size": 1,
+        "accumulate": 1,
+        "epochs": 1,
+        "seed": 1234,
+    },
+}
+"""Defaults by --preset: the script's own are the paper's; "kohya" is the configuration of kohya's
+script that the authors published, complete even where it equals ours. It names no repeats."""
+
+SAME = (
+    *("rank", "alpha", "target", "init", "train_text_encoder", "style_words", "resize", "bucket"),
+    *("repeats", "batch_size", "accumulate", "lr", "text_encoder_lr", "schedule", "weight_decay"),
+    *("debiased_estimation_loss", "clip_skip", "seed", "dtype", "ema"),
+)
+"""Arguments that a run which goes on must have as they were."""
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    add(
-        "--preset",
-        choices=training.PRESETS,
-        default="paper",
-        help="defaults: paper's, or the authors' kohya run's",
-    )
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    count, cuda = {"type": int}, "cuda" if torch.cuda.is_available() else "cpu"
     add_model_arguments(parser)
-    data = parser.add_mutually_exclusive_group(required=True).add_argument
-    data(
-        "--spanish",
-        type=Path,
-        help="the Spanish dataset (or phantoms in its layout): 20 images per plane are drawn",
-    )
-    data(
-        "--source",
-        type=Path,
-        help="any site, a folder of images for each class: 20 of each are drawn",
-    )
-    add(
-        "--prompt-template",
-        default="an ultrasound image of {class}",
-        help="the captions of --source's images",
-    )
-    add(
-        "--manifest",
-        type=Path,
-        help="the list of images to take from --spanish, instead of drawing them",
-    )
-    add(
-        "--per-plane", type=int, default=20, help="how many images of a plane or class to draw (20)"
-    )
-    data("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
-    add("--out", type=Path, required=True)
-    add("--rank", type=int, default=128, help="r, the inner width of B A; 0: no LoRA (128)")
-    add("--alpha", type=float, help="the update is scaled by alpha / r (default: the rank)")
-    add(
-        "--target",
-        default="cross-attention",
-        help=f"{', '.join(TARGETS)}, or a regular expression for module paths",
-    )
-    add(
-        "--init",
-        choices=("gaussian", "kaiming"),
-        default="gaussian",
-        help="of A: the paper's, or kohya's (gaussian)",
-    )
-    add(
-        "--train-text-encoder",
-        **switch,
-        help="LoRA on CLIP too, on kohya's six layers of each block (no)",
-    )
-    add(
-        "--text-encoder-lr",
-        type=float,
-        default=5e-5,
-        help="learning rate of --train-text-encoder (5e-5)",
-    )
-    add(
-        "--learn-token",
-        type=plain_text,
-        help="a new token, such as <fetal-us>, in captions, which is trained",
-    )
-    add(
-        "--init-word",
-        type=plain_text,
-        default="ultrasound",
-        help="where --learn-token begins (ultrasound)",
-    )
-    add("--token-lr", type=float, default=5e-3, help="learning rate of --learn-token (5e-3)")
-    add(
-        "--style-words",
-        action="store_true",
-        help="captions also say how bright each image is, and its contrast",
-    )
-    add(
-        "--rare-token",
-        type=plain_text,
-        help="a word that captions then name: a photo of sks fetal femur",
-    )
-    add(
-        "--prior",
-        type=Path,
-        help="a manifest.csv of sample.py: images of the base model, to be held on to",
-    )
-    add(
-        "--prior-weight",
-        type=float,
-        default=1.0,
-        help="of the loss on a batch of --prior in each step (1)",
-    )
-    add("--size", type=int, help="square side in px (default: the model's own, 512 for SD 1.5)")
-    add(
-        "--resize",
-        choices=("squash", "crop"),
-        help="the whole frame, or its middle square (squash)",
-    )
-    add(
-        "--bucket",
-        **switch,
-        help="instead, images in their own shapes, of --size x --size px at most (no)",
-    )
-    add(
-        "--repeats",
-        type=int,
-        help="image passes per epoch, times N of an N_name folder (100, or 1 with those)",
-    )
-    add("--epochs", type=int, default=1)
-    add("--batch-size", type=int, default=2)
-    add(
-        "--accumulate",
-        type=int,
-        default=1,
-        help="batches per optimizer step, each of one shape (1)",
-    )
-    add("--lr", type=float, default=1e-4, help="learning rate (1e-4)")
-    add(
-        "--schedule",
-        choices=("constant", "cosine"),
-        default="constant",
-        help="of all rates; cosine: to 0 (constant)",
-    )
-    add(
-        "--debiased-estimation-loss",
-        action="store_true",
-        help="weigh errors by 1 / sqrt(SNR), as kohya's flag",
-    )
-    add("--weight-decay", type=float, default=0.01)
-    add(
-        "--clip-skip",
-        type=int,
-        default=1,
-        help="1: the text encoder's last layer, 2: the last but one (1)",
-    )
-    add(
-        "--optimizer",
-        choices=("adamw8bit", "adamw"),
-        default="adamw8bit",
-        help="adamw8bit needs CUDA (adamw8bit)",
-    )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="faster, once begun (many steps on CUDA: yes)",
-    )
-    add(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="recompute activations: less memory, more time",
-    )
-    add("--save-every", type=int, help="optimizer steps between checkpoints (every five minutes)")
-    add(
-        "--sample-every",
-        type=int,
-        default=0,
-        help="optimizer steps between sample sheets; 0: only the last (0)",
-    )
-    add("--guidance-scale", type=float, default=7.0, help="of the sample sheets (7)")
-    add(
-        "--validation",
-        type=int,
-        default=0,
-        help="images held out, whose loss loss.csv and loss.png show (0)",
-    )
-    add(
-        "--validation-every",
-        type=int,
-        default=100,
-        help="optimizer steps between looks at them (100)",
-    )
+    group = parser.add_argument_group("data")
+    add, site = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
+    site("--spanish", type=Path, help="the Spanish dataset, or phantoms in its layout")
+    site("--source", type=Path, help="any site, a folder of images for each class")
+    site("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
+    add("--manifest", type=Path, help="the list of images to take from --spanish, if not drawn")
+    add("--per-plane", **count, default=20, help="images of a plane or class to draw")
+    add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--style-words", action="store_true", help="captions also say brightness and contrast")
+    add("--size", **count, help="square side in px (else: the model's own, 512 for SD 1.5)")
+    add("--resize", choices=("squash", "crop"), help="the frame, or its middle (else: squash)")
+    add("--bucket", **switch, help="instead, images in their own shapes, of that area at most")
+    add("--validation", **count, default=0, help="images held out, whose loss is shown")
+    add("--validation-every", **count, default=100, help="optimizer steps between looks at it")
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--preset", choices=PRESETS, default="paper", help="defaults: the paper's, or kohya's")
+    add("--rank", **count, default=128, help="r, the inner width of B A")
+    add("--alpha", type=float, help="the update is scaled by alpha / r (else: the rank)")
+    add("--target", default="cross-attention", help=f"{', '.join(TARGETS)}, or a regex for paths")
+    add("--init", choices=("gaussian", "kaiming"), default="gaussian", help="of A; kohya: kaiming")
+    add("--train-text-encoder", **switch, help="LoRA on CLIP too, on six layers of each block")
+    add("--clip-skip", **count, default=1, help="1: CLIP's last layer, 2: the last but one")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--repeats", **count, help="passes per epoch, times N of N_name (else: 100; 1 with those)")
+    add("--epochs", **count, default=1, help="of repeats x images")
+    add("--batch-size", **count, default=2, help="images at once, of all processes")
+    add("--accumulate", **count, default=1, help="batches per optimizer step, each of one shape")
+    add("--lr", type=float, default=1e-4, help="learning rate")
+    add("--text-encoder-lr", type=float, default=5e-5, help="that of --train-text-encoder")
+    add("--schedule", choices=("constant", "cosine"), default="constant", help="of all rates")
+    add("--debiased-estimation-loss", action="store_true", help="errors count 1 / sqrt(SNR)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's")
+    add("--optimizer", choices=("adamw8bit", "adamw"), default="adamw8bit", help="8 bit on CUDA")
+    add("--seed", type=seed_number, default=0, help="of drawn images, A, batches, noise and times")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--compile", action="store_true", help="faster on a GPU, but for a start of a minute")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add("--dtype", choices=DTYPES, help="of base and autocast (else: fp16 on CUDA, else fp32)")
+    add("--save-every", **count, help="optimizer steps between checkpoints (else: five minutes)")
+    add("--sample-every", **count, default=0, help="the same of sample sheets; 0: one at the end")
+    add("--guidance-scale", type=float, default=7.0, help="of the sample sheets")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--seed", type=seed_number, default=0)
-    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the frozen base and of autocast (default: fp16 on CUDA, else fp32)",
-    )
-    parser.set_defaults(**training.PRESETS[parser.parse_args(argv).preset])
+    add("--out", type=Path, required=True, help="a folder")
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if args.manifest and not args.spanish:
         parser.error("--manifest lists images of --spanish, which is not given")
-    if args.learn_token and args.rare_token:
-        parser.error("give --learn-token or --rare-token, not both: a caption names one token")
-    if args.rank == 0 and (args.prior or args.train_text_encoder or not args.learn_token):
-        parser.error(
-            "--rank 0: no LoRA is trained, so give --learn-token, --no-train-text-encoder, and no"
-            " --prior"
-        )
-    if args.bucket and args.resize:
-        parser.error(
-            f"--resize {args.resize}: makes squares, --bucket does not: give --no-bucket, or no"
-            " --resize"
-        )
-    if args.bucket and args.compile:
-        parser.error(
-            "--compile: compiles each shape, of which --bucket has many: give --no-bucket, or no"
-            " --compile"
-        )
+    if args.bucket and (args.resize or args.compile):
+        flag = "--resize: makes squares" if args.resize else "--compile: compiles each shape"
+        parser.error(f"{flag}, of which --bucket has many: give --no-bucket, or not the other")
     args.resize = None if args.bucket else args.resize or "squash"
-    counts = (
-        "size",
-        "per_plane",
-        "repeats",
-        "epochs",
-        "batch_size",
-        "accumulate",
-        "save_every",
-        "validation_every",
-    )
-    require_at_least(parser, args, 1, *counts)
-    require_at_least(parser, args, 0, "prior_weight", "validation")
-    require_at_least(parser, args, 1e-12, "lr", "text_encoder_lr", "token_lr")
+    counts = ("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every")
+    require_at_least(parser, args, 1, *counts, "validation_every")
+    require_at_least(parser, args, 0, "validation")
+    require_at_least(parser, args, 1e-12, "lr", "text_encoder_lr")
+    if args.repeats is None:  # kohya, which has no such flag, says all by its folders' names
+        named = args.images and any(REPEATS.fullmatch(path.name) for path in args.images.glob("*/"))
+        args.repeats = 1 if named else 100
     return args
+
+
+def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned]]:
+    """The images to train on with their captions and repeats, and those that are held out."""
+    chosen = args.spanish, args.images, args.manifest, args.per_plane, args.seed, args.validation
+    groups = training_images(*chosen, args.source, args.prompt_template)
+    if args.style_words:
+        groups = [list(map(say_style, group)) for group in groups]
+    images, held_out = groups
+    return [replace(image, repeats=image.repeats * args.repeats) for image in images], held_out
+
+
+def adapt(model: Model, args: argparse.Namespace) -> list[dict]:
+    """Freezes the base, in args.dtype, and puts LoRA into it, whose A and B are float32; returns
+    them as the optimizer's groups."""
+    targets, groups = [(model.unet, args.target, args.lr)], []
+    if args.train_text_encoder:
+        targets.append((model.text_encoder, "text-encoder", args.text_encoder_lr))
+    for network, target, lr in targets:
+        network.to(args.device, DTYPES[args.dtype])
+        layers = inject(network, args.rank, args.alpha, target, args.init, args.seed)
+        groups.append({"params": lora_parameters(network), "lr": lr, "initial_lr": lr})
+        count = sum(parameter.numel() for parameter in groups[-1]["params"])
+        name = type(network).__name__
+        print(f"{len(layers)} layers of {name} get LoRA of rank {args.rank}: {count:,} parameters")
+    model.unet.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        model.unet.compile(dynamic=False)
+    return groups
+
+
+def mixed_precision(args: argparse.Namespace) -> tuple[partial, torch.amp.GradScaler]:
+    """Autocast to the base's dtype, none for float32; and what scales a float16 loss on a GPU."""
+    device = args.device.split(":")[0]
+    autocast = partial(torch.autocast, device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+    scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and device == "cuda")
+    scaler.scale(torch.zeros((), device=args.device))  # begins here: a process may have no image
+    return autocast, scaler
+
+
+def read_contexts(
+    args: argparse.Namespace, model: Model, images: list[Captioned], held_out: list[Captioned]
+) -> Contexts:
+    """The text embeddings of all captions and of "", computed once unless CLIP is trained too."""
+    texts = [text for group in (images, held_out) for text in sorted({i.caption for i in group})]
+    texts, tokens = [*dict.fromkeys([*texts, ""])], partial(model.tokenizer, verbose=False)
+    limit = model.text_encoder.config.max_position_embeddings
+    if cut := [text for text in texts if len(tokens(text).input_ids) > limit]:
+        print(f"{len(cut)} captions are cut behind {limit - 2} tokens, such as {cut[0][:40]!r}..")
+    settings = args.clip_skip, DTYPES[args.dtype], args.train_text_encoder
+    contexts = Contexts(model.tokenizer, model.text_encoder, texts, *settings)
+    if not args.train_text_encoder:
+        model.text_encoder.to("cpu")
+    return contexts
+
+
+def read_latents(
+    args: argparse.Namespace, model: Model, images: list[Captioned]
+) -> list[torch.Tensor]:
+    """Each image's latents, once, as kohya caches them; the VAE then waits on the CPU for the
+    sheets."""
+    size, _ = fitting_size(model, args.size)
+    read = partial(read_image, resize=args.resize)
+    if args.bucket:
+        step = model.vae.config.downsampling * model.unet.config.multiple
+        read = partial(read_bucketed, step=step)
+    bar = progress(images, desc="latents", unit="image")
+    pixels = (read(image.path, size=size) for image in bar)
+    latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
+    model.vae.to("cpu")
+    return latents
+
+
+def make_draws(args, images: list[Captioned], latents: list[torch.Tensor], size: int) -> Draws:
+    """What each step sees; says how image passes make batches of one shape each, and these
+    steps."""
+    draws = Draws(
+        latents,
+        [image.caption for image in images],
+        [image.repeats for image in images],
+        args.batch_size,
+        args.accumulate,
+        args.seed,
+        share=slice(processes.rank(), None, processes.size()),
+    )
+    for shape, count in Counter(latent.shape for latent in latents).items() if args.bucket else ():
+        width, height = (side * size for side in (shape[2], shape[1]))
+        print(f"{count} images in the bucket of {width} x {height} px")
+    passes, steps = args.epochs * int(draws.repeats.sum()), args.epochs * draws.steps_per_epoch
+    print(f"{len(images)} images, {passes:,} image passes, {steps:,} optimizer steps")
+    return draws
+
+
+def identity_of(
+    args: argparse.Namespace,
+    model: Model,
+    images: list[Captioned],
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, str]:
+    """What a run that goes on must share: settings, weights, images and captions."""
+    same = {name: str(getattr(args, name)) for name in SAME}
+    if args.schedule != "constant":  # whose rates the length decides
+        same["epochs"] = str(args.epochs)
+    words = json.dumps([(image.caption, image.repeats) for image in images])
+    files = "".join(sha256(image.path) for image in images)
+    return same | {
+        "size": str(fitting_size(model, args.size)[0]),
+        "images and captions": hashlib.sha256((files + words).encode()).hexdigest()[:10],
+        "tokenizer": tokenizer_hash(model.tokenizer)[:10],
+        "prediction_type": model.prediction_type,
+        "the optimizer": type(optimizer).__name__,
+        **model.sha256(),
+    }
+
+
+def resume(args: argparse.Namespace, state: dict, steps: int) -> list[tuple]:
+    """Puts the checkpoint into the places that `state` names; the rows of the steps that are
+    done."""
+    checkpoint = args.out / "checkpoint.pt"
+    if not args.resume or not checkpoint.exists():
+        return []
+
+    def restore(saved: dict) -> list[tuple]:
+        for parameter, tensor in zip(state["lora"], saved["lora"], strict=True):
+            parameter.data.copy_(tensor)
+        state["optimizer"].load_state_dict(saved["optimizer"])
+        state["scaler"].load_state_dict(saved["scaler"])
+        return [tuple(row) for row in saved["rows"]]
+
+    rows = read_state(
+        checkpoint, state["identity"], "train_lora.py", LoRAError, restore, args.device
+    )
+    if len(rows) > steps:
+        done = f"{len(rows):,} steps are done, these would be {steps:,}"
+        raise LoRAError(f"{checkpoint}: {done}: give another --out")
+    return rows
+
+
+def require_finite(args: argparse.Namespace, rows: list[tuple], patience: int) -> None:
+    """LoRAError where more steps in a row than `patience` had a loss or gradient that is not
+    finite: GradScaler skips single ones by design, as it looks for its scale."""
+    last = rows[-patience - 1 :]
+    finite = [
+        math.isfinite(float(loss)) and math.isfinite(float(norm)) for _, _, loss, norm, *_ in last
+    ]
+    if len(last) > patience and not any(finite):
+        checkpoint = args.out / "checkpoint.pt"
+        kept = f"{checkpoint} holds the last good state: " * checkpoint.exists()
+        advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
+        raise LoRAError(f"step {len(rows)}: the loss or its gradient is not finite; {advice}")
+
+
+def look(args, model, contexts, autocast, latents, held_out, step: int, steps: int) -> str:
+    """The loss of the held-out images, whose latents lie behind the others'; "" where none is
+    due."""
+    due = step % args.validation_every == 0 or step == steps
+    if not due or not processes.is_first():
+        return ""
+    with autocast():
+        loss = held_out_loss(
+            lambda x_t, t, captions: model.unet(x_t, t, contexts(captions)),
+            latents[-len(held_out) :],
+            [image.caption for image in held_out],
+            NoiseSchedule(),
+            model.prediction_type,
+            args.seed,
+        )
+    return f"{loss:.6f}"
+
+
+def save_state(args: argparse.Namespace, state: dict, rows: list[tuple]) -> None:
+    """All that --resume needs, and the losses as a table."""
+    saved = state | {name: state[name].state_dict() for name in ("optimizer", "scaler")}
+    lora = [parameter.detach().cpu() for parameter in state["lora"]]
+    write_state(args.out / "checkpoint.pt", saved | {"lora": lora, "rows": rows})
+    head = "step,images,loss,grad_norm,lr" + ",held_out" * bool(args.validation)
+    write_text(
+        args.out / "loss.csv", "\n".join([head, *(",".join(map(str, r)) for r in rows)]) + "\n"
+    )
+
+
+@torch.no_grad()
+def save_sheet(
+    args, model: Model, contexts: Contexts, autocast, images: list[Captioned], step: int
+) -> None:
+    """Four samples of each caption as they are now, by Euler; of many captions, eight at most."""
+    captions = sorted({image.caption for image in images})
+    seeds, rows = [args.seed + n for n in range(4)], []
+    side = fitting_size(model, args.size)[0] // model.vae.config.downsampling
+    model.vae.to(args.device)
+    for caption in captions[:: math.ceil(len(captions) / 8)]:
+        with autocast():
+            x0 = generate(
+                model.unet,
+                contexts([caption]).expand(len(seeds), -1, -1),
+                contexts([""]),
+                seeds,
+                (side, side),
+                guidance_scale=args.guidance_scale,
+                prediction_type=model.prediction_type,
+            )
+        try:
+            pixels = decode_images(model.vae, x0)
+        except torch.OutOfMemoryError:  # beside a training that fills the card
+            pixels = decode_images(model.vae.to("cpu"), x0)
+        rows.append(torch.cat(list(pixels), dim=1))
+    model.vae.to("cpu")
+    path = args.out / "samples" / f"step{step:06}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat(rows).numpy()).save(path)
+
+
+def save_curves(args: argparse.Namespace, rows: list[tuple], window: int = 50) -> None:
+    """loss.png: the training's loss, as running means over a window, and that of held-out
+    images."""
+    steps, sums = [row[0] for row in rows], [0.0, *accumulate(float(row[2]) for row in rows)]
+    means = [(sums[n] - sums[max(n - window, 0)]) / min(n, window) for n in range(1, len(sums))]
+    curves = {
+        f"training, mean of {min(window, len(steps))} steps": [*zip(steps, means)],
+        "held out": [(row[0], float(row[5])) for row in rows if args.validation and row[5]],
+    }
+    save(loss_figure(curves, "step"), args.out / "loss.png")
+
+
+def write_outputs(
+    args, model: Model, optimizer, images: list[Captioned], held_out: list[Captioned], draws: Draws
+) -> None:
+    """The file that kohya's tools, the webui and load_loras read; a site's prompts; what the run
+    was."""
+    steps = args.epochs * draws.steps_per_epoch
+    facts = {"size": fitting_size(model, args.size)[0], "steps": steps}
+    facts |= {"batches": draws.batches_per_epoch, "prediction": model.prediction_type}
+    said = metadata(vars(args) | facts, images, optimizer, model.unet.config.cross_attention_dim)
+    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
+    save_lora(args.out / "lora.safetensors", networks, said, torch.float16)
+    if args.source:
+        classes = classes_of(read_site(args.source, "source", train=True))
+        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
+        text = json.dumps(prompts, indent=2, ensure_ascii=False)
+        write_text(args.out / PROMPTS_FILE, text + "\n")
+    paths = [image.path for image in (*images, *held_out)]
+    files = {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
+    record_run(args.out, args, model.sha256() | files)
+    if args.device.startswith("cuda"):
+        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 @alone_together
 def main(args):
-    # images and their captions; behind them, for DreamBooth, images of the base model, and those
-    # that are held out
-    args.repeats = default_repeats(args.images) if args.repeats is None else args.repeats
-    images, validation = captioned_images(args)
-    prior = prior_pairs(args.prior) if args.prior else []
-    paths, captions = map(list, zip(*[(i.path, i.caption) for i in images], *prior, *validation))
+    # data: images and their captions, and those that are held out
+    images, held_out = read_data(args)
+
+    # model: a frozen base with LoRA in it, h = W0 x + (alpha/r) B A x; A and B alone are trained
     model = load_model(args, device=args.device)
-    downsampling, dtype, kind = (
-        model.vae.config.downsampling,
-        DTYPES[args.dtype],
-        model.prediction_type,
-    )
-    (size, _), multiple = fitting_size(model, args.size), downsampling * model.unet.config.multiple
-
-    # the frozen base with LoRA in it, h = W0 x + (alpha/r) B A x, of which A and B alone are
-    # trained, kept in float32
-    unet = model.unet.to(args.device, dtype)
-    unet.gradient_checkpointing = args.gradient_checkpointing
-    trained = adapt(model, args, dtype, print)
-    parameters = trained.parameters
-    autocast = partial(
-        torch.autocast, args.device.split(":")[0], dtype, enabled=dtype != torch.float32
-    )
-
-    # contexts and latents once, for each image the same, as kohya caches them; the VAE waits on the
-    # CPU for the sheets
-    shown = sorted({image.caption for image in images})
-    context_of = Contexts(
-        model, [*shown, *sorted({*captions} - {*shown}), ""], args, dtype, autocast, print
-    )
-    read = (
-        partial(read_bucketed, step=multiple)
-        if args.bucket
-        else partial(read_image, resize=args.resize)
-    )
-    pixels = (read(path, size=size) for path in progress(paths, desc="latents", unit="image"))
-    latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
-    model.vae.to("cpu")
-
-    # image passes -> batches of one shape each -> optimizer steps
-    repeats = torch.tensor([image.repeats for image in images])
-    shapes = sorted({latent.shape for latent in latents})
-    bucket_of = torch.tensor([shapes.index(latent.shape) for latent in latents])
-    passes = (repeats, bucket_of[: len(images)], args.batch_size)
-    batches_per_epoch = training.batches_per_epoch(*passes)
-    steps = args.epochs * math.ceil(batches_per_epoch / args.accumulate)
-    if args.bucket:
-        print(training.describe_buckets(shapes, bucket_of, downsampling))
-    if fast.wants_compiling(False if args.bucket else args.compile, args.device, steps):
-        fast.compile_blocks(unet)
-    print(training.describe_passes(repeats, args.epochs, args.batch_size, args.accumulate, steps))
-
-    save_sheet = partial(sample_sheet, args, model, context_of, autocast, size // downsampling)
-    optimizer, reason = training.make_optimizer(
-        trained.groups, args.weight_decay, args.optimizer == "adamw8bit"
-    )
-    if reason:
-        print(f"optimizer: torch's AdamW in place of 8-bit AdamW ({reason})")
-    rates, schedule = [group["lr"] for group in trained.groups], NoiseSchedule()
-    scaler = torch.amp.GradScaler(enabled=args.dtype == "fp16" and args.device.startswith("cuda"))
-    # it begins with its first loss, which a process may not have
-    scaler.scale(torch.zeros((), device=args.device))
-    behind = len(images) + len(prior)
-    held, mine = torch.arange(len(images), behind), slice(processes.rank(), None, processes.size())
-    draws_of_step = partial(
-        training.draws_of_step, latents=latents, buckets=bucket_of, held=held, mine=mine
-    )
-    weights = training.loss_weights(
-        schedule.alphas_cumprod, kind, args.debiased_estimation_loss
+    optimizer = make_optimizer(adapt(model, args), args.weight_decay, args.optimizer == "adamw8bit")
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    autocast, scaler = mixed_precision(args)
+    schedule = NoiseSchedule()
+    weights = loss_weights(
+        schedule.alphas_cumprod, model.prediction_type, args.debiased_estimation_loss
     ).to(args.device)
 
-    # go on from a checkpoint of the same run
-    checkpoint, rows, done = args.out / "checkpoint.pt", [], 0
-    model_hashes, made_of = model.sha256(), material(paths, captions, repeats.tolist(), model, args)
-    identity = training.run_identity(vars(args) | {"size": size}) | model_hashes | made_of
-    identity |= {"the optimizer": type(optimizer).__name__}
+    # contexts and latents once; image passes -> batches of one shape each -> optimizer steps
+    contexts = read_contexts(args, model, images, held_out)
+    latents = read_latents(args, model, [*images, *held_out])
+    draws = make_draws(args, images, latents[: len(images)], model.vae.config.downsampling)
+    steps = args.epochs * draws.steps_per_epoch
+
+    # resume: a checkpoint of the same run has a row for each step that is done
     state = {"lora": parameters, "optimizer": optimizer, "scaler": scaler}
-    if args.resume and checkpoint.exists():
-        done, rows = training.load_checkpoint(checkpoint, identity, **state)
-        if done > steps:
-            raise LoRAError(
-                f"{checkpoint}: {done:,} steps are done, these would be {steps:,}: give another"
-                " --out"
-            )
+    state["identity"] = identity_of(args, model, [*images, *held_out], optimizer)
+    rows, saves = resume(args, state, steps), SaveTimes(args.save_every)
 
-    losses = Losses(rows, 10 if scaler.is_enabled() else 0, checkpoint, bool(validation))
-    unseen = HeldOut(
-        latents[behind:], captions[behind:], schedule, kind, args.seed, args.validation_every, steps
+    bar = progress(
+        range(len(rows), steps), initial=len(rows), total=steps, desc="LoRA", unit="step"
     )
-    saves = SaveTimes(args.save_every)
-
-    def predict(noisy: torch.Tensor, t: torch.Tensor, words: list[str]) -> torch.Tensor:
-        with autocast():
-            return unet(noisy.to(dtype), t, context_of(words))
-
-    def save_state(step: int) -> None:
-        """All that --resume needs, and the losses as a table."""
-        training.save_checkpoint(checkpoint, identity, step, losses.rows, **state)
-        write_text(args.out / "loss.csv", losses.text())
-
-    bar = progress(range(done, steps), initial=done, total=steps, desc="LoRA", unit="step")
     for step in bar:
-        # the noise that was added is predicted: E |eps - eps_theta(x_t, t, c)|^2, all images of the
-        # step weighing alike
-        batches = training.batches_of_step(step, *passes, args.accumulate, args.seed)
-        count, mean_loss = sum(map(len, batches)), nothing(args.device)
-        for index, noise, t, is_held in draws_of_step(
-            step, batches, args.seed, args.batch_size, len(schedule)
-        ):
-            noise, t = upload(noise, args.device), upload(t, args.device)
-            x0 = torch.stack([latents[n] for n in index])
-            target = noise if kind == "epsilon" else schedule.velocity(x0, noise, t)
-            prediction = predict(schedule.add_noise(x0, noise, t), t, [captions[n] for n in index])
-            error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
-            loss = (weights[t] * error).sum() / count * (args.prior_weight if is_held else 1.0)
+        # E |eps - eps_theta(x_t, t, c)|^2 (Ho et al. 2020, eq. 14), all images of a step weighing
+        # alike
+        mean_loss = 0.0
+        for batch in draws(step):
+            x_t = schedule.add_noise(batch.latents, batch.noise, batch.t)
+            with autocast():
+                prediction = model.unet(x_t, batch.t, contexts(batch.captions))
+            target = schedule.target(batch.latents, batch.noise, batch.t, model.prediction_type)
+            error = F.mse_loss(prediction.float(), target, reduction="none")
+            loss = (weights[batch.t] * error.mean(dim=(1, 2, 3))).sum() / batch.of
             scaler.scale(loss).backward()
-            mean_loss += loss.detach()
+            mean_loss += loss.item()
 
-        # gradients and loss of all processes; and how many of these a SIGTERM has asked to save and
-        # leave
-        mean_loss, asked = processes.all_reduce(
-            parameters, mean_loss, torch.tensor(bool(saves.asked))
-        )
-        for rate, group in zip(rates, optimizer.param_groups):
-            group["lr"] = rate * rate_share(args.schedule, step, steps)
+        # gradients and loss of all processes; and how many of these were asked to save and leave
+        mean_loss, saves.everywhere = processes.all_reduce(parameters, mean_loss, bool(saves.asked))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate_share(args.schedule, step, steps)
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-        held_out = unseen.look(step + 1, predict) if processes.is_first() else None
-        losses.add(
-            step + 1, count, optimizer.param_groups[0]["lr"], mean_loss, norm, asked, held_out
-        )
-        saves.heed(losses.asked)  # of other processes, which stop at the same step
-        bar.set_postfix(losses.said, refresh=False)
-        if args.sample_every and (step + 1) % args.sample_every == 0 and processes.is_first():
-            save_sheet(step + 1, shown)
-        if saves.due(step + 1):
-            losses.read()  # nothing is saved of which it is not known that it is finite
-            if processes.is_first():
-                save_state(step + 1)
-            saves.leave_if_asked(
-                f"{checkpoint} has the {step + 1:,} steps that are done; --resume goes on from"
-                " there"
-            )
-    losses.read()
-    saves.restore()
-    if not processes.is_first():
-        return
+        # a row of the table, now and then with the loss of images that are not trained on
+        row = [step + 1, sum(map(len, draws.indices(step))), f"{mean_loss:.6f}", f"{norm:.6f}"]
+        row += [optimizer.param_groups[0]["lr"]]
+        if held_out:
+            row += [look(args, model, contexts, autocast, latents, held_out, step + 1, steps)]
+        rows.append(tuple(row))
+        require_finite(args, rows, patience=10 if scaler.is_enabled() else 0)
+        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
-    # the file that kohya's tools, the webui and load_lora read
-    if not args.sample_every:
-        save_sheet(steps, shown)
-    if trained.networks:
-        facts = {"size": size, "steps": steps, "batches": batches_per_epoch, "prediction": kind}
-        said = metadata(vars(args) | facts, images, optimizer, unet.config.cross_attention_dim)
-        save_lora(args.out / "lora.safetensors", trained.networks, said, torch.float16)
-    if trained.token is not None:
-        save_embedding(args.out / "embedding.safetensors", args.learn_token, trained.token)
-    save_state(steps)
-    save(loss_figure(losses.curves(), "step"), args.out / "loss.png")
-    record(args, model_hashes, paths, print)
+        # what is saved now and then
+        if args.sample_every and (step + 1) % args.sample_every == 0 and processes.is_first():
+            save_sheet(args, model, contexts, autocast, images, step + 1)
+        if saves.due(step + 1):
+            if processes.is_first():
+                save_state(args, state, rows)
+            saves.leave_if_asked(f"{step + 1:,} steps are saved in {args.out}: --resume goes on")
+    saves.restore()
+
+    if processes.is_first():
+        if not args.sample_every:
+            save_sheet(args, model, contexts, autocast, images, steps)
+        save_state(args, state, rows)
+        save_curves(args, rows)
+        write_outputs(args, model, optimizer, images, held_out, draws)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Types of flags that every script has: a device that is here, a seed that every generator
 takes."""
 
+import argparse
 import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
@@ -8,6 +9,15 @@ import torch
 
 LAST_SEED = 2**32 - 1
 """torch's generator on the CPU heeds 32 bits of a seed: beyond, two seeds would be one."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it stands, and behind each flag's help its default, where it has
+    one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default not in (None, False, [])
+        return super()._get_help_string(action) if told else action.help
 
 
 def device_name(text: str) -> str:

@@ -36,7 +36,8 @@ class SaveTimes:
     """
 
     def __init__(self, every: int | None):
-        self.every, self.last, self.asked, self.before = every, time.monotonic(), 0, {}
+        self.every, self.last, self.before = every, time.monotonic(), {}
+        self.asked, self.everywhere = 0, None
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
@@ -45,25 +46,24 @@ class SaveTimes:
             sys.stderr.write("\nstops when this step is saved; Ctrl-\\ (SIGQUIT) stops at once\n")
         self.asked = self.asked or number
 
-    def heed(self, others: float) -> None:
-        """How many of the processes that work at one run were asked; each then stops at the same
-        step."""
-        self.asked = self.asked or int(signal.SIGTERM) * (others > 0)
+    @property
+    def stops(self) -> bool:
+        """Is this the last step? Several processes at one run say `everywhere`, how many of them were
+        asked, so that each stops at the same step."""
+        return bool(self.asked if self.everywhere is None else self.everywhere)
 
     def due(self, step: int) -> bool:
         """Save now? step: how many are done."""
         now = time.monotonic()
-        due = bool(self.asked) or (
-            step % self.every == 0 if self.every else now - self.last >= PERIOD
-        )
+        due = self.stops or (step % self.every == 0 if self.every else now - self.last >= PERIOD)
         self.last = now if due else self.last
         return due
 
     def leave_if_asked(self, text: str) -> None:
         """Exits, having said `text`, where a signal has come since this was made."""
-        if self.asked:
+        if self.stops:
             sys.stderr.write(f"\n{text}\n")
-            sys.exit(128 + self.asked)
+            sys.exit(128 + (self.asked or signal.SIGTERM))
 
     def restore(self) -> None:
         """Signals are again what they were."""

@@ -3,6 +3,7 @@ transformers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -84,11 +85,40 @@ def tokenize(
 def encode_prompts(
     tokenizer: CLIPTokenizer, text_encoder: TextEncoder, prompts: Sequence[str], clip_skip: int = 1
 ) -> Tensor:
-    """Text embeddings (B, S, D) of the prompts on the encoder's device; S = 77 in Stable Diffusion.
-
-    train_lora.py calls it by `paper.adapt.Contexts`; sample.py calls
-    `ldm.webui.prompts.encode_weighted`, the same for prompts without weights in brackets and of at
-    most 75 tokens.
-    """
+    """Text embeddings (B, S, D) of the prompts on the encoder's device; S = 77 in Stable
+    Diffusion."""
     ids = tokenize(tokenizer, prompts, text_encoder.config)
     return text_encoder(ids.to(text_encoder.text_model.final_layer_norm.weight.device), clip_skip)
+
+
+class Contexts:
+    """Text embeddings (B, S, D) of captions, for a training: computed once; or, where the text
+    encoder is trained, anew each time, so that gradients reach it.
+
+    captions: all that will be asked for; dtype: of the embeddings
+    trained: is the text encoder, or a token of it?
+
+    Raises CheckpointError where the text encoder is not as deep as clip_skip asks, also where it is
+    trained: before hours of work.
+    """
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: TextEncoder,
+        captions: Sequence[str],
+        clip_skip: int,
+        dtype: torch.dtype,
+        trained: bool,
+    ):
+        self.encode = partial(encode_prompts, tokenizer, text_encoder, clip_skip=clip_skip)
+        self.dtype, self.kept = dtype, {}
+        with torch.no_grad():
+            kept = self(captions)
+        if not trained:
+            self.kept, self.encode = dict(zip(captions, kept)), None
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        if self.kept:
+            return torch.stack([self.kept[caption] for caption in captions])
+        return self.encode(captions).to(self.dtype)

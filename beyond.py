@@ -1,0 +1,187 @@
+"""Beyond the paper, what it names as future work: Textual Inversion and DreamBooth, a flat loop
+each.
+
+    python beyond.py inversion --token "<fetal-us>" --spanish FETAL_PLANES_ZENODO --out runs/token
+    python beyond.py dreambooth --token sks --prior runs/base/manifest.csv \\
+        --spanish FETAL_PLANES_ZENODO --out runs/dreambooth
+
+inversion (Gal et al. 2022, eq. 2) trains the embedding of one new token that all captions name, and
+nothing else: embedding.safetensors, for sample.py --embedding. dreambooth (Ruiz et al. 2023, eq. 2)
+trains LoRA on captions that name a rare word, held to prior images, which the base model has drawn:
+lora.safetensors, for sample.py --rare-token. Both write loss.csv and args.json.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from harness.files import sha256, write_text
+from harness.flags import HelpFormatter, device_name, plain_text, require_at_least, seed_number
+from harness.record import record_run
+from harness.script import alone, progress, run
+from ldm import CheckpointError
+from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
+from ldm.embedding import add_token, save_embedding, word_embedding
+from ldm.images import encode_images, read_image
+from ldm.text import Contexts
+from lora.files import save_lora
+from lora.layer import LoRAError
+from lora.model import TARGETS, inject, lora_parameters
+from lora.training import Draws, loss_weights, make_optimizer
+from planes.captions import PROMPTS_FILE, prior_pairs, training_images, with_token
+from planes.datasets import DatasetError
+from planes.sites import classes_of, prompts_of, read_site
+from samplers.schedule import NoiseSchedule
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s METHOD [flags] --out OUT"
+    parser.add_argument("method", choices=("inversion", "dreambooth"), metavar="METHOD")
+    add_model_arguments(parser)
+    group = parser.add_argument_group("data")
+    add, site = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
+    site("--spanish", type=Path, help="the Spanish dataset, or phantoms in its layout")
+    site("--source", type=Path, help="any site, a folder of images for each class")
+    site("--images", type=Path, help="a folder of captioned images")
+    add(
+        "--manifest",
+        type=Path,
+        help="the list of images to take from --spanish, instead of drawing",
+    )
+    add("--per-plane", type=int, default=20, help="how many images of a plane or class to draw")
+    add("--prompt-template", default="an ultrasound image of {class}", help="captions of --source")
+    add("--token", type=plain_text, required=True, help="the new token, or the rare word")
+    add("--init-word", type=plain_text, default="ultrasound", help="where a new token begins")
+    add("--prior", type=Path, help="of dreambooth: the manifest.csv of the base model's images")
+    add("--prior-weight", type=float, default=1.0, help="of the loss on prior images")
+    add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
+    add = parser.add_argument_group("training").add_argument
+    add("--rank", type=int, default=128, help="of dreambooth's LoRA; alpha is the rank")
+    add("--target", default="cross-attention", help=f"of the same: {', '.join(TARGETS)}")
+    add("--steps", type=int, default=5000, help="optimizer steps")
+    add("--batch-size", type=int, default=2, help="images at once, and as many prior ones")
+    add("--lr", type=float, help="learning rate (else: 5e-3 for a token, 1e-4 for LoRA)")
+    add("--debiased-estimation-loss", action="store_true", help="weigh errors by 1 / sqrt(SNR)")
+    add("--seed", type=seed_number, default=0, help="of drawn images, A, batches, noise and times")
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the frozen base and of autocast",
+    )
+    add("--out", type=Path, required=True, help="a folder")
+    args = parser.parse_args(argv)
+    args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
+    require_at_least(parser, args, 1, "per_plane", "rank", "steps", "batch_size", "size")
+    require_at_least(parser, args, 0, "prior_weight")
+    require_at_least(parser, args, 1e-12, "lr")
+    if (args.prior is None) != (args.method == "inversion"):
+        parser.error("--prior MANIFEST: dreambooth needs it, and inversion has none")
+    return args
+
+
+class Training:
+    """What both loops share: a frozen model, the images as latents, what a step draws, the squared
+    error of its prediction. pairs: (image, caption)."""
+
+    def __init__(self, args: argparse.Namespace, model, pairs: list[tuple[Path, str]]):
+        self.unet, self.kind, self.schedule = model.unet, model.prediction_type, NoiseSchedule()
+        self.unet.to(args.device, DTYPES[args.dtype])
+        size, _ = fitting_size(model, args.size)
+        images = (read_image(path, size) for path, _ in progress(pairs, desc="latents"))
+        latents = [x0.to(args.device) for x0 in encode_images(model.vae, images, args.seed)]
+        captions = [caption for _, caption in pairs]
+        self.draws = Draws(latents, captions, [1] * len(pairs), args.batch_size, 1, args.seed)
+        device, half = args.device.split(":")[0], args.dtype != "fp32"
+        self.autocast = partial(torch.autocast, device, DTYPES[args.dtype], enabled=half)
+        debiased = args.debiased_estimation_loss
+        weights = loss_weights(self.schedule.alphas_cumprod, self.kind, debiased)
+        self.weights = weights.to(args.device)
+
+    def loss(self, step: int, contexts: Contexts) -> torch.Tensor:
+        """E w_t |eps - eps_theta(x_t, t, c)|^2 of a step's batch."""
+        (batch,) = self.draws(step)
+        x_t = self.schedule.add_noise(batch.latents, batch.noise, batch.t)
+        with self.autocast():
+            prediction = self.unet(x_t, batch.t, contexts(batch.captions))
+        target = self.schedule.target(batch.latents, batch.noise, batch.t, self.kind)
+        error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        return (self.weights[batch.t] * error).mean()
+
+
+def require_finite(step: int, loss: torch.Tensor) -> None:
+    """LoRAError for a loss that is not."""
+    if not loss.isfinite():
+        raise LoRAError(f"step {step + 1}: the loss is not finite: try a lower --lr")
+
+
+def inversion(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
+    """Trains v*, the embedding of a new token, and writes it; the loss of each step."""
+    vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
+    vector = add_token(model.tokenizer, model.text_encoder, args.token, vector).vector
+    training, dtype = Training(args, model, pairs), DTYPES[args.dtype]
+    texts = [*{caption for _, caption in pairs}]
+    contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=True)
+    optimizer = make_optimizer([{"params": [vector], "lr": args.lr}], 0.0, eight_bit=False)
+    losses = []
+    for step in progress(range(args.steps), desc="token", unit="step"):
+        loss = training.loss(step, contexts)
+        loss.backward()
+        require_finite(step, loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    save_embedding(args.out / "embedding.safetensors", args.token, vector)
+    return losses
+
+
+def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
+    """Trains LoRA on the images and on the prior ones, and writes it; the loss of each step."""
+    prior, dtype = prior_pairs(args.prior), DTYPES[args.dtype]
+    training, held = Training(args, model, pairs), Training(args, model, prior)
+    texts = [*{caption for _, caption in (*pairs, *prior)}]
+    contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
+    inject(model.unet, args.rank, args.rank, args.target, seed=args.seed)
+    parameters = lora_parameters(model.unet)
+    optimizer = make_optimizer([{"params": parameters, "lr": args.lr}], 0.01, eight_bit=False)
+    losses = []
+    for step in progress(range(args.steps), desc="DreamBooth", unit="step"):
+        loss = training.loss(step, contexts) + args.prior_weight * held.loss(step, contexts)
+        loss.backward()
+        require_finite(step, loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    save_lora(args.out / "lora.safetensors", {"lora_unet": model.unet}, {"ss_seed": args.seed})
+    return losses
+
+
+@alone
+def main(args):
+    site = args.source, args.prompt_template
+    chosen = args.spanish, args.images, args.manifest, args.per_plane, args.seed, 0, *site
+    images, _ = training_images(*chosen)
+    pairs = [(image.path, with_token(image.caption, args.token)) for image in images]
+    model = load_model(args, device=args.device)
+    losses = {"inversion": inversion, "dreambooth": dreambooth}[args.method](args, model, pairs)
+    rows = [f"{step},{loss:.6f}\n" for step, loss in enumerate(losses, start=1)]
+    write_text(args.out / "loss.csv", "step,loss\n" + "".join(rows))
+    if args.source:
+        classes = classes_of(read_site(args.source, "source", train=True))
+        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
+        write_text(
+            args.out / PROMPTS_FILE, json.dumps(prompts, indent=2, ensure_ascii=False) + "\n"
+        )
+    record_run(args.out, args, model.sha256() | {str(path): sha256(path) for path, _ in pairs})
+
+
+if __name__ == "__main__":
+    run(parse_args, main, CheckpointError, DatasetError, LoRAError)
