@@ -2,7 +2,6 @@
 
 | concept | where |
 |---|---|
-| what is trained in the base model, and which words images get: LoRA, its kin and rivals | `adapt.py` |
 | the rows of tables 1 and 2, the controls they lack, the ranks of figure 3, as data | `plan.py` |
 | the real images: datasets, own sites, phantoms; how large a run is | `material.py`, `scales.py` |
 | what the rows need and take, and what is missing here | `preview.py` |
