@@ -12,11 +12,11 @@ LAST_SEED = 2**32 - 1
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and behind each flag's help its default, where it has
-    one."""
+    """The script's docstring as it stands, and behind each flag's help its default, where it has one
+    and does not tell it in words, as "(else: the model's own)"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default not in (None, False, [])
+        told = action.default not in (None, False, []) and "(else: " not in action.help
         return super()._get_help_string(action) if told else action.help
 
 

@@ -20,29 +20,16 @@ SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> None:
     """--model, --tokenizer, --vae, --ema and --prediction-type; `positional`: MODEL, without a
     default, for --model."""
-    add, forms = (
-        parser.add_argument,
-        "a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]",
-    )
+    add = parser.add_argument_group("base model").add_argument
+    forms = "a .safetensors file, a diffusers folder or a hub id, owner/name[@revision]"
     if positional:
         add("model", metavar="MODEL", help=forms)
     else:
-        add("--model", default=str(MINI), help=f"{forms}; default: the embedded one")
-    add(
-        "--tokenizer",
-        help=f"where --model is a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}",
-    )
+        add("--model", default=str(MINI), help=f"{forms} (else: the embedded one)")
+    add("--tokenizer", help=f"of a single file: a folder with its vocabulary, or {CLIP_REPOSITORY}")
     add("--vae", help="a VAE's file, folder or hub id, instead of the one in --model")
-    add(
-        "--ema",
-        action="store_true",
-        help="the running average of the U-Net, where the single file keeps one",
-    )
-    add(
-        "--prediction-type",
-        choices=PREDICTION_TYPES,
-        help="of the U-Net (default: what the checkpoint says)",
-    )
+    add("--ema", action="store_true", help="the U-Net's running average, if the file keeps one")
+    add("--prediction-type", choices=PREDICTION_TYPES, help="(else: what the checkpoint says)")
 
 
 def load_model(
