@@ -91,14 +91,14 @@ class Training:
     """What both loops share: a frozen model, the images as latents, what a step draws, the squared
     error of its prediction. pairs: (image, caption)."""
 
-    def __init__(self, args: argparse.Namespace, model, pairs: list[tuple[Path, str]]):
+    def __init__(self, args, model, pairs: list[tuple[Path, str]], seed: int):
         self.unet, self.kind, self.schedule = model.unet, model.prediction_type, NoiseSchedule()
         self.unet.to(args.device, DTYPES[args.dtype])
         size, _ = fitting_size(model, args.size)
         images = (read_image(path, size) for path, _ in progress(pairs, desc="latents"))
-        latents = [x0.to(args.device) for x0 in encode_images(model.vae, images, args.seed)]
+        latents = [x0.to(args.device) for x0 in encode_images(model.vae, images, seed)]
         captions = [caption for _, caption in pairs]
-        self.draws = Draws(latents, captions, [1] * len(pairs), args.batch_size, 1, args.seed)
+        self.draws = Draws(latents, captions, [1] * len(pairs), args.batch_size, 1, seed)
         device, half = args.device.split(":")[0], args.dtype != "fp32"
         self.autocast = partial(torch.autocast, device, DTYPES[args.dtype], enabled=half)
         debiased = args.debiased_estimation_loss
@@ -126,7 +126,7 @@ def inversion(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     """Trains v*, the embedding of a new token, and writes it; the loss of each step."""
     vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
     vector = add_token(model.tokenizer, model.text_encoder, args.token, vector).vector
-    training, dtype = Training(args, model, pairs), DTYPES[args.dtype]
+    training, dtype = Training(args, model, pairs, args.seed), DTYPES[args.dtype]
     texts = [*{caption for _, caption in pairs}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=True)
     optimizer = make_optimizer([{"params": [vector], "lr": args.lr}], 0.0, eight_bit=False)
@@ -145,7 +145,8 @@ def inversion(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
 def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     """Trains LoRA on the images and on the prior ones, and writes it; the loss of each step."""
     prior, dtype = prior_pairs(args.prior), DTYPES[args.dtype]
-    training, held = Training(args, model, pairs), Training(args, model, prior)
+    training = Training(args, model, pairs, args.seed)
+    held = Training(args, model, prior, args.seed + 1)
     texts = [*{caption for _, caption in (*pairs, *prior)}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
     inject(model.unet, args.rank, args.rank, args.target, seed=args.seed)

@@ -59,15 +59,8 @@ def load_model(
     for name in NETWORKS:
         for key, weight in getattr(model, name).state_dict().items():
             if not weight.isfinite().all():
-                advice = (
-                    "fetch or train it again"
-                    if dtype == torch.float32
-                    else "try --dtype fp32, or fetch it again"
-                )
-                raise CheckpointError(
-                    f"{args.model}: {name}.{key} is not finite in"
-                    f" {str(weight.dtype).removeprefix('torch.')}; {advice}"
-                )
+                where = f"{args.model}: {name}.{key} is not finite in {weight.dtype}"
+                raise CheckpointError(f"{where}; try --dtype fp32, or fetch or train it again")
     return model
 
 
@@ -106,37 +99,27 @@ def fitting_size(model: Model, size: tuple[int, int] | int | None) -> tuple[int,
     factor = model.vae.config.downsampling
     size = model.sample_size * factor if size is None else size
     width, height = (size, size) if isinstance(size, int) else size
-    if width % (factor * model.unet.config.multiple) or height % (
-        factor * model.unet.config.multiple
-    ):
-        asked = f"{width}x{height}" if width != height else f"{width}"
-        raise CheckpointError(
-            f"--size {asked}: must be a multiple of {factor * model.unet.config.multiple}"
-        )
+    multiple = factor * model.unet.config.multiple
+    if width % multiple or height % multiple:
+        raise CheckpointError(f"--size {width}x{height}: both must be multiples of {multiple}")
     return width, height
 
 
 def model_flags(args: Namespace) -> list[str]:
     """The flags that give another script the same model."""
-    names = [
-        name for name in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, name)
+    given = [
+        part for part in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, part)
     ]
-    flags = [
-        flag for name in names for flag in (f"--{name.replace('_', '-')}", getattr(args, name))
-    ]
+    flags = [f for part in given for f in (f"--{part.replace('_', '-')}", getattr(args, part))]
     return flags + ["--ema"] * args.ema
 
 
 def model_paths(args: Namespace) -> dict[str, Path]:
     """The files and folders of --model, or the embedded one, and of --vae and --tokenizer, fetched
     if need be."""
-    given = {
-        part: getattr(args, part) for part in ("model", "vae", "tokenizer") if getattr(args, part)
-    }
-    return {
-        part: Path(resolve_model(name, part))
-        for part, name in ({"model": str(MINI)} | given).items()
-    }
+    given = {part: getattr(args, part) for part in ("model", "vae", "tokenizer")}
+    given["model"] = given["model"] or str(MINI)
+    return {part: resolve_model(name, part) for part, name in given.items() if name}
 
 
 def describe_models(args: Namespace) -> list[str]:
