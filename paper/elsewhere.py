@@ -16,14 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from classify import ClassifyError
-from classify.data import PlaneImages, batches
-from classify.models import load
-from classify.train import predict
 from harness.files import sha256
 from harness.script import alone, progress, run
-from paper.plan import BEYOND_ROWS, CLASSIFIERS, ROWS
+from paper.plan import BEYOND_ROWS, ROWS
 from paper.report import Context, build
-from paper.results import Result, ResultError, read_result
+from paper.results import Result, ResultError, read_by, read_result
 from planes.datasets import DatasetError, Record, read_african, require_images
 
 
@@ -31,31 +28,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="the --out of reproduce.py")
-    parser.add_argument(
-        "--african",
-        type=Path,
-        required=True,
-        help="a dataset in the African layout: its test images",
-    )
-    parser.add_argument(
-        "--leave-out", nargs="+", default=[], choices=CLASSIFIERS, help="classifiers in no average"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="gets report.html, report.md and results.csv"
-    )
+    add = parser.add_argument
+    add("run", type=Path, help="the --out of reproduce.py")
+    add("--african", type=Path, required=True, help="a dataset in that layout: its test images")
+    add("--out", type=Path, required=True, help="gets report.html, report.md and results.csv")
     return parser.parse_args(argv)
 
 
 def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
     """What a row's classifier, a file of classify.py, says of other images."""
-    model, description = load(classifier)
-    images = PlaneImages(records, description["size"])
-    probabilities = predict(model, batches(images, 64), description["input_range"]).numpy()
+    targets, probabilities = read_by(classifier, records)
     digests = [sha256(record.path) for record in records]
     return replace(
         result,
-        targets=np.array(images.targets),
+        targets=targets,
         predictions=probabilities.argmax(axis=1),
         probabilities=probabilities,
         patients=np.array([record.patient for record in records]),
@@ -67,35 +53,31 @@ def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Resul
 
 @alone
 def main(args):
-    found = []
+    found = {}  # a row of two tables is one run
     for row in (*ROWS, *BEYOND_ROWS):
         for folder in sorted((args.run / "rows" / row.data.name / row.classifier).glob("seed*")):
-            if (folder / "args.json").exists():
+            if (folder / "args.json").exists() and folder not in found:
                 seed = int(folder.name.removeprefix("seed"))
-                found.append(
-                    (folder, read_result(folder, row.table, row.data.name, row.classifier, seed))
-                )
+                about = row.table, row.data.name, row.classifier, seed
+                found[folder] = read_result(folder, *about)
     if not found:
         raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
     records = [record for record in read_african(args.african) if not record.train]
     require_images(records)
 
-    again: dict[Path, Result] = {}  # a row of two tables is one run
-    for folder, result in progress(found, desc="rows", unit="row"):
-        if folder not in again:
-            again[folder] = retest(result, folder / "model.safetensors", records)
-    results = [replace(again[folder], table=result.table) for folder, result in found]
+    results = [
+        retest(result, folder / "model.safetensors", records)
+        for folder, result in progress(found.items(), desc="rows", unit="row")
+    ]
+    settings = json.loads((next(iter(found)) / "args.json").read_text(encoding="utf-8"))
     context = Context(
         material=f"as in {args.run}",
         sites=f"{args.african}, of which nothing was trained on",
         phantoms=True,  # or another dataset: the paper's numbers are of neither
-        recipe=json.loads((found[0][0] / "args.json").read_text(encoding="utf-8"))["arguments"][
-            "recipe"
-        ],
+        recipe=settings["arguments"]["recipe"],
         seeds=sorted({result.seed for result in results}),
         command=f"python -m paper.elsewhere {args.run} --african {args.african}",
         title="FU-LoRA at one more site",
-        left_out={name: "it was left out of averages by the command" for name in args.leave_out},
     )
     build(args.out, results, context)
     print(args.out / "report.html")

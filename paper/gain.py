@@ -7,14 +7,14 @@ them. And synthetic images are one way of
 augmenting: ES+DA+balanced and ES+DA+contrast are cheaper ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from eval.compare import Difference
 from paper.plan import CLASSIFIERS
-from paper.published import CLAIMS, published_difference
+from paper.published import published_difference
 from paper.results import Result, compare
 
 Row = tuple[str, str]
@@ -50,21 +50,22 @@ STEPS: tuple[Step, ...] = (
     Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real"),
     Step("all, with prompts that name the style", "ES+DA", "HB-styles+DA"),
     Step("the same against brightness and contrast", "ES+DA+contrast", "HB-styles+DA", "both"),
-)
-NOT_AUGMENTED: tuple[Step, ...] = (
     Step("not augmented: balanced real images and synthetic ones", "ES", "HB"),
     Step("of it: balanced real images alone", "ES", "BAL", "real"),
     Step("of it: synthetic images", "BAL", "HB"),
     Step("not augmented: prompts that name the style", "HB", "HB-styles"),
     Step("not augmented: all real images and synthetic ones", "ES", "HB-all"),
 )
+AUGMENTED = tuple(step for step in STEPS if step.baseline.endswith("+DA"))
+CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
+"""(baseline, data model that the paper says is better)."""
 SYNTHETIC = ("HB+DA", "HB-styles+DA")
 CONTROLS = ("BAL+DA", "ES+DA+balanced", "ES+DA+contrast")  # without synthetic images
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A step as it was found: the difference in accuracy, over which classifiers and how many seeds
+    """A step as it was found: the differences by metric, over which classifiers and how many seeds
     of each.
 
     seeds: the fewest and the most that a classifier has with either data model
@@ -72,47 +73,39 @@ class Gain:
     """
 
     step: Step
-    accuracy: Difference
+    differences: Mapping[str, Difference]
     classifiers: tuple[str, ...]
     seeds: tuple[int, int]
     published: float
 
     @property
+    def accuracy(self) -> Difference:
+        return self.differences["accuracy"]
+
+    @property
     def verdict(self) -> str:
-        if self.accuracy.over == "patients":
+        found = self.accuracy
+        if found.over == "patients":
             return "one seed cannot tell"
-        return (
-            "better"
-            if self.accuracy.low > 0
-            else "worse"
-            if self.accuracy.high < 0
-            else "not shown"
-        )
+        return "better" if found.low > 0 else "worse" if found.high < 0 else "not shown"
 
 
-def measure(steps: Sequence[Step], cells: Cells, left_out: Mapping[str, str]) -> list[Gain]:
-    """The steps that can be taken, each once: over the classifiers that both data models have, but
-    for those left out.
-
-    left_out: classifier -> why it is in no average
-    """
-    found: list[Gain] = []
+def measure(
+    steps: Iterable[Step], cells: Cells, classifiers: Collection[str] = CLASSIFIERS
+) -> list[Gain]:
+    """The steps that can be taken, each once: over those of the classifiers that both data models
+    have."""
+    found: dict[tuple, Gain] = {}
     for step in steps:
         pair = step.baseline, step.data
-        needed = (*pair, step.also or step.data)
-        both = tuple(
-            c
-            for c in CLASSIFIERS
-            if c not in left_out and all((data, c) in cells for data in needed)
-        )
-        if both and (pair, both) not in [
-            ((g.step.baseline, g.step.data), g.classifiers) for g in found
-        ]:
-            accuracy = compare(*([cells[data, c] for c in both] for data in pair))["accuracy"]
-            counts = [len(cells[data, c]) for data in pair for c in both]
-            published = published_difference(*pair, both)
-            found.append(Gain(step, accuracy, both, (min(counts), max(counts)), published))
-    return found
+        needed = {*pair, step.also or step.data}
+        both = tuple(c for c in classifiers if all((data, c) in cells for data in needed))
+        if both and (pair, both) not in found:
+            sides = [[cells[data, c] for c in both] for data in pair]
+            seeds = [len(runs) for side in sides for runs in side]
+            numbers = (min(seeds), max(seeds)), published_difference(*pair, both)
+            found[pair, both] = Gain(step, compare(*sides), both, *numbers)
+    return list(found.values())
 
 
 def headline(cells: Cells, left_out: Mapping[str, str], sites: str, compared: bool) -> str:
@@ -121,14 +114,15 @@ def headline(cells: Cells, left_out: Mapping[str, str], sites: str, compared: bo
     sites: where the real images come from
     compared: name the published difference too
     """
-    gains = measure([Step("", "ES+DA", data) for data in SYNTHETIC], cells, left_out)
-    gains = gains or measure([Step("", *pair) for pair in CLAIMS], cells, left_out)[:1]
+    averaged = [c for c in CLASSIFIERS if c not in left_out]
+    gains = measure([Step("", "ES+DA", data) for data in SYNTHETIC], cells, averaged)
+    gains = gains or measure([Step("", *pair) for pair in CLAIMS], cells, averaged)[:1]
     if not gains:
         return (
             f"On {sites}: no data model was run both with synthetic images and without, so nothing"
             " is claimed."
         )
-    sentences = [_sentence(gain, compared) for gain in gains] + _controls(cells, left_out)
+    sentences = [_sentence(gain, compared) for gain in gains] + _controls(cells, averaged)
     names = ", ".join(CLASSIFIERS[name] for name in left_out)
     return f"On {sites}: {' '.join(sentences)}" + f" Left out of averages: {names}." * bool(names)
 
@@ -156,11 +150,11 @@ def _sentence(gain: Gain, compared: bool) -> str:
     return f"{data} {how[gain.verdict]} {baseline}: {amount}."
 
 
-def _controls(cells: Cells, left_out: Mapping[str, str]) -> list[str]:
+def _controls(cells: Cells, classifiers: Collection[str]) -> list[str]:
     """Names the controls that are ahead of synthetic images: first those that are so beyond
     chance."""
     pairs = [Step("", synthetic, control) for synthetic in SYNTHETIC for control in CONTROLS]
-    ahead = [gain for gain in measure(pairs, cells, left_out) if gain.accuracy.value > 0]
+    ahead = [gain for gain in measure(pairs, cells, classifiers) if gain.accuracy.value > 0]
     beaten = [gain for gain in ahead if gain.verdict == "better"]
     unsure = [gain for gain in ahead if gain.verdict != "better"]
     words = "do better than synthetic ones", "are ahead of synthetic ones, which may be chance"

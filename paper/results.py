@@ -9,12 +9,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtrit
 
-from eval.compare import Difference, over_both, over_patients, paired_bootstrap, spread
+from classify.data import PlaneImages, batches
+from classify.models import load
+from classify.train import predict
+from eval.compare import Difference, over_both, over_patients, paired_bootstrap
 from eval.metrics import Definition, Scores, _draw, _weighted_scores, confusion
 from paper.plan import Row
 from planes import PLANES
+from planes.datasets import Record
 
 METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 
@@ -67,33 +70,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric of one row: a fraction for each seed, and the interval of their mean.
+    """A metric of one row: the mean over its seeds, as a fraction, and the mean's interval.
 
     The interval is over patients and seeds; with one seed over patients alone, and so for this
     trained network.
     """
 
-    values: tuple[float, ...]
+    mean: float
     low: float
     high: float
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    def reaches(self, value: float, level: float = 0.95) -> bool | None:
-        """Whether one more seed, tested on the same images, might give this value; None if there is
-        but one.
-
-        It lies in the prediction interval of a normal sample. A published number is one such run.
-        """
-        if len(self.values) < 2:
-            return None
-        mean, deviation = spread(self.values)
-        n = len(self.values)
-        return bool(
-            abs(value - mean) <= stdtrit(n - 1, (1 + level) / 2) * deviation * np.sqrt(1 + 1 / n)
-        )
+    seeds: int
 
 
 def read_result(folder: Path, table: str, data: str, classifier: str, seed: int) -> Result:
@@ -105,8 +91,8 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        named = ("image", "patient", "center", "target", "prediction", "copy")
-        classes = tuple(name for name in rows[0] if name not in named)
+        # behind image, patient, center, target, prediction and copy
+        classes = tuple(rows[0])[6:]
         targets, predictions = (
             np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction")
         )
@@ -115,7 +101,7 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
             for key in ("patient", "center", "image")
         }
         probabilities = np.array([[float(row[name]) for name in classes] for row in rows])
-        copies = np.array([row.get("copy", "0") == "1" for row in rows])
+        copies = np.array([row["copy"] == "1" for row in rows])
         training, counts = metrics["training"], metrics["confusion"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(
@@ -131,6 +117,15 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
     )
 
 
+def read_by(classifier: Path, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """What a classifier, a file of classify.py, says of images: (N,) class indices of the records
+    and (N, K) probabilities."""
+    model, description = load(classifier)
+    images = PlaneImages(records, description["size"], description["classes"])
+    probabilities = predict(model, batches(images, 64), description["input_range"])
+    return np.array(images.targets), probabilities.numpy()
+
+
 def require_same_test(results: Sequence[Result]) -> None:
     """ResultError unless all rows were tested on the same images in the same order."""
     for result in results:
@@ -143,37 +138,26 @@ def require_same_test(results: Sequence[Result]) -> None:
 
 
 def estimate(
-    seeds: Sequence[Result],
-    definition: Definition = "notebook",
-    distinct: bool = False,
-    *,
-    replicates: int = 1000,
-    level: float = 0.95,
+    seeds: Sequence[Result], definition: Definition = "notebook", distinct: bool = False
 ) -> dict[str, Estimate]:
     """Scores of one row over its seeds: metric's name -> Estimate.
 
     seeds: the row's results, all of the same test images
     distinct: leave out the test images that are copies
-    Every replicate draws the same patients for all seeds. Ends of intervals are fractions: none
-    beyond 0 and 1.
+    Each of 1000 replicates draws the same patients for all seeds. Ends of intervals are fractions:
+    none beyond 0 and 1.
     """
-    kept = ~seeds[0].copies if distinct else np.full(len(seeds[0].copies), True)
-    weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), replicates, seed=0)
+    kept = ~(seeds[0].copies & distinct)
+    weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), 1000, seed=0)
     weights = np.concatenate([np.ones((1, kept.sum())), weights])  # row 0: the test set itself
     runs = (
         (r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds
     )
     scores = np.stack([_weighted_scores(weights, *run) for run in runs])
-    found = (
-        over_both([scores], [1], clusters, level)
-        if len(seeds) > 1
-        else over_patients(scores[0], clusters, level)
-    )
-    low, high = np.clip(found[1:3], 0, 1)
-    return {
-        name: Estimate(tuple(scores[:, 0, n].tolist()), float(low[n]), float(high[n]))
-        for n, name in enumerate(METRICS)
-    }
+    single = len(seeds) == 1
+    found = over_patients(scores[0], clusters) if single else over_both([scores], [1], clusters)
+    numbers = np.clip(found[:3], 0, 1).T.tolist()  # a metric's mean and ends
+    return {name: Estimate(*three, len(seeds)) for name, three in zip(METRICS, numbers)}
 
 
 def compare(

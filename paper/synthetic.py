@@ -9,47 +9,42 @@ import numpy as np
 from PIL import Image
 
 from classify import ClassifyError
-from classify.data import PlaneImages, batches
 from classify.features import Extractor, classifier, features, inception
-from classify.models import load
-from classify.train import predict
 from eval.figures import samples_figure, save, tsne, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
-from planes import PLANES
-from planes.datasets import Record
+from paper.document import FIGURES, picture
+from paper.material import Selections
+from paper.results import read_by, row_folder
+from planes.datasets import Record, read_synthetic
 
-PER_SOURCE = 35  # images of a plane and source in figure 3
+# the sources of records, by Selections.own
+SITES = {False: ("spain", "africa"), True: ("source", "target")}
+PER_SOURCE = 35  # images of a class and source in figure 3
 
 
 @dataclass
 class Findings:
     """What the report says of the synthetic images.
 
-    recognised: label -> sampler -> fraction of images taken for the plane of their prompt
+    recognised: label -> sampler -> fraction of images taken for the class of their prompt
     quality: rows of eval.quality.quality_table
-    figures: (title, file, caption), figure 2 first
+    figures: title -> paper.document.picture, figure 2 first
     notes: sentences
     """
 
     recognised: dict[str, dict[str, float]] = field(default_factory=dict)
     quality: list[dict] = field(default_factory=list)
-    figures: list[tuple[str, Path, str]] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def recognised(classifier_file: Path, records: Sequence[Record]) -> dict[str, float]:
-    """Share of the synthetic images that the classifier takes for the plane of their prompt, by
+    """Share of the synthetic images that the classifier takes for the class of their prompt, by
     sampler."""
-    model, description = load(classifier_file)
-    images = PlaneImages(records, description["size"], description["classes"])
-    predictions = (
-        predict(model, batches(images, 64), description["input_range"]).argmax(dim=1).numpy()
-    )
-    hits = predictions == np.array(images.targets)
-    centers = np.array([record.center for record in records])
-    return {
-        str(sampler): float(hits[centers == sampler].mean()) for sampler in dict.fromkeys(centers)
-    }
+    targets, probabilities = read_by(classifier_file, records)
+    hits = probabilities.argmax(axis=1) == targets
+    samplers = np.array([record.center for record in records])
+    return {str(name): float(hits[samplers == name].mean()) for name in dict.fromkeys(samplers)}
 
 
 def extractor(layer: str, size: int, judge: Path | None) -> Extractor | None:
@@ -62,92 +57,89 @@ def extractor(layer: str, size: int, judge: Path | None) -> Extractor | None:
 
 def describe(
     out: Path,
-    sites: Mapping[str, Sequence[Record]],
-    lora_images: Sequence[Record],
-    panels: Mapping[int, Sequence[Record]],
+    selections: Selections,
+    panels: Mapping[int, Path],
     rank: int,
-    judges: Mapping[str, Path],
-    without: Sequence[Record],
+    without: Path,
     seed: int,
-    classes: Sequence[str] = PLANES,
 ) -> Findings:
     """Measure the synthetic images and draw them into out/figures.
 
-    sites: the source of the first site's images and of the second's, such as "spain" and "africa"
-        -> their images
-    lora_images: what the LoRA was trained on
-    panels: rank of the LoRA -> its synthetic images; `rank` is the one that classifiers are trained
-        on
-    judges: label -> a classifier of real images alone, written by classify.py
-    without: images made without LoRA, to see what it does
+    panels: rank of the LoRA -> the folder of its images; `rank` is the one that classifiers are
+        trained on
+    without: a folder of images made without LoRA, to see what it does
+    seed: of the rows in `out` whose classifiers, of real images alone, judge them
     """
-    found, figures = Findings(), out / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    synthetic, judge = panels[rank], next(iter(judges.values()), None)
+    found, folder, classes = Findings(), out / FIGURES, selections.classes
+    folder.mkdir(parents=True, exist_ok=True)
+    real, unseen = selections.source("all"), selections.target(train=False)
+    sites = dict(zip(SITES[selections.own], (real, unseen)))
+    lora_images = selections.source("lora")
+    images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
+    synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
+
+    def add(title: str, name: str, figure, caption: str) -> None:
+        save(figure, folder / name)
+        found.figures[title] = picture(name, caption)
+
+    judges = {
+        name: file
+        for name in ("ES", "ES+DA")
+        if (file := row_folder(out, name, "resnet18", seed) / "model.safetensors").exists()
+    }
     for label, file in judges.items():
-        found.recognised |= {f"{label}, with LoRA": recognised(file, synthetic)}
-        found.recognised |= {f"{label}, without": recognised(file, without)} if without else {}
+        found.recognised[f"{label}, with LoRA"] = recognised(file, synthetic)
+        found.recognised[f"{label}, without"] = recognised(file, plain)
 
-    (_, real), (second, unseen) = sites.items()
-    save(figure_2(sites, synthetic, classes), figures / "samples.png")
     caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
-    if lacking := [name for name in classes if not any(record.plane == name for record in unseen)]:
-        caption += f" {second.capitalize()} has no {' and no '.join(lacking)}."
-    found.figures.append(("Samples (figure 2)", figures / "samples.png", caption))
+    if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
+        caption += f" {[*sites][1].capitalize()} has no {' and no '.join(lacking)}."
+    add("Samples (figure 2)", "samples.png", figure_2(sites, synthetic, classes), caption)
 
+    judge = next(iter(judges.values()), None)
     if network := extractor("logits", 224, judge):
-        save(figure_3(sites, panels, network, seed, classes), figures / "sources.png")
-        caption = (
-            f"t-SNE of {network.name}; {PER_SOURCE} images per class and source, rank of the LoRA"
-            " to the left."
-        )
-        found.figures.append(("Where the sources lie (figure 3)", figures / "sources.png", caption))
+        caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
+        figure = figure_3(sites, images, network, selections.seed, classes)
+        add("Where the sources lie (figure 3)", "sources.png", figure, caption)
     if network := extractor("penultimate", 299, judge):
         found.quality = quality_table(
-            features(network, list(real)),
-            features(network, list(synthetic)),
+            features(network, real),
+            features(network, synthetic),
             [str(record.plane) for record in real],
             [str(record.plane) for record in synthetic],
             [record.center for record in synthetic],
-            seed=seed,
+            seed=selections.seed,
         )
-        found.notes.append(
-            "Distances to the real images of the first site are between features of"
-            f" {network.name}."
-        )
+        found.notes = [
+            f"Distances to the first site's real images are between features of {network.name}.",
+            near_copies(network, lora_images, synthetic),
+        ]
 
-    if network and len(lora_images) > 1:
-        found.notes.append(near_copies(network, lora_images, synthetic))
     copies = memorisation(pixel_features(lora_images), pixel_features(synthetic))
-    save(closest_pairs_figure(copies, lora_images, synthetic), figures / "closest_pairs.png")
     found.notes.append(
         f"Of {len(synthetic):,} synthetic images {int(copies.copied.sum())} are copies of an image"
         f" that the LoRA was trained on. The nearest is at {copies.ratio.min():.2f} of the usual"
         " distance between neighbouring training images, the median at"
         f" {np.median(copies.ratio):.2f}."
     )
-    caption = (
-        "Above each pair its distance as a share of the usual one between neighbouring training"
-        " images."
-    )
-    found.figures.append(("Closest to a training image", figures / "closest_pairs.png", caption))
+    figure = closest_pairs_figure(copies, lora_images, synthetic)
+    caption = "Above each pair its distance, as a share of the usual one of training images."
+    add("Closest to a training image", "closest_pairs.png", figure, caption)
     return found
 
 
-def near_copies(
-    network: Extractor, lora_images: Sequence[Record], synthetic: Sequence[Record]
-) -> str:
+def near_copies(network: Extractor, lora_images: list[Record], synthetic: list[Record]) -> str:
     """How many training images have a near copy among the synthetic ones in a network's features;
     what that says."""
-    train, drawn = features(network, list(lora_images)), features(network, list(synthetic))
+    train, drawn = features(network, lora_images), features(network, synthetic)
     try:
         copies = memorisation(train, drawn)
     except ValueError as error:
         return f"Copies in features of {network.name}: not measured, since {error}."
-    owners = {int(index) for index, copied in zip(copies.index, copies.copied) if copied}
+    owners = len({*copies.index[copies.copied]})
     return (
-        f"In features of {network.name}, {len(owners)} of the {len(train)} images that the LoRA was"
-        f" trained on ({100 * len(owners) / len(train):.0f} %) have a near copy among the synthetic"
+        f"In features of {network.name}, {owners} of the {len(train)} images that the LoRA was"
+        f" trained on ({100 * owners / len(train):.0f} %) have a near copy among the synthetic"
         " ones: one at less than a third of the usual distance between neighbouring training"
         " images. What this can exclude: that an image was given back as it was, shifted, or in"
         " other grey levels. What it cannot: that a detail of a patient was learned and stands in"
@@ -158,24 +150,21 @@ def near_copies(
 
 
 def figure_2(
-    sites: Mapping[str, Sequence[Record]],
-    synthetic: Sequence[Record],
-    classes: Sequence[str] = PLANES,
+    sites: Mapping[str, Sequence[Record]], synthetic: Sequence[Record], classes: Sequence[str]
 ):
     """The first image of each class: a row for each sampler and site."""
-    groups = {
-        name: [r for r in synthetic if r.center == name]
-        for name in dict.fromkeys(r.center for r in synthetic)
-    }
-    groups |= {name.capitalize(): records for name, records in sites.items()}
-    rows = {}
-    for label, records in groups.items():
-        first = {name: next((r for r in records if r.plane == name), None) for name in classes}
-        rows[label] = {
-            plane: Image.open(r.path).convert("L").resize((256, 256))
-            for plane, r in first.items()
-            if r
+    groups: dict[str, dict[str, Record]] = {}
+    for record in synthetic:
+        groups.setdefault(record.center, {}).setdefault(record.plane, record)
+    for name, records in sites.items():
+        groups[name.capitalize()] = {record.plane: record for record in reversed(records)}
+    rows = {
+        label: {
+            plane: Image.open(record.path).convert("L").resize((256, 256))
+            for plane, record in first.items()
         }
+        for label, first in groups.items()
+    }
     return samples_figure(rows, classes)
 
 
@@ -184,20 +173,21 @@ def figure_3(
     panels: Mapping[int, Sequence[Record]],
     network: Extractor,
     seed: int,
-    classes: Sequence[str] = PLANES,
+    classes: Sequence[str],
 ):
     """For each rank and class that all sites have, t-SNE of equally many images of each source;
     real ones are the same in every row."""
     rows, seen = {}, [{record.plane for record in records} for records in sites.values()]
+    shared = [name for name in classes if all(name in planes for planes in seen)]
     for rank, synthetic in panels.items():
-        rng = np.random.default_rng(seed)
-        rows[f"r = {rank}"] = {}
-        # Africa has no Other
-        for plane in (name for name in classes if all(name in planes for planes in seen)):
-            chosen = []
-            for records in (*sites.values(), synthetic):
-                candidates = [record for record in records if record.plane == plane]
-                chosen += [candidates[n] for n in rng.permutation(len(candidates))[:PER_SOURCE]]
+        rng, row = np.random.default_rng(seed), {}
+        for plane in shared:
+            groups = (
+                [record for record in records if record.plane == plane]
+                for records in (*sites.values(), synthetic)
+            )
+            chosen = [g[n] for g in groups for n in rng.permutation(len(g))[:PER_SOURCE]]
             points = tsne(features(network, chosen), seed=seed)
-            rows[f"r = {rank}"][str(plane)] = points, [record.source for record in chosen]
+            row[str(plane)] = points, [record.source for record in chosen]
+        rows[f"r = {rank}"] = row
     return tsne_grid(rows)
