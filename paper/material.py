@@ -6,27 +6,27 @@ Read from tables and folders alone, so that --plan works where only some of the 
 
 import hashlib
 import json
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 
-from harness.files import sha256
-from paper.plan import MANIFESTS, Row
+from harness.files import sha256, write_text
+from paper.plan import Row
 from planes import PAPER_COUNTS, PLANES
-from planes.datasets import (
-    DatasetError,
-    Record,
-    balanced,
-    read_african,
-    read_manifest,
-    read_spanish,
-)
+from planes.datasets import Record, balanced, read_african, read_manifest, read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from planes.sites import classes_of, read_site
 
 PHANTOMS = {  # images of each plane at site A; patients per country at site B
     "train": {plane: round(count / 10) for plane, count in PAPER_COUNTS.items()},
     "patients": 25,
+}
+MANIFESTS = {  # the authors' lists of the Spanish images
+    "all": "all_train_no_cer.csv",
+    "balanced": "spain_train_1150_balanced.csv",
+    "lora": "lora_train_data.csv",
 }
 TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
 
@@ -38,64 +38,47 @@ def make_phantoms(out: Path, seed: int, phantoms: Mapping[str, object]) -> tuple
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
         write_spanish_layout(first, phantoms["train"], test=0, seed=seed)
         write_african_layout(second, patients=phantoms["patients"], seed=seed)
-        stamp.write_text(settings, encoding="utf-8")
+        write_text(stamp, settings)
     return first, second
 
 
+@dataclass(eq=False)
 class Selections:
     """The images that rows are made of.
 
-    roots: of the first site, that is trained on, and of the second, that is tested on
-    manifests: the authors' lists, by kind
-    per_plane: images of each class, by kind, where there is no list; None: all. Of a user's own
+    roots: of the source, that is trained on, and of the target, that is tested on
+    lists: a folder with the authors' lists (MANIFESTS)
+    per_plane: where there is none: source images of each class, by kind; None: all. Of a user's own
         site at most as many as its rarest class has
     own: are they a user's own sites (`planes.sites`), and not in the layouts of the paper's
         datasets?
     """
 
-    def __init__(
-        self,
-        roots: tuple[Path | None, Path | None],
-        manifests: Mapping[str, Path],
-        per_plane: Mapping[str, int | None],
-        seed: int,
-        own: bool = False,
-    ):
-        self.roots, self.manifests, self.per_plane, self.seed, self.own = (
-            roots,
-            manifests,
-            per_plane,
-            seed,
-            own,
-        )
-        self.known: dict[str, list[Record]] = {}
-        self.digests: dict[str, str] = {}
+    roots: tuple[Path, Path]
+    lists: Path | None
+    per_plane: Mapping[str, int | None]
+    seed: int
+    own: bool = False
 
     @cached_property
     def first(self) -> list[Record]:
-        return (
-            read_site(self.roots[0], "source", train=True)
-            if self.own
-            else read_spanish(self.roots[0])
-        )
+        root = self.roots[0]
+        return read_site(root, "source", train=True) if self.own else read_spanish(root)
 
     @cached_property
     def second(self) -> list[Record]:
-        return (
-            read_site(self.roots[1], "target", train=False)
-            if self.own
-            else read_african(self.roots[1])
-        )
+        root = self.roots[1]
+        return read_site(root, "target", train=False) if self.own else read_african(root)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:
         return classes_of(self.first) if self.own else PLANES
 
     def flags(self, kind: str) -> list[object]:
-        """Those of a script that choose the first site's images of this kind."""
+        """Those of a script that choose the source's images of this kind."""
         flags = ["--source" if self.own else "--spanish", self.roots[0]]
-        if kind in self.manifests:
-            return [*flags, "--manifest", self.manifests[kind]]
+        if self.lists:
+            return [*flags, "--manifest", self.lists / MANIFESTS[kind]]
         count = self.count(kind)
         return [*flags, "--per-plane", count] if count else flags
 
@@ -107,59 +90,38 @@ class Selections:
         train = [record.plane for record in self.first if record.train]
         return min(count, *(train.count(name) for name in self.classes))
 
-    def spanish(self, kind: str) -> list[Record]:
-        """The first site's images of this kind ("all", "balanced", "lora"): by the list, or drawn
-        by the same rule."""
-        if kind not in self.known:
-            train = [record for record in self.first if record.train]
-            if kind in self.manifests:
-                self.known[kind] = read_manifest(self.manifests[kind], self.first)
-            else:
-                count = self.count(kind)
-                self.known[kind] = (
-                    balanced(train, count, self.seed, self.classes) if count else train
-                )
-        return self.known[kind]
+    @cache  # noqa: B019 (one Selections a run)
+    def source(self, kind: str) -> list[Record]:
+        """The source's images of this kind ("all", "balanced", "lora"): by the list, or drawn by
+        the same rule."""
+        if self.lists:
+            return read_manifest(self.lists / MANIFESTS[kind], self.first)
+        train, count = [record for record in self.first if record.train], self.count(kind)
+        return balanced(train, count, self.seed, self.classes) if count else train
 
-    def african(self, train: bool) -> list[Record]:
-        """The second site's images for training or for the test."""
+    def target(self, train: bool) -> list[Record]:
+        """The target's images for training or for the test."""
         return [record for record in self.second if record.train is train]
 
-    def digest(self, kind: str) -> str:
-        """One hash of the images of a kind, or of "african", and of what the tables say of them."""
-        if kind not in self.digests:
-            records = (
-                self.spanish(kind)
-                if kind != "african"
-                else self.african(train=True) + self.african(train=False)
-            )
-            lines = (
-                f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n"
-                for r in records
-            )
-            self.digests[kind] = hashlib.sha256("".join(lines).encode()).hexdigest()
-        return self.digests[kind]
+    def needed(self, rows: Iterable[Row]) -> tuple[Iterable[Record], Iterable[Record]]:
+        """Of the source and the target, what rows and LoRAs take; read when it is looked at."""
+        kinds = dict.fromkeys([row.data.source for row in rows if row.data.source] + ["lora"])
+        splits = map(self.target, (True, False))
+        return chain.from_iterable(map(self.source, kinds)), chain.from_iterable(splits)
 
-    def counts(self, row: Row) -> tuple[int | None, int | None]:
-        """Training images of a row from the first and the second site; None where the table is not
-        there."""
-        counts = []
-        for wanted, images in (
-            (row.data.spanish, lambda: self.spanish(row.data.spanish)),
-            (row.data.african, lambda: self.african(train=True)),
-        ):
-            try:
-                counts.append(len(images()) if wanted else 0)
-            except DatasetError:
-                counts.append(None)
-        return counts[0], counts[1]
+    @cache  # noqa: B019
+    def digest(self, kind: str) -> str:
+        """One hash of the source's images of a kind, or of all of the "target", and of what the
+        tables say of them."""
+        records = self.needed([])[1] if kind == "target" else self.source(kind)
+        lines = (
+            f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n"
+            for r in records
+        )
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def tables(self) -> list[Path]:
-        """The tables that say what is in the two folders."""
+        """The tables and lists that say what the images are, where there are some."""
         names = ("images.csv",) * 2 if self.own else TABLES
-        return [root / name for root, name in zip(self.roots, names)]
-
-
-def lists(folder: Path | None) -> dict[str, Path]:
-    """The authors' lists of images in a folder, by kind."""
-    return {kind: folder / name for kind, name in MANIFESTS.items()} if folder else {}
+        tables = [root / name for root, name in zip(self.roots, names)]
+        return tables + [self.lists / name for name in MANIFESTS.values() if self.lists]

@@ -1,12 +1,12 @@
-"""The paper's experiments as data: tables 1 and 2, the controls it left out, and what this project
-adds.
+"""The paper's experiments as data: the rows of tables 1 and 2, the controls it left out, what this
+project adds, and how large each stage is.
 
 A row is a data model and a classifier. Nothing here runs: reproduce.py turns rows into runs of
 classify.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 CLASSIFIERS = {  # as classify.py calls them, and as the paper does
     "densenet169": "DenseNet169",
@@ -15,33 +15,27 @@ CLASSIFIERS = {  # as classify.py calls them, and as the paper does
     "resnet18": "ResNet18",
     "vit_b_16": "ViT b16",
 }
-PROBES = {"probe": "linear probe", "knn": "nearest neighbours", "prompts": "its prompts"}
-"""What is done with a frozen vision model, as classify.py calls it -> in words."""
 RANKS = (8, 32, 128)  # of the LoRAs in figure 3; alpha = rank
-MANIFESTS = {  # the authors' lists of the Spanish images
-    "all": "all_train_no_cer.csv",
-    "balanced": "spain_train_1150_balanced.csv",
-    "lora": "lora_train_data.csv",
-}
 
 
 @dataclass(frozen=True)
 class DataModel:
     """What a classifier is trained on.
 
-    spanish: "all" training images (6148), the "balanced" ones (1150), or none
+    source: "all" training images of the first site (the paper's 6148 Spanish ones), the "balanced"
+        ones (1150), or none
     synthetic: how the synthetic images were made: "lora" (the paper), "styles", "prompts", "token",
         "dreambooth", none
-    african: with the African training images, which is no longer zero-shot
+    target: with the second site's training images, which is no longer zero-shot
     augment: random rotation, flips and crops
     contrast: random brightness, contrast and gamma
     balanced_sampling: every class is drawn equally often, however many images it has
     """
 
     name: str
-    spanish: str = ""
+    source: str = ""
     synthetic: str = ""
-    african: bool = False
+    target: bool = False
     augment: bool = False
     contrast: bool = False
     balanced_sampling: bool = False
@@ -66,9 +60,9 @@ HB, HB_DA = (
     DataModel("HB+DA", "balanced", "lora", augment=True),
 )
 TABLE_2 = (
-    DataModel("AF", african=True),
+    DataModel("AF", target=True),
     ES,
-    DataModel("ES+AF", "all", african=True),
+    DataModel("ES+AF", "all", target=True),
     DataModel("HB-all", "all", "lora"),
 )
 # what else may explain the gain: ES is 42 % Other and 6 % abdomen, HB has as many of each class
@@ -102,27 +96,15 @@ QUICK_ROWS = tuple(
 
 
 def classifier_name(classifier: str) -> str:
-    """As the report calls it: one of the paper's five, or a frozen model and what is done with
-    it."""
-    head, _, name = classifier.partition(":")
-    return (
-        CLASSIFIERS[classifier]
-        if classifier in CLASSIFIERS
-        else f"{name.rstrip('/')} ({PROBES[head]})"
-    )
+    """As the report calls it: one of the paper's five, or a frozen model, "probe:owner/name"."""
+    probe = f"{classifier.removeprefix('probe:').rstrip('/')} (linear probe)"
+    return CLASSIFIERS.get(classifier, probe)
 
 
 def probe_rows(models: Sequence[str]) -> tuple[Row, ...]:
     """Rows for frozen models, such as "probe:owner/name": on the data models that are not
     augmented."""
-    data = (ES, HB, DataModel("AF", african=True))
-    # which learn from nothing: one row each
-    prompted = [m for m in models if m.startswith("prompts:")]
-    return tuple(
-        Row("probes", d, model)
-        for model in models
-        for d in (data[:1] if model in prompted else data)
-    )
+    return tuple(Row("probes", data, model) for model in models for data in (ES, HB, TABLE_2[0]))
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
@@ -132,25 +114,85 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
     Case and spaces do not count. ValueError for a name that fits none.
     """
 
-    def fits(row: Row, name: str) -> bool:
-        known = (
-            row.name,
-            f"{row.data.name}/{row.classifier}",
-            row.data.name,
-            row.classifier,
-            f"table {row.table}",
-        )
-        known += (row.table,) if row.table.isalpha() else ()
-        return _plain(name) in map(_plain, (*known, classifier_name(row.classifier)))
+    def plain(name: str) -> str:
+        return "".join(name.lower().split())
+
+    def called(row: Row) -> set[str]:
+        data, classifier = row.data.name, row.classifier
+        known = row.name, f"{data}/{classifier}", data, classifier, classifier_name(classifier)
+        return {plain(name) for name in (*known, row.table, f"table {row.table}")}
 
     for name in names:
-        if not any(fits(row, name) for row in rows):
-            raise ValueError(
-                f"no row is called {name!r}; there are"
-                f" {', '.join(dict.fromkeys(r.name for r in rows))}"
-            )
-    return tuple(row for row in rows if not names or any(fits(row, name) for name in names))
+        if not any(plain(name) in called(row) for row in rows):
+            known = ", ".join(dict.fromkeys(row.name for row in rows))
+            raise ValueError(f"no row is called {name!r}; there are {known}")
+    wanted = {plain(name) for name in names}
+    return tuple(row for row in rows if not names or wanted & called(row))
 
 
-def _plain(name: str) -> str:
-    return "".join(name.lower().split())
+# --- how large each stage is ---
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The flags of each stage's script; what is not named stands at the paper's setting there.
+
+    per_plane: source images of each class, by kind (`DataModel.source`, and "lora"); None: all
+    repeats: of each of the LoRA's images; rank: of the LoRA whose images classifiers are trained on
+    count: synthetic images per class and sampler
+    beyond: of Textual Inversion and DreamBooth
+    rates: learning rate of LoRAs of a rank, whatever train_lora says
+    passes: images that a classifier sees, whatever its data; else by epochs
+    left_out: classifiers that are in no average, and why
+    """
+
+    per_plane: Mapping[str, int | None]
+    train_lora: str
+    repeats: int
+    rank: int
+    sample: str
+    count: int
+    classify: str
+    beyond: str = ""
+    rates: Mapping[int, float] = field(default_factory=dict)
+    passes: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+PAPER = Scale(
+    {"all": None, "balanced": 230, "lora": 20},
+    train_lora="",
+    repeats=100,
+    rank=128,
+    sample="",
+    count=500,
+    classify="",
+)
+EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
+    per_plane={"all": None, "balanced": 23, "lora": 20},
+    train_lora=(
+        "--target locon --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
+        "--guidance-scale 1.5"
+    ),
+    repeats=140,
+    rank=32,
+    # alpha = r adds up r matrices of rank 1: at 2e-3 the loss of 128 goes from 0.04 to 2
+    rates={128: 5e-4},
+    sample="--guidance-scale 1.5 --batch-size 20",
+    count=50,
+    classify="--size 64 --lr 5e-3 --schedule cosine",
+    beyond="--steps 700 --batch-size 20",
+    # which takes ten times as long as ResNet18
+    passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},
+    left_out={
+        "vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"
+    },
+)
+QUICK = replace(
+    EMBEDDED,
+    repeats=40,
+    count=16,
+    sample="--guidance-scale 2 --batch-size 20",  # a shorter LoRA wants more
+    beyond="--steps 200 --batch-size 20",
+    passes=dict.fromkeys(CLASSIFIERS, 2000),
+)
