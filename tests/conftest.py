@@ -1,5 +1,5 @@
 """Tests in up to four processes where pytest-xdist is installed, each with one thread, which torch
-reads at import."""
+reads at import; and a tiny Stable Diffusion for all of them."""
 
 import os
 
@@ -25,7 +25,6 @@ LONGEST = (
     "test_pretrain.py",
     "test_processes.py",
     "test_fuzz.py",
-    "test_own_sites.py",
     "test_use.py",
 )
 
@@ -38,3 +37,30 @@ def pytest_collection_modifyitems(items):
             LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
         )
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A diffusers folder: random weights, a U-Net and a VAE of two levels, a text tower with the
+    embedded model's vocabulary; images of 16 px in milliseconds."""
+    import torch
+
+    from ldm import MINI
+    from ldm.checkpoints import NETWORKS, Model, save_folder
+    from ldm.checkpoints.tokenizer import load_tokenizer
+    from ldm.text import TextConfig
+    from ldm.unet import UNetConfig
+    from ldm.vae import VAEConfig
+
+    text = TextConfig(760, 8, 16, 2, 2, 64)
+    vae = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4)
+    attention = {"attention": (True, True), "num_heads": (2, 2), "cross_attention_dim": 8}
+    unet = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, **attention)
+    torch.manual_seed(0)
+    networks = {
+        name: build(config).eval().requires_grad_(False)
+        for (name, build), config in zip(NETWORKS.items(), (unet, vae, text))
+    }
+    tokenizer, folder = load_tokenizer(MINI / "tokenizer", text), tmp_path_factory.mktemp("sd")
+    save_folder(Model(**networks, tokenizer=tokenizer, sample_size=8), folder / "tiny")
+    return folder / "tiny"

@@ -1,213 +1,210 @@
-"""reproduce.py: from end to end on the embedded default, every stage as small as it goes, also when
-it is killed."""
+"""One whole reproduction, interrupted once: two folders of hardware in the place of fetuses, on a
+tiny Stable Diffusion; and what finished classifiers say at another site."""
 
-import argparse
+import csv
+import io
 import json
-import os
+import re
 import runpy
-import signal
-import subprocess
-import sys
-import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import paper.elsewhere
+import reproduce
+from classify import ClassifyError
+from paper.plan import Scale
+from paper.results import ResultError
 from paper.stages import Stages
-from planes import PROMPTS
-from planes.style import STYLES, with_style
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
+from planes.phantoms.sites import SITE_C
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# Runs reproduce.py with a scale that takes seconds; its arguments are those of the script.
-TINY = """
-import runpy, sys
-from dataclasses import replace
-from functools import partial
-import paper.adapt
-from planes import PLANES
-paper.adapt.generate = partial(paper.adapt.generate, steps=2)  # of the sheets, which are to be looked at alone
-script = runpy.run_path("reproduce.py", run_name="reproduce")
-space = script["parse_args"].__globals__
-space["EMBEDDED"] = script["Scale"](
-    per_plane={"all": 3, "balanced": 3, "lora": 2},
-    train_lora="--target transformer --batch-size 10 --save-every 1",
-    repeats=2,
-    rank=32,
+CLASSES = ("bolt", "hex nut", "washer")
+SCALE = Scale(
+    per_plane={"all": None, "balanced": 23, "lora": 20},
+    train_lora="--target transformer --batch-size 6",
+    repeats=1,
+    rank=4,
     sample="--steps 2",
-    count=2,
-    classify="--size 64 --batch-size 6",
-    passes=dict.fromkeys(script["CLASSIFIERS"], 15),
+    count=3,
+    classify="--size 64 --batch-size 6 --workers 0",
+    passes={"resnet18": 12},
 )
-space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 4), "patients": 4}
-space["QUICK"] = replace(space["EMBEDDED"], count=3)
-space["PANEL_COUNT"] = 2
-script["main"](script["parse_args"](sys.argv[1:]))
-"""
 
 
-MINUTES = 20 * 60  # in which a run of seconds has ended, or hangs
-QUICK = ("--quick", "--seeds", 0)
-
-
-def command(*flags):
-    return [sys.executable, "-c", TINY, "--device", "cpu", *map(str, flags)]
-
-
-def numbers(out: Path) -> dict[str, bytes]:
-    """What a report says in numbers: its tables, the rows' metrics, its pictures."""
-    files = [out / "results.csv", *out.glob("rows/*/*/*/metrics.json"), *out.glob("figures/*.png")]
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(files)}
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_with_the_numbers_of_one_that_is_not(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(
-        command(*QUICK, "--out", whole), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES
-    )
-
-    deaths = 0
-    # each kind of stage
-    for sign in ("lora_r32/checkpoint.pt", "synthetic_r32/*/*.png", "rows/*/*/*/metrics.json"):
-        with subprocess.Popen(
-            command(*QUICK, "--out", killed),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        ) as process:
-            end = time.monotonic() + MINUTES
-            while process.poll() is None and not any(killed.glob(sign)) and time.monotonic() < end:
-                time.sleep(0.01)
-            os.killpg(process.pid, signal.SIGKILL)
-        deaths += process.wait() == -signal.SIGKILL
-    assert deaths == 3
-    subprocess.run(
-        command(*QUICK, "--out", killed), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES
-    )
-    assert numbers(killed) == numbers(whole)
-    assert len(numbers(whole)) > 8
-
-    again = subprocess.run(
-        command(*QUICK, "--out", whole),
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=MINUTES,
-    )
-    assert again.stdout.count("done before") == 11  # two LoRAs, three sets of images, six rows
-    assert numbers(killed) == numbers(whole)
-
-    report = (whole / "report.md").read_text(encoding="utf-8")
-    for name in (
-        "ES",
-        "HB+DA",
-        "BAL+DA",
-        "ES+DA+contrast",
-        "HB-styles+DA",
-        "ES, with LoRA",
-        "ES+DA, without",
-    ):
-        assert f"| {name} |" in report
-    for line in report.splitlines():
-        if line.startswith("!["):
-            assert (whole / line.split("(")[-1].rstrip(")")).exists()
-    html = (whole / "report.html").read_text(encoding="utf-8")
-    assert "src=" in html and html.count("src=") == html.count('src="data:image/png;base64,')
-    metrics = json.loads((whole / "rows/HB+DA/resnet18/seed0/metrics.json").read_text())
-    assert metrics["training"]["sources"] == {"spain": 15, "synthetic": 30}
-    contrast = json.loads((whole / "rows/ES+DA+contrast/resnet18/seed0/args.json").read_text())[
-        "arguments"
-    ]
-    assert contrast["contrast"] and contrast["augment"] and not contrast["balanced_sampling"]
-    # of the first of its images by Euler
-    styled = with_style(PROMPTS["femur"], STYLES[400_000 % len(STYLES)])
-    assert styled in (whole / "synthetic_styles" / "manifest.csv").read_text()
-    environment = json.loads((whole / "environment.json").read_text())
-    assert environment["inputs"] and environment["machine"]["cpus"] == os.cpu_count()
-
-
-@pytest.mark.slow
-def test_some_rows_are_run_with_several_seeds_and_with_what_goes_beyond_the_paper(tmp_path):
-    flags = (
-        "--only",
-        "AF/ViT b16",
-        "beyond/ResNet18",
-        "--beyond",
-        "--seeds",
-        0,
-        1,
-        "--out",
-        tmp_path,
-    )
-    refused = subprocess.run(command(*flags), cwd=ROOT, capture_output=True, text=True)
-    assert refused.returncode == 2 and "no row is called 'beyond/ResNet18'" in refused.stderr
-    flags = (
-        "--only",
-        "ES/MobileNet v2",
-        "table beyond",
-        "--beyond",
-        "--seeds",
-        0,
-        1,
-        "--out",
-        tmp_path,
-    )
-    subprocess.run(command(*flags), cwd=ROOT, check=True, capture_output=True, timeout=MINUTES)
-    rows = {
-        str(path.parent.relative_to(tmp_path / "rows"))
-        for path in tmp_path.glob("rows/*/*/*/metrics.json")
-    }
-    names = (
-        "HB-prompts+DA/resnet18",
-        "HB-token+DA/resnet18",
-        "HB-dreambooth+DA/resnet18",
-        "ES/mobilenet_v2",
-    )
-    assert rows == {f"{name}/seed{seed}" for name in names for seed in (0, 1)}
-    assert "<fetal-us>" in (tmp_path / "synthetic_token" / "manifest.csv").read_text()
-    assert " sks " in (tmp_path / "synthetic_dreambooth" / "manifest.csv").read_text()
+def write_site(root, counts, bright):
+    """Images of noise, as bright as their site is lit."""
+    rng = np.random.default_rng(bright)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            noise = rng.integers(0, bright, (24, 24), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{n}.png")
+    return root
 
 
 @pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(ROOT / "reproduce.py"), run_name="reproduce")
+def made(tiny_model, tmp_path_factory):
+    """The run's folder, its flags, and what was said when it was stopped, when it went on, and when
+    it was asked for once more."""
+    root = tmp_path_factory.mktemp("reproduction")
+    shop = write_site(root / "workshop", dict(zip(CLASSES, (3, 4, 8))), 240)
+    shed = write_site(root / "shed", {"bolt": 3, "hex nut": 3}, 120)
+    flags = ["--quick", "--seeds", "0", "--device", "cpu", "--source", shop, "--target", shed]
+    flags += ["--out", root / "run", "--prompt-template", "a photograph of a {class}"]
+    flags += ["--probe", "probe:mobilenet_v2"]  # frozen, and of random weights
+    args = [str(flag) for flag in flags]
+
+    def no_weights(**_):
+        raise ClassifyError("no network")
+
+    run, said = Stages.run, []
+
+    def stop_at_the_third_row(stages, script, out, *flags, **settings):
+        if "BAL+DA" in str(out):
+            raise KeyboardInterrupt
+        return run(stages, script, out, *flags, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ldm.cli.MINI", tiny_model)
+        patch.setattr("paper.synthetic.inception", no_weights)
+        patch.setattr(reproduce, "QUICK", SCALE)
+        for number in range(3):
+            patch.setattr(Stages, "run", run if number else stop_at_the_third_row)
+            if number == 2:
+                patch.setattr(reproduce, "describe", lambda *_: None)
+                patch.setattr(reproduce, "build", lambda *_: None)
+            with redirect_stdout(io.StringIO()) as spoken:
+                try:
+                    reproduce.main(reproduce.parse_args(args))
+                except KeyboardInterrupt:
+                    assert number == 0
+            said.append(spoken.getvalue())
+    return root / "run", args, said
 
 
-def test_a_stage_is_done_until_its_arguments_or_what_it_needs_change(tmp_path):
-    stages, args = Stages(print), argparse.Namespace(steps=3, out=tmp_path / "b")
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "inputs.json").write_text('{"images": "1f"}')
-        (tmp_path / name / "args.json").write_text(
-            json.dumps({"arguments": {"steps": 3, "out": str(tmp_path / "b")}})
-        )
-        os.utime(tmp_path / name / "args.json", ns=(0, 10 + (name == "b")))
-    same = {"images": "1f"}
-    assert stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
-    assert not stages.is_done(
-        tmp_path / "b", argparse.Namespace(steps=4, out=tmp_path / "b"), (), same
+def table(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_goes_on_where_it_was_stopped_and_does_nothing_twice(made):
+    stopped, went_on, again = made[2]
+    assert (stopped.count("\n$ python"), stopped.count("done before")) == (7, 0)
+    # two LoRAs, two sets of images, three rows
+    assert (went_on.count("\n$ python"), went_on.count("done before")) == (13, 7)
+    assert again.count("\n$ python") == again.count("done before") == 13
+    assert "left out, as the second site has no training images: AF/mobilenet_v2" in again
+
+
+def test_the_plan_counts_what_is_there_and_what_is_left(made, capsys):
+    out, args, _ = made
+    for file in (out / "rows" / "HB+DA").rglob("args.json"):
+        file.rename(file.with_suffix(".away"))
+    reproduce.main(reproduce.parse_args([*args, "--plan"]))
+    (out / "rows/HB+DA/resnet18/seed0/args.away").rename(
+        out / "rows/HB+DA/resnet18/seed0/args.json"
     )
-    # an image was replaced, a model named
-    for other in ({}, {"images": "2f"}, {"images": "1f", "model": "1f"}):
-        assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), other)
-    os.utime(tmp_path / "a" / "args.json", ns=(0, 12))  # made again
-    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
-    (tmp_path / "a" / "args.json").unlink()  # or being made at the moment
-    assert not stages.is_done(tmp_path / "b", args, (tmp_path / "a",), same)
+    said = capsys.readouterr().out
+    rows = {line.split("  ")[0]: line.split()[1:] for line in said.splitlines() if "/" in line}
+    assert rows["ES/ResNet18"][-4:] == ["15", "0", "0", "done"]
+    assert rows["HB+DA/ResNet18"] == ["9", "96", "0", "1"]
+    assert "source: 0 images are missing" in said and "minutes on two CPU cores" in said
 
 
-@pytest.mark.parametrize(
-    "flags, line",
-    [
-        (["--spanish", "x"], "--spanish and --african belong together"),
-        (["--manifests", "x"], "--manifests lists real images"),
-        (["--only", "HB/ResNet50"], "no row is called 'HB/ResNet50'"),
-    ],
-)
-def test_flags_that_cannot_be_are_refused_in_one_line(script, capsys, flags, line):
-    with pytest.raises(SystemExit) as refused:
-        script["parse_args"](flags)
-    assert refused.value.code == 2
-    assert line in capsys.readouterr().err
+def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
+    out, _, _ = made
+    report = (out / "report.md").read_text(encoding="utf-8")
+    said = report + (out / "results.csv").read_text(encoding="utf-8")
+    fetal = r"fetal|fetus|abdomen|thorax|spanish|spain|africa|phantom|published"
+    assert not re.search(fetal, said, re.IGNORECASE)
+    assert report.startswith("# FU-LoRA from workshop to shed\n\nOn workshop and shed: One seed")
+    assert "Target has no washer" in report and "bolt (3) | hex nut (3) | shed (6)" in report
+    for name in ("mobilenet_v2 (linear probe)", "ES, with LoRA", "ES+DA, without", "HB-styles+DA"):
+        assert f"| {name} |" in report
+    names = {path.stem for path in (out / "figures").iterdir()}
+    assert names == {"gain", "samples", "sources", "closest_pairs", "confusion"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 5
+    rows = table(out / "results.csv")
+    assert [row["data"] for row in rows if row["classifier"] != "resnet18"] == ["ES", "HB"]
+    assert {row["data"]: row["n_real"] for row in rows}["HB+DA"] == "9"  # by the rarest class
+    assert json.loads((out / "environment.json").read_text())["inputs"] == {}
+
+
+def test_captions_images_and_classifiers_have_the_sites_classes(made):
+    out, _, _ = made
+    prompts = json.loads((out / "lora_r4" / "prompts.json").read_text())
+    assert prompts["hex nut"] == ["a photograph of a hex nut"]
+    rows = table(out / "synthetic_r4" / "manifest.csv")
+    assert {row["prompt"] for row in rows} == {f"a photograph of a {name}" for name in CLASSES}
+    assert {row["plane"] for row in rows} == {*CLASSES} and len(rows) == 2 * 3 * 3
+    assert all(", " in row["prompt"] for row in table(out / "synthetic_styles" / "manifest.csv"))
+    row = out / "rows" / "HB+DA" / "resnet18" / "seed0"
+    predictions = table(row / "predictions.csv")
+    assert tuple(predictions[0])[-3:] == CLASSES and len(predictions) == 6
+    metrics = json.loads((row / "metrics.json").read_text())
+    assert metrics["training"]["sources"] == {"source": 9, "synthetic": 18}
+    assert np.array(metrics["confusion"]).shape == (3, 3)
+    inputs = {
+        path.parent.name: [*json.loads(path.read_text())] for path in out.rglob("inputs.json")
+    }
+    assert inputs["seed0"][:2] == ["african", "spanish"] and inputs["lora_r4"] == [
+        "images",
+        "model",
+    ]
+    assert inputs["synthetic_without_lora"] == ["model", "prompts"]
+
+
+# --- at one more site ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one row of ResNet18, a few steps long, and the datasets it was made of."""
+    root = tmp_path_factory.mktemp("elsewhere")
+    write_spanish_layout(root / "spanish", train=2, test=0, seed=0)
+    write_african_layout(root / "b", patients=2, seed=0)
+    write_african_layout(root / "c", patients=4, seed=1, site=SITE_C)
+    classify = runpy.run_path(str(ROOT / "classify.py"), run_name="classify_script")
+    flags = f"--spanish {root}/spanish --african {root}/b --weights none --size 64 --epochs 1"
+    flags += f" --workers 0 --seed 3 --out {root}/run/rows/ES/resnet18/seed3"
+    classify["main"](classify["parse_args"](flags.split()))
+    return root
+
+
+def retest(run, site, out):
+    args = [str(run), "--african", str(site), "--out", str(out)]
+    paper.elsewhere.main(paper.elsewhere.parse_args(args))
+
+
+def test_elsewhere_a_row_says_of_the_same_images_what_it_said_and_of_others_makes_a_report(
+    run, tmp_path
+):
+    retest(run / "run", run / "b", tmp_path / "b")
+    said = table(run / "run/rows/ES/resnet18/seed3/predictions.csv")
+    share = np.mean([row["prediction"] == row["target"] for row in said])
+    (row,) = {line["all_plain_accuracy"] for line in table(tmp_path / "b" / "results.csv")}
+    assert float(row) == pytest.approx(share, abs=1e-6)
+    retest(run / "run", run / "c", tmp_path / "c")
+    text = (tmp_path / "c" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# FU-LoRA at one more site") and "Seeds: 3. Test: 36 images of" in text
+
+
+def test_elsewhere_a_folder_without_rows_and_a_broken_classifier_are_named(run, tmp_path):
+    with pytest.raises(ResultError, match="no finished row"):
+        retest(tmp_path, run / "b", tmp_path / "x")
+    row = "rows/ES/resnet18/seed3"
+    (tmp_path / row).mkdir(parents=True)
+    for file in (run / "run" / row).glob("*.*"):
+        broken = b"x" if file.suffix == ".safetensors" else file.read_bytes()
+        (tmp_path / row / file.name).write_bytes(broken)
+    with pytest.raises(ClassifyError, match=r"model\.safetensors"):
+        retest(tmp_path, run / "b", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
