@@ -224,8 +224,8 @@ def main(args):
     choice = args.manifests, scale.per_plane, args.seed, bool(args.source)
     if args.plan:
         selections = Selections(roots, *choice) if roots[0] else None
-        models, done = describe_models(args), partial(is_run, args.out)
-        print(preview(args, scale, selections, models, done))
+        done = partial(is_run, args.out)
+        print(preview(args, scale, selections, describe_models(args), done))
         return
     with alone_in(args.out, together=True):
         # the first of several processes makes and fetches, the others find it there
@@ -268,12 +268,10 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         read_result(folder, row.table, row.data.name, row.classifier, seed)
         for folder, (row, seed) in zip(folders, runs)
     ]
-    roots = selections.roots
+    roots, given = selections.roots, args.spanish or args.source
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
-        "phantoms of two sites"
-        if not (args.spanish or args.source)
-        else f"{roots[0].name} and {roots[1].name}",
+        f"{roots[0].name} and {roots[1].name}" if given else "phantoms of two sites",
         args.spanish is None,
         args.recipe,
         args.seeds,
