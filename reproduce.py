@@ -49,7 +49,7 @@ from paper.stages import Stages
 from paper.synthetic import describe
 from planes.captions import PROMPTS_FILE
 from planes.datasets import DatasetError, read_synthetic, require_images
-from planes.record import fetch_synthetic
+from planes.download import fetch_synthetic
 from samplers import SamplerError
 
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a class, of which it takes 35

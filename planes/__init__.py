@@ -2,7 +2,7 @@
 
 | concept | where |
 |---|---|
-| the five planes in class-index order, one prompt per plane, and lists of more detailed ones | this file |
+| the five planes in class-index order, one prompt per plane, more detailed ones | this file |
 | prompts from a file, captions of training images, a token in either | `captions.py` |
 | words for brightness and contrast, measured from the pixels | `style.py` |
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
@@ -11,7 +11,7 @@
 | tables in which no row is lost | `tables.py` |
 | image files, upright and opaque | `pictures.py` |
 | what leaks from training into test | `leaks.py` |
-| fetching both datasets; a Zenodo record, such as the authors' synthetic images | `download.py`, `record.py` |
+| fetching both datasets and the authors' synthetic images from Zenodo | `download.py` |
 | procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |
 """
 

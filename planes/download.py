@@ -1,159 +1,150 @@
-"""Fetch and unpack the two public datasets: `python -m planes.download --to data`.
+"""Fetch and unpack the public datasets from Zenodo: `python -m planes.download --to data`.
 
 Afterwards `read_spanish("data")` and `read_african("data")` find them. Needs about 5 GB there: the
-archives stay beside what is unpacked, may be deleted, and are not fetched again if they are whole.
+archives stay beside what is unpacked, and may be deleted.
 """
 
 import argparse
+import hashlib
 import http.client
-import lzma
+import json
 import shutil
 import sys
-import tarfile
-import zipfile
-from collections.abc import Callable
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+from harness.files import images_of
+from planes.tables import DatasetError
 
-from planes.datasets import DatasetError, Record, read_african, read_spanish, require_images
-from planes.record import SYNTHETIC, fetch_record
+API = "https://zenodo.org/api/records"
+SYNTHETIC = 13228158
+LIST = "synthetic_train_5000.csv"
+"""The authors' list of their synthetic images: in the record, or else in their repository, beside
+their other lists."""
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
+SECONDS = 60  # without a byte, after which a connection counts as lost
 
 
 @dataclass(frozen=True)
-class Archive:
-    """A dataset's archive and how to tell that it is whole.
+class Source:
+    """A record of Zenodo.
 
-    md5: None where its publisher's is not known; then the checksums that .xz keeps of its own
-        contents are tested
-    folder: what it is unpacked to; the archive may have it as its top folder or not
-    records: how many `read` finds in it, all with images
+    folder: what it is unpacked to; its archive may have it as its top folder or not
+    images: how many there are at least
+    file: the one that is wanted; None: all
     """
 
-    url: str
-    md5: str | None
-    size: str
+    number: int
     folder: str
-    read: Callable[[Path], list[Record]]
-    records: int
-
-    @property
-    def name(self) -> str:
-        return self.url.rpartition("/")[2]
+    images: int
+    file: str | None = None
 
 
-ARCHIVES: dict[str, Archive] = {
-    "spanish": Archive(
-        url="https://zenodo.org/records/3904280/files/FETAL_PLANES_ZENODO.zip",
-        md5="2a5fcc2cefb789bcc0f6c1f73e0ea43f",
-        size="2.1 GB",
-        folder="FETAL_PLANES_ZENODO",
-        read=read_spanish,
-        records=10774,  # of 12400; the others are of the cervix
-    ),
-    "african": Archive(
-        url="https://zenodo.org/records/7540448/files/Zenodo_dataset.tar.xz",
-        md5=None,
-        size="about 41 MB",
-        folder="Zenodo_dataset",
-        read=read_african,
-        records=450,
-    ),
+SOURCES: dict[str, Source] = {
+    "spanish": Source(3904280, "FETAL_PLANES_ZENODO", 12400, "FETAL_PLANES_ZENODO.zip"),  # 2.1 GB
+    "african": Source(7540448, "Zenodo_dataset", 450, "Zenodo_dataset.tar.xz"),  # 41 MB
+    "synthetic": Source(SYNTHETIC, "synthetic", 5000),
 }
 
 
-def fetch(archive: Archive, to: str | Path) -> Path:
-    """The folder of the dataset in `to`, complete: as it is, else unpacked from the archive there,
+def fetch_synthetic(to: Path, lists: Path | None, api: str = API) -> Path:
+    """The list of the authors' synthetic images below the folder `to`, with the images, fetched
+    where need be.
+
+    lists: a folder that has LIST, which is taken where the record has none
+    Raises DatasetError as `fetch`, and where there is no list.
+    """
+    folder = fetch(SOURCES["synthetic"], to, api)
+    found = [*sorted(to.rglob(LIST)), *(lists.glob(LIST) if lists else ())]
+    if not found:
+        raise DatasetError(
+            f"{to}: has no {LIST} that says which image is what; give --manifests, the folder"
+            " with it"
+        )
+    if found[0] != folder / LIST:
+        shutil.copyfile(found[0], folder / LIST)
+    return folder / LIST
+
+
+def fetch(source: Source, to: Path, api: str = API) -> Path:
+    """The folder of the source in `to`, complete: as it is, else unpacked from the archives there,
     else downloaded.
 
-    DatasetError if that fails, in one line; nothing half-written is left. A folder that is there
-    but incomplete is the user's and is not touched.
+    A download that is cut off stays as .part, and goes on from there the next time; what is
+    unpacked appears when it is complete. Raises DatasetError, one line: what is wrong, and what to
+    do. A folder that is there but incomplete is the user's and is not touched.
     """
-    folder, file = Path(to) / archive.folder, Path(to) / archive.name
+    folder = to / source.folder
     if folder.exists():
-        try:
-            _require_complete(archive, folder)
-        except DatasetError as error:
-            raise DatasetError(
-                f"{folder} is there but incomplete: {error}; move it away and run this again"
-            ) from None
+        if lacking := _lacking(source, folder):
+            raise DatasetError(f"{folder}: {lacking}; move it away and run this again")
         return folder
+    to.mkdir(parents=True, exist_ok=True)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DatasetError(f"{to} cannot be made a folder ({error}); name another one") from None
-    if not _whole(file, archive.md5):
-        _download(archive, file)
-    _unpack(archive, file, folder)
+        with urllib.request.urlopen(f"{api}/{source.number}", timeout=SECONDS) as answer:
+            listed = {file["key"]: file for file in json.load(answer)["files"]}
+        files = [to / source.file] if source.file else [to / name for name in listed]
+        for file in files:
+            if not file.is_file():
+                _download(listed[file.name], file)
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        raise DatasetError(
+            f"{source.file or source.folder} cannot be fetched ({error}); run this again to go on,"
+            f" or get https://zenodo.org/records/{source.number} in a browser and unpack it as"
+            f" {folder}"
+        ) from None
+    _unpack(source, [file for file in files if file.name.endswith(ARCHIVES)], folder)
     return folder
 
 
-def _download(archive: Archive, file: Path) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        # of a run that was killed: download_url would take it for the archive
-        part.unlink(missing_ok=True)
-        download_url(archive.url, file.parent, part.name)
-        if not _whole(part, archive.md5):
-            raise OSError("what came is damaged or something else")
-        part.replace(file)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        by_hand = f"download it in a browser ({archive.size}), save it as {file} and run this again"
-        raise DatasetError(f"{archive.url} cannot be fetched ({error}); {by_hand}") from None
-    finally:
-        _remove(part)
+def _download(entry: dict, path: Path) -> None:
+    """The file that Zenodo lists so, whole by its checksum. Raises OSError."""
+    part = path.with_name(f"{path.name}.part")
+    begun = part.stat().st_size if part.exists() else 0
+    if begun < entry["size"]:
+        headers = {"Range": f"bytes={begun}-"}
+        request = urllib.request.Request(entry["links"]["self"], headers=headers)
+        with (
+            urllib.request.urlopen(request, timeout=SECONDS) as answer,
+            # what is not sent in part begins at its beginning
+            part.open("ab" if answer.status == 206 else "wb") as file,
+        ):
+            shutil.copyfileobj(answer, file)
+        if part.stat().st_size < entry["size"]:
+            raise OSError(f"{path.name} was cut off after {part.stat().st_size:,} bytes")
+    with part.open("rb") as file:
+        whole = f"md5:{hashlib.file_digest(file, 'md5').hexdigest()}" == entry["checksum"]
+    if not whole:
+        part.unlink()
+        raise OSError(f"{path.name} came damaged, and was removed")
+    part.replace(path)
 
 
-def _whole(file: Path, md5: str | None) -> bool:
-    if md5 or not file.is_file():
-        return check_integrity(file, md5)
-    try:
-        with lzma.open(file) as stream:
-            while stream.read(1 << 20):
-                pass
-    except (lzma.LZMAError, EOFError):
-        return False
-    return True
-
-
-def _unpack(archive: Archive, file: Path, folder: Path) -> None:
+def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
     scratch = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     try:
-        _remove(scratch)
-        extract_archive(file, scratch)
+        for archive in archives:
+            shutil.unpack_archive(archive, scratch)
         unpacked = scratch / folder.name if (scratch / folder.name).is_dir() else scratch
-        _require_complete(archive, unpacked)
+        if lacking := _lacking(source, unpacked):
+            raise OSError(lacking)
         unpacked.rename(folder)
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        DatasetError,
-        tarfile.TarError,
-        zipfile.BadZipFile,
-    ) as error:
+    except Exception as error:  # an archive may be broken in any way at all
+        names = ", ".join(map(str, archives))
         raise DatasetError(
-            f"{file} cannot be unpacked ({error}); make room, or delete it and run this again"
+            f"{names} cannot be unpacked ({error}); make room, or delete it and run this again"
         ) from None
     finally:
-        _remove(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _require_complete(archive: Archive, folder: Path) -> None:
-    records = archive.read(folder)
-    if len(records) != archive.records:
-        raise DatasetError(
-            f"its table lists {len(records)} images of the five planes, not {archive.records}"
-        )
-    require_images(records)
+def _lacking(source: Source, folder: Path) -> str:
+    """What a folder lacks, in words; empty where it is complete."""
+    count = len(images_of(folder, below=True))
+    return "" if count >= source.images else f"{count:,} of {source.images:,} images are there"
 
 
 def parse_args(argv=None):
@@ -161,29 +152,18 @@ def parse_args(argv=None):
     parser.add_argument(
         "--to", type=Path, required=True, help="folder for archives and datasets, made if need be"
     )
-    parser.add_argument(
-        "--only",
-        choices=[*ARCHIVES, "synthetic"],
-        help="one of the two, or the authors' own images",
-    )
+    parser.add_argument("--only", choices=SOURCES, help="one of the two, or the authors' images")
     return parser.parse_args(argv)
 
 
-def main(args, archives: dict[str, Archive] = ARCHIVES):
-    for name, archive in archives.items():
-        if args.only in (None, name):
-            folder = fetch(archive, args.to)
-            sys.stdout.write(f"{name}: {archive.records} images of the five planes in {folder}\n")
-    if args.only == "synthetic":
-        files = fetch_record(SYNTHETIC, args.to / "synthetic")
-        sys.stdout.write(
-            f"synthetic: {len(files)} files of Zenodo {SYNTHETIC} in {args.to / 'synthetic'}\n"
-        )
+def main(args):
+    for name in [args.only] if args.only else ["spanish", "african"]:
+        sys.stdout.write(f"{name}: {fetch(SOURCES[name], args.to)}\n")
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except DatasetError as error:
+    except (DatasetError, OSError) as error:
         sys.stderr.write(f"planes.download: {error}\n")
         sys.exit(2)
