@@ -1,7 +1,7 @@
 """Procedural ultrasound: five planes, sites with a domain shift, in the two datasets' own layouts.
 
-    python -m planes.phantoms --out runs/phantoms                     # site A as spanish/, site B as african/
-    python -m planes.phantoms --out runs/third --african-site C       # site C in the place of B, to choose settings on
+    python -m planes.phantoms --out runs/phantoms                # site A as spanish/, B as african/
+    python -m planes.phantoms --out runs/third --african-site C  # site C in the place of B
 
 | concept | where |
 |---|---|

@@ -4,14 +4,14 @@ own layouts.
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
 
-import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from harness.files import write_text
 from planes import PLANES, Plane
 from planes.phantoms.scanner import BONE, BRIGHT, DIM, FLUID, TISSUE, Rng, Tissue, annotate, scan
 from planes.phantoms.sites import SITE_A, SITE_B, Site
@@ -19,8 +19,7 @@ from planes.phantoms.sites import SITE_A, SITE_B, Site
 # --- anatomy: how the paper describes the planes, one function each ---
 
 
-@dataclass(frozen=True)
-class Pose:
+class Pose(NamedTuple):
     """Where a structure lies in one image of one patient."""
 
     cx: float
@@ -28,37 +27,36 @@ class Pose:
     size: float  # half axis, depths
     angle: float
 
+    def at(self, u: float, v: float) -> tuple[float, float]:
+        """A point given in the structure's own frame (units of its size), in image coordinates."""
+        c, s = np.cos(self.angle), np.sin(self.angle)
+        return self.cx + self.size * (c * u - s * v), self.cy + self.size * (s * u + c * v)
+
 
 def _pose(rng: Rng, growth: float, tilt: float, size: float) -> Pose:
     cx, cy = rng.normal(0, 0.05), 0.52 + rng.normal(0, 0.04)
     return Pose(cx, cy, size * growth * rng.uniform(0.94, 1.06), rng.uniform(-tilt, tilt))
 
 
-def _at(pose: Pose, u: float, v: float) -> tuple[float, float]:
-    """A point given in the structure's own frame (units of its size), in image coordinates."""
-    c, s = np.cos(pose.angle), np.sin(pose.angle)
-    return pose.cx + pose.size * (c * u - s * v), pose.cy + pose.size * (s * u + c * v)
-
-
 def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A bright elliptical skull, the midline echo broken by the cavum, two dark thalami, a
     ventricle."""
-    p = _pose(rng, growth, 0.6, 0.41)
+    p = cx, cy, size, angle = _pose(rng, growth, 0.6, 0.41)
     ratio = rng.uniform(0.74, 0.82)
-    head = tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle)
+    head = tissue.ellipse(cx, cy, size, ratio * size, angle)
     tissue.paint(head, DIM + 2, 1.0)
     for side in (-1, 1):
         tissue.paint(
-            tissue.ellipse(*_at(p, 0.02, 0.13 * side), 0.2 * p.size, 0.1 * p.size, p.angle),
+            tissue.ellipse(*p.at(0.02, 0.13 * side), 0.2 * size, 0.1 * size, angle),
             DIM - 10,
         )
     tissue.paint(
-        tissue.ellipse(*_at(p, 0.5, 0.33), 0.26 * p.size, 0.08 * p.size, p.angle + 0.2), FLUID + 12
+        tissue.ellipse(*p.at(0.5, 0.33), 0.26 * size, 0.08 * size, angle + 0.2), FLUID + 12
     )
-    tissue.paint(tissue.rod(p.cx, p.cy, 0.86 * p.size, 0.014, p.angle), BRIGHT + 2)
-    tissue.paint(tissue.rod(*_at(p, -0.45, 0), 0.1 * p.size, 0.07 * p.size, p.angle), FLUID + 8)
+    tissue.paint(tissue.rod(cx, cy, 0.86 * size, 0.014, angle), BRIGHT + 2)
+    tissue.paint(tissue.rod(*p.at(-0.45, 0), 0.1 * size, 0.07 * size, angle), FLUID + 8)
     tissue.paint(
-        tissue.ring(p.cx, p.cy, p.size, ratio * p.size, rng.uniform(0.022, 0.034), p.angle),
+        tissue.ring(cx, cy, size, ratio * size, rng.uniform(0.022, 0.034), angle),
         BONE,
         9.0,
     )
@@ -66,11 +64,11 @@ def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
 
 def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
     """One bright rod, a little bent, with its shadow, in the soft tissue of the thigh."""
-    p = _pose(rng, growth, 0.5, 0.29)
-    tissue.paint(tissue.ellipse(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, p.angle), DIM + 5)
-    tissue.paint(tissue.ring(p.cx, p.cy, 1.6 * p.size, 0.62 * p.size, 0.016, p.angle), BRIGHT - 6)
+    cx, cy, size, angle = _pose(rng, growth, 0.5, 0.29)
+    tissue.paint(tissue.ellipse(cx, cy, 1.6 * size, 0.62 * size, angle), DIM + 5)
+    tissue.paint(tissue.ring(cx, cy, 1.6 * size, 0.62 * size, 0.016, angle), BRIGHT - 6)
     tissue.paint(
-        tissue.rod(p.cx, p.cy, p.size, rng.uniform(0.036, 0.05), p.angle, rng.uniform(0.1, 0.5)),
+        tissue.rod(cx, cy, size, rng.uniform(0.036, 0.05), angle, rng.uniform(0.1, 0.5)),
         BONE + 2,
         160,
     )
@@ -79,46 +77,44 @@ def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
 def abdomen(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A round section: thin wall, liver, the dark stomach bubble, the umbilical vein, the spine
     with its shadow."""
-    p = _pose(rng, growth, 3.14, 0.39)
+    p = cx, cy, size, angle = _pose(rng, growth, 3.14, 0.39)
     ratio = rng.uniform(0.9, 1.0)
-    tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, ratio * p.size, p.angle), TISSUE + 3, 1.0)
-    tissue.paint(tissue.ring(p.cx, p.cy, p.size, ratio * p.size, 0.018, p.angle), BRIGHT - 1)
+    tissue.paint(tissue.ellipse(cx, cy, size, ratio * size, angle), TISSUE + 3, 1.0)
+    tissue.paint(tissue.ring(cx, cy, size, ratio * size, 0.018, angle), BRIGHT - 1)
     stomach = rng.uniform(0.17, 0.25)
     tissue.paint(
-        tissue.ellipse(
-            *_at(p, -0.42, 0.25), stomach * p.size, 0.8 * stomach * p.size, rng.uniform(0, 3)
-        ),
+        tissue.ellipse(*p.at(-0.42, 0.25), stomach * size, 0.8 * stomach * size, rng.uniform(0, 3)),
         FLUID,
     )
     tissue.paint(
-        tissue.rod(*_at(p, 0.18, -0.12), 0.26 * p.size, 0.09 * p.size, p.angle + 0.9, 2.0),
+        tissue.rod(*p.at(0.18, -0.12), 0.26 * size, 0.09 * size, angle + 0.9, 2.0),
         FLUID + 8,
     )
-    tissue.paint(tissue.ellipse(*_at(p, 0.1, 0.78), 0.12 * p.size, 0.1 * p.size), BONE - 2, 45)
+    tissue.paint(tissue.ellipse(*p.at(0.1, 0.78), 0.12 * size, 0.1 * size), BONE - 2, 45)
 
 
 def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A round section: ribs as short bright arcs with shadows, grey lungs, the heart's four
     chambers, the spine."""
-    p = _pose(rng, growth, 3.14, 0.39)
-    tissue.paint(tissue.ellipse(p.cx, p.cy, p.size, 0.93 * p.size, p.angle), TISSUE, 1.0)
+    p = cx, cy, size, angle = _pose(rng, growth, 3.14, 0.39)
+    tissue.paint(tissue.ellipse(cx, cy, size, 0.93 * size, angle), TISSUE, 1.0)
     for turn in np.arange(0, 2 * np.pi, 2 * np.pi / 7) + rng.uniform(-0.1, 0.1, 7):
         u, v = np.cos(turn), 0.93 * np.sin(turn)
-        along = p.angle + turn + np.pi / 2
-        tissue.paint(tissue.rod(*_at(p, u, v), 0.15 * p.size, 0.028, along, 2.5), BONE - 1, 28)
-    heart, tilt = p.size * rng.uniform(0.46, 0.54), p.angle + rng.uniform(0.6, 0.95)
-    hx, hy = _at(p, -0.16, -0.06)
+        along = angle + turn + np.pi / 2
+        tissue.paint(tissue.rod(*p.at(u, v), 0.15 * size, 0.028, along, 2.5), BONE - 1, 28)
+    heart, tilt = size * rng.uniform(0.46, 0.54), angle + rng.uniform(0.6, 0.95)
+    hx, hy = p.at(-0.16, -0.06)
     tissue.paint(tissue.ellipse(hx, hy, heart, 0.8 * heart, tilt), BRIGHT - 4)
-    for u, v, size in (
+    for u, v, part in (
         (-0.36, -0.34, 0.33),
         (-0.36, 0.34, 0.33),
         (0.38, -0.3, 0.31),
         (0.38, 0.3, 0.31),
     ):
         c, s = np.cos(tilt), np.sin(tilt)
-        cx, cy = hx + heart * (c * u - s * v), hy + heart * (s * u + c * v)
-        tissue.paint(tissue.ellipse(cx, cy, size * heart, 0.8 * size * heart, tilt), FLUID + 6)
-    tissue.paint(tissue.ellipse(*_at(p, 0.1, 0.74), 0.11 * p.size, 0.1 * p.size), BONE - 2, 40)
+        x, y = hx + heart * (c * u - s * v), hy + heart * (s * u + c * v)
+        tissue.paint(tissue.ellipse(x, y, part * heart, 0.8 * part * heart, tilt), FLUID + 6)
+    tissue.paint(tissue.ellipse(*p.at(0.1, 0.74), 0.11 * size, 0.1 * size), BONE - 2, 40)
 
 
 def other(tissue: Tissue, rng: Rng, growth: float) -> None:
@@ -172,12 +168,8 @@ ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = {
 def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
     """One image (height, width) uint8 of a plane. `patient` draws what a patient's images share,
     `image` the rest."""
-    probe, growth, level = (
-        site.probe(patient),
-        patient.uniform(0.85, 1.1),
-        TISSUE + patient.normal(0, 2),
-    )
-    tissue = Tissue(probe, image, level)
+    probe, growth = site.probe(patient), patient.uniform(0.85, 1.1)
+    tissue = Tissue(probe, image, level=TISSUE + patient.normal(0, 2))
     ANATOMY[plane](tissue, image, growth)
     return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
 
@@ -193,9 +185,8 @@ def write_spanish_layout(
     original's.
     """
     codes = {Plane.OTHER: 1, Plane.ABDOMEN: 2, Plane.BRAIN: 3, Plane.FEMUR: 5, Plane.THORAX: 6}
-    labels = {plane: f"Fetal {plane}" for plane in PLANES} | {Plane.OTHER: "Other"}
-    (root / "Images").mkdir(parents=True, exist_ok=True)
-    rng, rows, number = np.random.default_rng([seed, 1]), [], 0
+    rng, number = np.random.default_rng([seed, 1]), 0
+    rows = ["Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train "]
     counts = train if isinstance(train, Mapping) else dict.fromkeys(PLANES, train)
     for flag, count_of in ((1, counts), (0, dict.fromkeys(PLANES, test))):
         queue = [plane for plane in PLANES for _ in range(count_of[plane])]
@@ -206,25 +197,13 @@ def write_spanish_layout(
             for n, plane in enumerate(planes):
                 k, of = planes[: n + 1].count(plane), planes.count(plane)
                 name = f"Patient{number:05}_Plane{codes[plane]}_{k}_of_{of}"
-                patient, image = (
-                    np.random.default_rng([seed, 2, number]),
-                    np.random.default_rng([seed, 3, number, n]),
-                )
-                Image.fromarray(phantom(plane, site, patient, image)).save(
-                    root / "Images" / f"{name}.png"
-                )
+                path = root / "Images" / f"{name}.png"
+                _draw(path, plane, site, [seed, 2, number], [seed, 3, number, n])
+                label = "Other" if plane is Plane.OTHER else f"Fetal {plane}"
                 sub_plane = "Other" if plane is Plane.BRAIN else "Not A Brain"
-                rows.append([name, number, labels[plane], sub_plane, "Other", "Other", f"{flag} "])
-    header = [
-        "Image_name",
-        "Patient_num",
-        "Plane",
-        "Brain_plane",
-        "Operator",
-        "US_Machine",
-        "Train ",
-    ]
-    _write_csv(root / "FETAL_PLANES_DB_data.csv", header, rows, ";")
+                rows.append(f"{name};{number};{label};{sub_plane};Other;Other;{flag} ")
+    # last, so that a folder with its table is a whole one
+    write_text(root / "FETAL_PLANES_DB_data.csv", "\n".join(rows) + "\n")
 
 
 def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE_B) -> None:
@@ -234,30 +213,22 @@ def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE
     Writes root/African_planes_database.csv and root/<country>/*.png; no Other, and no thorax in
     Ghana and Uganda.
     """
-    rows = []
+    rows = ["Patient_num,Plane,Train,Center,Filename"]
     for c, (center, code) in enumerate(COUNTRIES.items()):
-        (root / center).mkdir(parents=True, exist_ok=True)
         for number in range(1, patients + 1):
             for n, plane in enumerate(PLANES[:3] if center in ("Ghana", "Uganda") else PLANES[:4]):
                 name = f"patient{number:03}_{code}_plane{n}"
-                patient, image = (
-                    np.random.default_rng([seed, 4, c, number]),
-                    np.random.default_rng([seed, 5, c, number, n]),
-                )
-                Image.fromarray(phantom(plane, site, patient, image)).save(
-                    root / center / f"{name}.png"
-                )
-                rows.append([number, f"Fetal {plane}", number % 2, center, name])
-    header = ["Patient_num", "Plane", "Train", "Center", "Filename"]
-    _write_csv(root / "African_planes_database.csv", header, rows, ",")
+                path = root / center / f"{name}.png"
+                _draw(path, plane, site, [seed, 4, c, number], [seed, 5, c, number, n])
+                rows.append(f"{number},Fetal {plane},{number % 2},{center},{name}")
+    write_text(root / "African_planes_database.csv", "\n".join(rows) + "\n")
 
 
 COUNTRIES = {"Algeria": "DZA", "Egypt": "EGY", "Malawi": "MWI", "Uganda": "UGA", "Ghana": "GHA"}
 
 
-def _write_csv(path: Path, header: list[str], rows: list[list], delimiter: str) -> None:
-    """Written last, so that a folder with its table is a whole one."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+def _draw(path: Path, plane: Plane, site: Site, patient: list[int], image: list[int]) -> None:
+    """A phantom's file; patient, image: seeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = phantom(plane, site, np.random.default_rng(patient), np.random.default_rng(image))
+    Image.fromarray(pixels).save(path)

@@ -129,12 +129,11 @@ def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
     scale = (probe.radius + 1 - top) / probe.height  # depths per pixel
     y = (np.arange(probe.height)[:, None] + 0.5) * scale + top
     x = (np.arange(probe.width)[None] + 0.5 - probe.width / 2) * scale
-    row = (np.hypot(x, y) - probe.radius) * (polar.shape[0] - 1)
-    column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * (polar.shape[1] - 1)
-    inside = (
-        (row >= 0) & (row <= polar.shape[0] - 1) & (column >= 0) & (column <= polar.shape[1] - 1)
-    )
-    r, c = np.clip(row, 0, polar.shape[0] - 1.001), np.clip(column, 0, polar.shape[1] - 1.001)
+    depths, beams = polar.shape[0] - 1, polar.shape[1] - 1
+    row = (np.hypot(x, y) - probe.radius) * depths
+    column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * beams
+    inside = (row >= 0) & (row <= depths) & (column >= 0) & (column <= beams)
+    r, c = np.clip(row, 0, depths - 0.001), np.clip(column, 0, beams - 0.001)
     r0, c0 = r.astype(int), c.astype(int)
     fr, fc = r - r0, c - c0
     value = (1 - fr) * ((1 - fc) * polar[r0, c0] + fc * polar[r0, c0 + 1])
@@ -151,11 +150,8 @@ def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
     shade = int(rng.integers(120, 256))
     if letters:
         text = "".join(chr(c) for c in rng.integers(48, 91, letters))
-        draw.text(
-            (int(rng.integers(1, max(2, width // 4))), int(rng.choice([1, height - 13]))),
-            text,
-            fill=shade,
-        )
+        at = rng.integers(1, max(2, width // 4)), rng.choice([1, height - 13])
+        draw.text(at, text, fill=shade)
     if rng.random() < 0.6:
         x = width - 3
         for y in range(4, height - 4, max(4, height // 12)):
@@ -165,10 +161,7 @@ def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
         picture.paste(Image.fromarray(bar), (2, height // 3))
     if rng.random() < 0.3:
         for _ in range(2):
-            x, y = (
-                int(rng.integers(width // 4, 3 * width // 4)),
-                int(rng.integers(height // 4, 3 * height // 4)),
-            )
+            x, y = (rng.integers(side // 4, 3 * side // 4) for side in picture.size)
             draw.line((x - 3, y, x + 3, y), fill=255)
             draw.line((x, y - 3, x, y + 3), fill=255)
     return np.asarray(picture)

@@ -5,9 +5,11 @@ B is read by the report alone; D differs from all in geometry, speckle and contr
 looked at last.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from planes.phantoms.scanner import Probe, Rng
+
+Range = tuple[float, float]  # low, high
 
 
 @dataclass(frozen=True)
@@ -15,29 +17,24 @@ class Site:
     """The equipment of a place: ranges (low, high) from which a patient's probe is drawn."""
 
     sizes: tuple[tuple[int, int], ...]  # width, height, px
-    half_angle: tuple[float, float]
-    radius: tuple[float, float]
-    axial: tuple[float, float]
-    lateral: tuple[float, float]
-    dynamic_range: tuple[float, float]
-    gain: tuple[float, float]
-    tgc: tuple[float, float]
-    noise: tuple[float, float]
-    looks: tuple[int, int]
-    letters: tuple[int, int]
+    half_angle: Range
+    radius: Range
+    axial: Range
+    lateral: Range
+    dynamic_range: Range
+    gain: Range
+    tgc: Range
+    noise: Range
+    looks: Range
+    letters: Range
 
     def probe(self, rng: Rng) -> Probe:
         width, height = self.sizes[rng.integers(len(self.sizes))]
-        ranges = {f.name: getattr(self, f.name) for f in fields(Probe) if f.name in _DRAWN}
-        return Probe(
-            width,
-            height,
-            **{k: rng.uniform(*r) for k, r in ranges.items()},
-            looks=rng.integers(*self.looks),
-        )
+        drawn = {name: rng.uniform(*getattr(self, name)) for name in DRAWN}
+        return Probe(width, height, **drawn, looks=rng.integers(*self.looks))
 
 
-_DRAWN = {"half_angle", "radius", "axial", "lateral", "dynamic_range", "gain", "tgc", "noise"}
+DRAWN = ("half_angle", "radius", "axial", "lateral", "dynamic_range", "gain", "tgc", "noise")
 
 SITE_A = Site(  # a well-equipped hospital: wide curved probes, compounding, low noise
     sizes=((240, 166), (228, 158), (192, 118), (224, 136)),
