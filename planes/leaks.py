@@ -27,23 +27,14 @@ def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
     """
     train, test = list(train), list(test)
     require_images(train + test)
-    of_patient = {record.patient: record for record in reversed(train)}
-    found = [
-        Leak("patient", of_patient[record.patient], record)
-        for record in test
-        if record.patient in of_patient
-    ]
-
-    sizes = {record.path.stat().st_size for record in test}
-    copies = defaultdict(list)
+    patients = {record.patient: record for record in reversed(train)}
+    # files of different sizes differ: no need to read them
+    sizes, copies = {record.path.stat().st_size for record in test}, defaultdict(list)
     for record in train:
-        # files of different sizes differ: no need to read them
         if record.path.stat().st_size in sizes:
             copies[sha256(record.path)].append(record)
-    return found + [
-        Leak("file", copy, record)
-        for record in test
-        for copy in copies.get(sha256(record.path), ())
+    return [Leak("patient", patients[r.patient], r) for r in test if r.patient in patients] + [
+        Leak("file", copy, r) for r in test for copy in copies.get(sha256(r.path), ())
     ]
 
 
@@ -51,14 +42,12 @@ def describe_leaks(found: list[Leak]) -> str:
     """The leaks in words: for each kind the number of test images concerned, then a line for each
     leak."""
     lines = []
-    for kind in dict.fromkeys(leak.kind for leak in found):
-        images = {leak.test for leak in found if leak.kind == kind}
-        lines.append(f"{len(images)} test images share a {kind} with training:")
-        lines += [
-            f"  {b.name} ({b.patient}) with {a.name} ({a.patient})"
-            for k, a, b in found
-            if k == kind
-        ]
+    for kind in ("patient", "file"):
+        some = [leak for leak in found if leak.kind == kind]
+        if some:
+            images = len({leak.test for leak in some})
+            lines.append(f"{images} test images share a {kind} with training:")
+        lines += [f"  {b.name} ({b.patient}) with {a.name} ({a.patient})" for _, a, b in some]
     return "\n".join(lines) or "training and test share no patient and no file"
 
 

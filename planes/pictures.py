@@ -12,7 +12,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
 """A workflow or a licence of megabytes in a PNG's text says nothing against its pixels (Pillow's
 limit is 1 MB)."""
 
-_told: set[str] = set()  # what a run says once
+_told: list[Path] = []  # the first that is transparent: a run says it once
 
 
 class ImageError(DatasetError):
@@ -41,10 +41,10 @@ def open_image(path: Path) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
-            _tell_once(
-                "transparent",
-                f"{path}: is transparent in parts, which become black, here and in others",
-            )
+            if not _told:
+                _told.append(path)
+                text = "%s: is transparent in parts, which become black, here and in others"
+                logging.getLogger(__name__).warning(text, path)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     return image.convert("L" if grey else "RGB")
 
@@ -54,9 +54,3 @@ def require_sums(path: Path) -> None:
     would let that pass."""
     with Image.open(path) as file:
         file.verify()
-
-
-def _tell_once(what: str, text: str) -> None:
-    if what not in _told:
-        _told.add(what)
-        logging.getLogger(__name__).warning("%s", text)
