@@ -1,10 +1,9 @@
 """The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a
 token in either."""
 
-import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
 from planes.pictures import open_image
-from planes.sites import classes_of, is_class_name, is_text, prompts_of, read_site
+from planes.sites import classes_of, is_class_name, prompts_of, read_site
 from planes.style import STYLES, style_words, with_style
-from planes.tables import read_table
+from planes.tables import from_json, read_table, read_text
 
 PROMPTS_FILE = "prompts.json"
 """Beside a LoRA that was trained on another site than the paper's: the captions of its classes, as
@@ -26,12 +25,10 @@ PROMPTS_FILE = "prompts.json"
 def prompts_beside(loras: Sequence[Path]) -> dict[str, str]:
     """The prompt of each class of the run that a LoRA comes from: PROMPTS, or those that lie beside
     the first of the LoRAs that has some. Raises DatasetError for a file of them that is none."""
-    file = next((file for path in loras if (file := path.parent / PROMPTS_FILE).is_file()), None)
-    return (
-        {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
-        if file
-        else {**PROMPTS}
-    )
+    for path in loras:
+        if (file := path.parent / PROMPTS_FILE).is_file():
+            return {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
+    return dict(PROMPTS)
 
 
 def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tuple[str, ...]]:
@@ -46,13 +43,10 @@ def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tu
     if source == "paper":
         return {name: (prompt,) for name, prompt in base.items()}
     if source == "styles":
-        return {
-            name: tuple(with_style(prompt, words) for words in STYLES)
-            for name, prompt in base.items()
-        }
+        return {n: tuple(with_style(prompt, s) for s in STYLES) for n, prompt in base.items()}
     if source != "detailed":
-        return _read_lists(Path(source), tuple(base))
-    if set(base) != {*PLANES}:
+        return _read_lists(Path(source), base)
+    if {*base} != {*PLANES}:
         raise DatasetError(
             f"--prompts detailed: of the paper's planes, not of {', '.join(base)}: give a file of"
             " them"
@@ -60,52 +54,34 @@ def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tu
     return PROMPT_LISTS
 
 
-def _read_lists(source: Path, classes: tuple[str, ...] | None) -> dict[str, tuple[str, ...]]:
-    """The lists of a file, of these classes, or of others where they are none or the planes."""
+def _read_lists(source: Path, classes: Iterable[str] | None) -> dict[str, tuple[str, ...]]:
+    """The lists of a file, of these classes; of classes of its own where they are none, or the
+    planes and it has none of those."""
+    text = read_text(source)
     try:
-        lists = json.loads(source.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-    except (OSError, ValueError, RecursionError) as error:
+        lists = from_json(text)
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{source}: cannot be read as JSON in UTF-8 ({error})") from None
-    if (
-        isinstance(lists, dict)
-        and lists
-        and (classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}))
-    ):
+    if not isinstance(lists, dict) or not lists:
+        raise DatasetError(f"{source}: no object with a list of prompts for each class")
+    if classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}):
         if bad := next((name for name in lists if not is_class_name(name)), None):
             raise DatasetError(
                 f"{source}: {bad!r} is no name for a class, which names folders too; choose another"
             )
-        classes = tuple(lists)
-    classes = PLANES if classes is None else classes
-    if not isinstance(lists, dict) or set(lists) != {*classes}:
-        had = ", ".join(lists) or "none" if isinstance(lists, dict) else "no object"
+        classes = lists
+    if {*lists} != {*classes}:
         raise DatasetError(
-            f"{source}: needs a list of prompts for each of {', '.join(classes)}; it has {had}"
+            f"{source}: needs a list of prompts for each of {', '.join(classes)}; it has"
+            f" {', '.join(lists)}"
         )
     for name, prompts in lists.items():
-        if (
-            not isinstance(prompts, list)
-            or not prompts
-            or not all(isinstance(p, str) and p.strip() for p in prompts)
-        ):
+        texts = isinstance(prompts, list) and all(isinstance(p, str) and p.strip() for p in prompts)
+        if not prompts or not texts:
             raise DatasetError(
                 f"{source}: {name} needs a list of one or more prompts, in quotation marks"
             )
-        if bad := next((prompt for prompt in prompts if not is_text(prompt)), None):
-            raise DatasetError(
-                f"{source}: {name} has {bad!r}, in which half a character stands alone; write it"
-                " whole"
-            )
     return {name: tuple(lists[name]) for name in classes}
-
-
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object; ValueError for a key that is there twice, of which json would take the
-    last."""
-    keys = [key for key, _ in pairs]
-    if twice := next((key for key in keys if keys.count(key) > 1), None):
-        raise ValueError(f"{twice!r} is there twice")
-    return dict(pairs)
 
 
 def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:
@@ -137,8 +113,8 @@ def with_token(text: str, token: str | None) -> str:
     """
     if token is None or re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text):
         return text
-    start = "a photo of "
-    return f"{start}{token} {text[len(start) :]}" if text.startswith(start) else f"{token} {text}"
+    start = "a photo of " if text.startswith("a photo of ") else ""
+    return f"{start}{token} {text.removeprefix(start)}"
 
 
 def training_images(
@@ -165,35 +141,28 @@ def training_images(
     """
     rng = np.random.default_rng([seed, 700_001])  # of its own
     if images:
-        found = read_captioned_folder(images)
-        if held_out >= len(found):
-            raise DatasetError(
-                f"{images}: {len(found)} images, of which {held_out} cannot be held out; ask for"
-                " fewer"
-            )
-        unseen = {*rng.permutation(len(found))[:held_out].tolist()}
-        return [i for n, i in enumerate(found) if n not in unseen], [
-            found[n] for n in sorted(unseen)
-        ]
-    every = read_site(source, "source", train=True) if source else read_spanish(spanish)
-    classes = classes_of(every) if source else PLANES
-    prompts = prompts_of(classes, template) if source else PROMPTS
-    pool = [record for record in every if record.train]
-    records = (
-        read_manifest(manifest, every) if manifest else balanced(pool, per_plane, seed, classes)
+        chosen = pool = read_captioned_folder(images)
+    else:
+        every = read_site(source, "source", train=True) if source else read_spanish(spanish)
+        classes = classes_of(every) if source else PLANES
+        prompts = prompts_of(classes, template) if source else PROMPTS
+        pool = [record for record in every if record.train]
+        if manifest:
+            chosen = read_manifest(manifest, every)
+        else:
+            chosen = balanced(pool, per_plane, seed, classes)
+        patients = {record.patient for record in chosen}
+        pool = [record for record in pool if record.patient not in patients]
+    if held_out > len(pool) - bool(images):
+        raise DatasetError(f"{held_out} images cannot be held out: {len(pool)} are left for it")
+    unseen = [pool[n] for n in sorted(rng.permutation(len(pool))[:held_out])]
+    if images:
+        return [image for image in chosen if image not in unseen], unseen
+    require_images(chosen + unseen)
+    chosen, unseen = (
+        [Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (chosen, unseen)
     )
-    patients = {record.patient for record in records}
-    others = [record for record in every if record.train and record.patient not in patients]
-    if held_out > len(others):
-        raise DatasetError(
-            f"{len(others)} training images of other patients are left, not {held_out} to hold out"
-        )
-    unseen = [others[n] for n in sorted(rng.permutation(len(others))[:held_out])]
-    require_images(records + unseen)
-    chosen, spared = (
-        [Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (records, unseen)
-    )
-    return chosen, spared
+    return chosen, unseen
 
 
 def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:

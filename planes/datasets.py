@@ -6,7 +6,7 @@ cervix are left out, as in the paper.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,7 @@ ORIGINS: dict[str, str] = {
 """Source of a record -> where its images come from."""
 
 LABELS: dict[str, Plane | None] = {
-    **{str(plane): plane for plane in PLANES},
-    **{f"fetal {plane}": plane for plane in PLANES},
+    **{f"{fetal}{plane}": plane for fetal in ("", "fetal ") for plane in PLANES},
     **dict.fromkeys(("cervix", "maternal cervix")),
 }
 """A plane's names in the tables, in lower case; None is left out."""
@@ -60,21 +59,20 @@ class Record:
         return self.path.stem
 
 
-def read_spanish(root: str | Path, table: str = "FETAL_PLANES_DB_data.csv") -> list[Record]:
+def read_spanish(root: str | Path) -> list[Record]:
     """FETAL_PLANES_DB (Burgos-Artizzu et al. 2020, Zenodo 3904280), both splits, in the table's
     order.
 
     root: the unpacked archive, or the folder that holds it as FETAL_PLANES_ZENODO/
-    table: the table's name in it
     """
-    folder = _find(Path(root), "FETAL_PLANES_ZENODO", table, "spain")
-    records = []
-    for where, plane, name, patient, train in _rows(
-        folder / table, "Plane", ("Image_name",), "Patient_num", "Train"
-    ):
-        path, split = folder / "Images" / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
-        records.append(Record(path, plane, f"spain/{patient}", split, "spain", "Spain"))
-    return records
+    table = _find(Path(root), "FETAL_PLANES_ZENODO", "FETAL_PLANES_DB_data.csv", "spain")
+    images = table.parent / "Images"
+    return [
+        Record(images / f"{name}.png", plane, f"spain/{patient}", train, "spain", "Spain")
+        for plane, name, patient, train in _rows(
+            table, "Plane", "Image_name", "Patient_num", "Train"
+        )
+    ]
 
 
 def read_african(root: str | Path) -> list[Record]:
@@ -84,15 +82,12 @@ def read_african(root: str | Path) -> list[Record]:
     root: the unpacked archive, or the folder that holds it as Zenodo_dataset/
     A patient is (Center, Patient_num): the countries count from 1 each.
     """
-    table = "African_planes_database.csv"
-    folder = _find(Path(root), "Zenodo_dataset", table, "africa")
-    records = []
-    for where, plane, center, name, patient, train in _rows(
-        folder / table, "Plane", ("Center", "Filename"), "Patient_num", "Train"
-    ):
-        path, split = folder / center / f"{name}.png", _meaning(train, SPLIT, f"{where}, Train")
-        records.append(Record(path, plane, f"africa/{center}/{patient}", split, "africa", center))
-    return records
+    table = _find(Path(root), "Zenodo_dataset", "African_planes_database.csv", "africa")
+    rows = _rows(table, "Plane", "Center", "Filename", "Patient_num", "Train", key=2)
+    return [
+        Record(table.parent / at / f"{name}.png", plane, f"africa/{at}/{n}", train, "africa", at)
+        for plane, at, name, n, train in rows
+    ]
 
 
 def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
@@ -102,25 +97,19 @@ def read_manifest(path: str | Path, records: Iterable[Record]) -> list[Record]:
     The list has columns Image_name (or Filename) and Plane (or category); it may write planes as
     CODES.
     """
-    by_name = {record.name: record for record in records}
-    chosen: dict[str, Record] = {}
-    for where, plane, name in _rows(
-        Path(path), "Plane|category", ("Image_name|Filename",), labels=LABELS | CODES
-    ):
-        if name not in by_name:
-            raise DatasetError(
-                f"{where}: {name} is not in the dataset; does the list belong to another one?"
-            )
-        if by_name[name].plane is not plane:
-            raise DatasetError(
-                f"{where}: {name} is listed as {plane}, but the dataset says {by_name[name].plane}"
-            )
-        chosen[name] = by_name[name]
-    return list(chosen.values())
+    listed = _rows(Path(path), "Plane|category", "Image_name|Filename", labels=LABELS | CODES)
+    there = {(record.plane, record.name): record for record in records}
+    if lost := next((row for row in listed if row not in there), None):
+        raise DatasetError(
+            f"{path}: {lost[1]} is listed as {lost[0]}, which is not in the dataset; does the list"
+            " belong to another one?"
+        )
+    return [there[row] for row in listed]
 
 
 def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> list[Record]:
-    """Synthetic images, all for training, each its own patient.
+    """Synthetic images, all for training, each its own patient: of one seed there may be an image
+    of every plane and sampler.
 
     classes: those that there may be
     manifest: the manifest.csv of sample.py beside its images, or the authors' list of those they
@@ -128,25 +117,17 @@ def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> lis
     """
     path = Path(manifest)
     labels = LABELS if classes == PLANES else {name.lower(): name for name in classes}
-    try:
-        made = _rows(path, "plane", ("image",), "sampler", labels=labels)
-        rows = [(plane, path.parent / image, sampler) for _, plane, image, sampler in made]
-    except DatasetError:
-        if not path.is_file() or "Image_name" not in path.read_text(
-            encoding="utf-8-sig", errors="replace"
-        ):
-            raise
+    rows = _rows(path, "plane|Plane", "image|Image_name", optional=("sampler",), labels=labels)
+    files = {}
+    if not all(sampler for *_, sampler in rows):  # the authors' list has names alone
         files = {file.stem: file for file in path.parent.rglob("*.png")}
-        names = _rows(path, "Plane", ("Image_name",))
-        rows = [
-            (plane, files.get(name, path.parent / f"{name}.png"), "published")
-            for _, plane, name in names
-        ]
-    # each is a patient of its own: of one seed there may be an image of every plane and sampler
-    of = [f"synthetic/{plane}/{sampler}/{file.stem}" for plane, file, sampler in rows]
+    made = [
+        (plane, sampler or "published", files.get(image, path.parent / image))
+        for plane, image, sampler in rows
+    ]
     return [
-        Record(f, plane, name, True, "synthetic", sampler)
-        for name, (plane, f, sampler) in zip(of, rows)
+        Record(file, plane, f"synthetic/{plane}/{by}/{file.stem}", True, "synthetic", by)
+        for plane, by, file in made
     ]
 
 
@@ -154,17 +135,12 @@ def require_images(records: Iterable[Record]) -> None:
     """DatasetError unless the file of every record is there; it says how many are missing and where
     to get them."""
     records = list(records)
-    missing = [record for record in records if not record.path.is_file()]
-    if missing:
-        names = ", ".join(record.name for record in missing[:5]) + (
-            ", ..." if len(missing) > 5 else ""
-        )
+    if missing := [record for record in records if not record.path.is_file()]:
+        names = ", ".join([r.name for r in missing[:5]] + ["..."] * (len(missing) > 5))
         sources = dict.fromkeys(record.source for record in missing)
-        origins = "; ".join(
-            ORIGINS.get(name, f"put them into the folder of the {name} site") for name in sources
-        )
+        remedies = (ORIGINS.get(s, f"put them into the folder of the {s} site") for s in sources)
         raise DatasetError(
-            f"{len(missing)} of {len(records)} images are missing ({names}); {origins}"
+            f"{len(missing)} of {len(records)} images are missing ({names}); {'; '.join(remedies)}"
         )
 
 
@@ -194,15 +170,15 @@ def validation_split(
     records = _sorted(records)
     if not 0 < count < len(records):
         raise DatasetError(f"cannot set {count} of {len(records)} images aside for validation")
-    images, held, total = Counter(record.patient for record in records), set(), 0
+    images, held, left = Counter(record.patient for record in records), set(), count
     for patient in np.random.default_rng(seed).permutation(list(images)):
-        if total + images[patient] <= count:  # a patient with more images than still fit trains
+        if images[patient] <= left:  # a patient with more images than still fit trains
             held.add(patient)
-            total += images[patient]
-    if total < count:
+            left -= images[patient]
+    if left:
         raise DatasetError(
-            f"whole patients add up to {total} validation images, not {count}; ask for another"
-            " number"
+            f"whole patients add up to {count - left} validation images, not {count}; ask for"
+            " another number"
         )
     return [r for r in records if r.patient not in held], [r for r in records if r.patient in held]
 
@@ -210,15 +186,12 @@ def validation_split(
 def count(records: list[Record], classes: Sequence[str] = PLANES) -> dict:
     """How many images, and of which source and class."""
     sources = Counter(record.source for record in records)
-    planes = {
-        s: {str(p): sum(r.source == s and r.plane == p for r in records) for p in classes}
-        for s in sources
-    }
+    of = Counter((record.source, record.plane) for record in records)
     return {
         "images": len(records),
-        "patients": len({r.patient for r in records}),
+        "patients": len({record.patient for record in records}),
         "sources": sources,
-        "planes": planes,
+        "planes": {s: {str(name): of[s, name] for name in classes} for s in sources},
     }
 
 
@@ -227,53 +200,46 @@ def _sorted(records: Iterable[Record]) -> list[Record]:
 
 
 def _find(root: Path, top: str, table: str, source: str) -> Path:
-    """The folder with the table in it: root, or its subfolder `top`, which some unpackers make."""
-    for folder in (root, root / top):
-        if (folder / table).is_file():
-            return folder
+    """The table in root, or in its subfolder `top`, which some unpackers make."""
+    for path in (root / table, root / top / table):
+        if path.is_file():
+            return path
     raise DatasetError(f"{root}: neither {table} nor {top}/{table} is there; {ORIGINS[source]}")
 
 
 def _rows(
     path: Path,
-    plane: str,
-    image: tuple[str, ...],
     *columns: str,
-    labels: dict[str, Plane | None] = LABELS,
+    key: int = 1,
+    optional: tuple[str, ...] = (),
+    labels: Mapping[str, str | None] = LABELS,
 ) -> list[tuple]:
-    """(where it stands, plane, a cell for each of `image` and `columns`) for each row whose plane
-    is not left out.
+    """(plane, the cells of the other `columns`, those of `optional`) for each row whose plane is
+    not left out; of the column Train, whether it trains.
 
-    plane, image, columns: their headers ("this|or that"); those of `image` name one image and no
+    columns: headers ("this|or that"), the plane's first; then `key` that name one image and no
         other
 
     Raises DatasetError, besides what `read_table` does, for an empty cell, a label that means
     nothing, and an image that is listed twice.
     """
     rows, seen = [], {}
-    for where, label, *cells in read_table(path, plane, *image, *columns):
-        if "" in cells:
-            raise DatasetError(
-                f"{where}: {(image + columns)[cells.index('')].replace('|', ' or ')} is empty"
-            )
-        found = _meaning(label.lower(), labels, f"{where}, {plane.split('|')[0]}")
-        name = "/".join(cells[: len(image)])
-        before, other = seen.setdefault(name, (where, found))
-        line = before.rpartition(", ")[2]
-        if before != where and other is not found:
-            raise DatasetError(
-                f"{where}: {name} is listed as {label}, but as {other or 'cervix'} in {line}"
-            )
-        if before != where:
-            raise DatasetError(f"{where}: {name} is listed twice, before in {line}; remove one")
-        if found:
-            rows.append((where, found, *cells))
-    if not rows:
-        raise DatasetError(f"{path}: no images listed in it")
+    for where, label, *cells in read_table(path, *columns, optional=optional):
+        if "" in cells[: len(columns) - 1]:
+            raise DatasetError(f"{where}: {columns[1 + cells.index('')]} is empty")
+        plane = _meaning(label.lower(), labels, f"{where}, Plane")
+        if "Train" in columns:
+            cells[-1] = _meaning(cells[-1], SPLIT, f"{where}, Train")
+        name = "/".join(cells[:key])
+        if name in seen:
+            raise DatasetError(f"{where}: {name} is listed twice, before in {seen[name]}")
+        seen[name] = where
+        if plane:
+            rows.append((plane, *cells))
     return rows
 
 
-def _meaning(cell: str, meanings: dict, where: str):
+def _meaning(cell: str, meanings: Mapping, where: str):
     if cell not in meanings:
         raise DatasetError(f"{where}: {cell!r} is none of {', '.join(meanings)}")
     return meanings[cell]

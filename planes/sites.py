@@ -6,7 +6,6 @@ everybody else's.
 """
 
 import re
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +15,11 @@ from planes.tables import DatasetError, read_table
 
 TABLE = "images.csv"
 SPLITS = {"train": True, "test": False}
+CLASS_NAME = re.compile(r"(?!\.)[^\\/:*?\"<>|\x00-\x1f\ud800-\udfff]+")
+"""What a folder can be called everywhere; half characters, which no table holds, left out."""
+
+TAKEN = ("image", "patient", "center", "target", "prediction", "copy", "confidence", "prompt")
+"""Columns of predictions.csv, in which the classes are columns too."""
 
 
 def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
@@ -36,51 +40,43 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
         raise DatasetError(
             f"{root}: no such folder; a site is a folder with one folder of images for each class"
         )
-    rows = _from_table(root / TABLE) if (root / TABLE).is_file() else _from_folders(root)
-    records, seen = [], {}
+    table = root / TABLE
+    if table.is_file():
+        rows = read_table(table, "image", "class", optional=("patient", "split"))
+    else:
+        rows = _folders(root)
+    records, spelled, center = {}, {}, root.resolve().name
     for where, image, name, patient, split in rows:
+        split = split.lower()
+        if not image or not name:
+            raise DatasetError(f"{where}: image or class is empty")
+        if image.startswith("/") or ".." in Path(image).parts:
+            raise DatasetError(f"{where}: {image}: give the image's path below {root}")
         if not is_class_name(name):
             raise DatasetError(
                 f"{where}: {name!r} is no name for a class, which names folders too; choose another"
             )
-        if (other := seen.setdefault(name.lower(), name)) != name:
+        if (other := spelled.setdefault(name.lower(), name)) != name:
             raise DatasetError(
                 f"{where}: the classes {other} and {name} differ by capitals alone; call them alike"
             )
-        path, owner = root / image, f"{source}/{patient or image}"
         if split not in ("", *SPLITS):
             raise DatasetError(f"{where}: split is {split!r}, neither {' nor '.join(SPLITS)}")
-        records.append(
-            Record(path, name, owner, SPLITS.get(split, train), source, root.resolve().name)
-        )
-    path, times = Counter(record.path for record in records).most_common(1)[0]
-    if times > 1:
-        raise DatasetError(f"{root / TABLE}: {path} is listed twice; remove one")
-    if len(classes_of(records)) < 2:
+        if image in records:
+            raise DatasetError(f"{where}: {image} is listed twice; remove one")
+        owner, trains = f"{source}/{patient or image}", SPLITS.get(split, train)
+        records[image] = Record(root / image, name, owner, trains, source, center)
+    if len(spelled) < 2:
         raise DatasetError(
-            f"{root}: has images of {', '.join(classes_of(records))} alone; a classifier tells two"
+            f"{root}: has images of {', '.join(spelled.values())} alone; a classifier tells two"
             " apart"
         )
-    return records
-
-
-def is_text(text: str) -> bool:
-    """Can it be written in UTF-8? A lone surrogate, half of a character, cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return list(records.values())
 
 
 def is_class_name(name: str) -> bool:
     """Can a folder be called so everywhere, and a column of predictions.csv too?"""
-    taken = ("image", "patient", "center", "target", "prediction", "copy", "confidence", "prompt")
-    return (
-        bool(re.fullmatch(r"[^.\\/:*?\"<>|\x00-\x1f][^\\/:*?\"<>|\x00-\x1f]*", name))
-        and is_text(name)
-        and name not in taken
-    )
+    return bool(CLASS_NAME.fullmatch(name)) and name not in TAKEN
 
 
 def classes_of(records: Iterable[Record]) -> tuple[str, ...]:
@@ -106,45 +102,22 @@ def prompts_of(classes: Iterable[str], template: str) -> dict[str, str]:
     return {name: template.replace("{class}", name) for name in classes}
 
 
-def _from_folders(root: Path) -> list[tuple[str, str, str, str, str]]:
-    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    if strays := [path for path in entries if path.is_file() and path.suffix.lower() in TYPES]:
+def _folders(root: Path) -> list[tuple[str, str, str, str, str]]:
+    """The same rows as of a table, from folders of images."""
+    if strays := images_of(root):
         raise DatasetError(
             f"{strays[0]}: lies beside the folders of the classes; put it into one, or elsewhere"
         )
     rows = []
-    for folder in (path for path in entries if path.is_dir()):
+    for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
         images = images_of(folder)
         if not images:
             raise DatasetError(
                 f"{folder}: no images in it ({', '.join(TYPES)}); fill it, or remove it"
             )
-        rows += [
-            (str(folder), f"{folder.name}/{path.name}", folder.name, "", "") for path in images
-        ]
+        rows += [(str(folder), f"{folder.name}/{i.name}", folder.name, "", "") for i in images]
     if not rows:
         raise DatasetError(
             f"{root}: neither {TABLE} nor folders of images, one for each class, are in it"
         )
     return rows
-
-
-def _from_table(path: Path) -> list[tuple[str, str, str, str, str]]:
-    optional = [name for name in ("patient", "split") if name in _header(path)]
-    rows = []
-    for where, image, name, *more in read_table(path, "image", "class", *optional):
-        if not image or not name:
-            raise DatasetError(f"{where}: image or class is empty")
-        if image.startswith("/") or ".." in Path(image).parts:
-            raise DatasetError(f"{where}: {image}: give the image's path below {path.parent}")
-        said = dict(zip(optional, more))
-        rows.append((where, image, name, said.get("patient", ""), said.get("split", "").lower()))
-    return rows
-
-
-def _header(path: Path) -> list[str]:
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return [cell.strip().strip('"') for cell in re.split("[,;]", file.readline())]
-    except OSError as error:
-        raise DatasetError(f"{path}: cannot be read ({error})") from None

@@ -94,9 +94,7 @@ def test_bytes_that_are_no_text_are_refused_on_the_command_line(
 def test_half_a_character_is_refused_in_files_of_prompts_and_captions(tmp_path):
     lists = {plane: ["a photo"] for plane in PLANES} | {"brain": ["a photo", "half \ud83d"]}
     (tmp_path / "prompts.json").write_text(json.dumps(lists))
-    with pytest.raises(
-        DatasetError, match=r"prompts\.json: brain has 'half \\ud83d', in which half a character"
-    ):
+    with pytest.raises(DatasetError, match=r"prompts\.json: .*surrogates not allowed"):
         read_prompts(str(tmp_path / "prompts.json"))
     (tmp_path / "a.png").touch()
     row = json.dumps({"file_name": "a.png", "text": "half \ud83d"})

@@ -1,0 +1,71 @@
+"""Sites of anybody's, of any classes: folders or a table, and what is none."""
+
+import pytest
+
+from planes.datasets import DatasetError
+from planes.sites import classes_of, has_patients, prompts_of, read_site
+
+
+def test_a_site_is_folders_of_classes_or_a_table(tmp_path):
+    root = tmp_path / "shed"
+    for name in ("bolt/b.png", "bolt/a.JPG", "hex nut/0.png", ".hidden/x.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    records = read_site(root, "source", train=True)
+    assert [(r.path, r.plane, r.patient, r.train, r.source, r.center) for r in records] == [
+        (root / image, image.split("/")[0], f"source/{image}", True, "source", "shed")
+        for image in ("bolt/a.JPG", "bolt/b.png", "hex nut/0.png")
+    ]
+    assert classes_of(records) == ("bolt", "hex nut") and not has_patients(records)
+
+    rows = ["image;class;patient;split", "x/0.png;nut;p1;Train", "x/1.png;bolt;p1;test"]
+    (root / "images.csv").write_text("\n".join([*rows, "x/2.png;bolt;;"]))
+    records = read_site(root, "target", train=True)
+    assert [(r.plane, r.patient, r.train) for r in records] == [
+        ("nut", "target/p1", True),
+        ("bolt", "target/p1", False),
+        ("bolt", "target/x/2.png", True),
+    ]
+    assert has_patients(records)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a/0.png,a,", "has images of a alone; a classifier tells two apart"),
+        ("a/0.png,a,\nb/0.png,,", "line 3: image or class is empty"),
+        ("a/0.png,a,\nb/0.png,A,", "line 3: the classes a and A differ by capitals alone"),
+        ("a/0.png,a,\na/0.png,b,", r"line 3: a/0\.png is listed twice"),
+        ("a/0.png,x/y,", "line 2: 'x/y' is no name for a class"),
+        ("a/0.png,.x,", "line 2: '.x' is no name for a class"),
+        ("a/0.png,prediction,", "'prediction' is no name for a class"),
+        ("../a/0.png,a,", r"line 2: \.\./a/0\.png: give the image's path below"),
+        ("/a/0.png,a,", r"line 2: /a/0\.png: give the image's path below"),
+        ("a/0.png,a,maybe", "line 2: split is 'maybe', neither train nor test"),
+    ],
+)
+def test_a_table_that_means_nothing_is_one_line(tmp_path, rows, words):
+    (tmp_path / "images.csv").write_text(f"image,class,split\n{rows}\n")
+    with pytest.raises(DatasetError, match=words) as error:
+        read_site(tmp_path, "source", train=True)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_that_are_no_site_are_one_line(tmp_path):
+    def refused(words, root=tmp_path):
+        with pytest.raises(DatasetError, match=words):
+            read_site(root, "source", train=True)
+
+    refused("no such folder", tmp_path / "none")
+    refused(r"neither images\.csv nor folders of images")
+    (tmp_path / "nut").mkdir()
+    refused("nut: no images in it")
+    (tmp_path / "stray.png").touch()
+    refused(r"stray\.png: lies beside the folders of the classes")
+
+
+def test_prompts_are_made_of_class_names_by_a_template():
+    assert prompts_of(["hex nut"], "one {class}.") == {"hex nut": "one hex nut."}
+    for template in ("no place", "{class} {class}"):
+        with pytest.raises(DatasetError, match="says once where the class goes"):
+            prompts_of(["a"], template)
