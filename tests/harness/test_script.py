@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from harness.files import whole_files
 from harness.script import LOCK, alone, alone_in, progress, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,19 +86,6 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):
     with alone_in(tmp_path / "full" / "deep"):
         (tmp_path / "full" / "x").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
-
-
-def test_files_appear_when_all_of_them_are_whole(tmp_path):
-    (tmp_path / ".part").mkdir()
-    (tmp_path / ".part" / "of a killed run").touch()
-    with whole_files(tmp_path) as part:
-        (part / "a").write_text("a")
-        assert [path.name for path in tmp_path.iterdir()] == [".part"]
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    with pytest.raises(ZeroDivisionError), whole_files(tmp_path) as part:
-        (part / "b").write_text("b")
-        1 / 0  # noqa: B018
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

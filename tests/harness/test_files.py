@@ -1,0 +1,148 @@
+"""Files that are written whole or not at all, their hashes, states that a run goes on from, and
+flags."""
+
+import argparse
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+
+from harness import processes
+from harness.files import (
+    folder_hash,
+    images_of,
+    json_text,
+    sha256,
+    sha256_of_all,
+    whole_file,
+    whole_files,
+    write_table,
+)
+from harness.flags import LAST_SEED, device_name, plain_text, require_at_least, seed_number
+from harness.record import record_environment
+from harness.resume import rate_share, read_state, write_state
+
+
+class Mistake(Exception):
+    pass
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_file_appears_when_it_is_whole_and_the_one_before_stays_where_it_is_not(tmp_path):
+    path = tmp_path / "new" / "a"
+    with whole_file(path) as part:
+        part.write_text("first")
+        assert not path.exists()
+    with pytest.raises(Mistake), whole_file(path) as part:
+        part.write_text("half")
+        raise Mistake
+    assert path.read_text() == "first" and [*path.parent.iterdir()] == [path]
+
+
+def test_files_appear_when_all_of_them_are_whole(tmp_path):
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "of a killed run").touch()
+    with whole_files(tmp_path) as part:
+        (part / "a").touch()
+        assert [path.name for path in tmp_path.iterdir()] == [".part"]
+    with pytest.raises(Mistake), whole_files(tmp_path) as part:
+        (part / "b").touch()
+        raise Mistake
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_hashes_are_of_contents_in_order_and_of_a_folders_names(tmp_path):
+    (tmp_path / "x").mkdir()
+    a, b, hidden = tmp_path / "a", tmp_path / "x" / "b", tmp_path / "x" / ".c"
+    for path in (a, b, hidden):
+        path.write_text(path.name)
+    assert sha256(a) == folder_hash(a) == digest("a")
+    assert sha256_of_all([b, a]) == digest(digest("b") + digest("a"))
+    assert folder_hash(tmp_path) == digest(f"a {digest('a')}\nx/b {digest('b')}\n")
+
+
+def test_images_are_found_by_their_endings_without_hidden_ones(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.PNG", "a.tif", "._a.png", "notes.txt", "deep/c.webp"):
+        (tmp_path / name).touch()
+    assert [path.name for path in images_of(tmp_path)] == ["a.tif", "b.PNG"]
+    assert [path.name for path in images_of(tmp_path, below=True)] == ["a.tif", "b.PNG", "c.webp"]
+
+
+def test_what_is_no_number_is_null_in_json_and_a_table_has_its_rows(tmp_path):
+    value = {"a": [1.5, math.nan, (math.inf, "x")]}
+    assert json_text(value).endswith("}\n")
+    assert json.loads(json_text(value)) == {"a": [1.5, None, [None, "x"]]}
+    write_table(tmp_path / "t.csv", [{"a": 1, "b": "x, y"}, {"a": 2, "b": ""}])
+    assert (tmp_path / "t.csv").read_bytes() == b'a,b\n1,"x, y"\n2,\n'
+
+
+def test_the_environment_names_arguments_versions_inputs_and_machine(tmp_path):
+    args = argparse.Namespace(out=tmp_path, rank=4)
+    record_environment(tmp_path, args, {"data": "abc"})
+    said = json.loads((tmp_path / "environment.json").read_text())
+    assert said["arguments"] == {"out": str(tmp_path), "rank": 4}
+    assert said["inputs"] == {"data": "abc"} and "code" in said
+    assert torch.__version__.startswith(said["versions"]["torch"])
+    assert said["machine"]["cpus"] >= 1
+
+
+def test_a_state_is_read_by_the_run_that_wrote_it_and_by_no_other(tmp_path):
+    path, tensor = tmp_path / "checkpoint.pt", torch.arange(3.0)
+    write_state(path, {"identity": {"rank": "4", "a.png": "x"}, "tensor": tensor})
+    first = path.read_bytes()
+
+    def read(identity, restore=lambda state: state):
+        return read_state(path, identity, "train.py", Mistake, restore)
+
+    write_state(path, read({"rank": "4", "a.png": "x"}))
+    assert path.read_bytes() == first  # whether made or read
+    changed = r"other settings \(--rank was 4, is 8; a\.png was x, is None\)"
+    with pytest.raises(Mistake, match=changed):
+        read({"rank": "8"})
+    with pytest.raises(Mistake, match=r"no checkpoint of train\.py"):
+        read({"rank": "4", "a.png": "x"}, lambda state: state["lost"])
+    path.write_bytes(first[:-40])
+    with pytest.raises(Mistake, match="or a damaged one: remove it to begin anew"):
+        read({"rank": "4", "a.png": "x"})
+
+
+def test_a_cosine_goes_from_all_of_the_rate_to_none():
+    assert [rate_share("constant", step, 4) for step in (0, 4)] == [1, 1]
+    shares = [rate_share("cosine", step, 4) for step in range(5)]
+    assert shares == pytest.approx([1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0])
+
+
+def test_one_process_is_number_0_of_1_and_has_all_of_the_work():
+    assert (processes.rank(), processes.size(), processes.is_first()) == (0, 1, True)
+    assert processes.share([1, 2, 3]) == [1, 2, 3] and processes.broadcast(True)
+    assert processes.all_reduce([], 1.5, 2) == (1.5, 2)
+
+
+def test_flags_that_mean_nothing_are_refused():
+    assert (device_name("cpu"), plain_text("é"), seed_number(str(LAST_SEED))) == (
+        "cpu",
+        "é",
+        2**32 - 1,
+    )
+    for kind, text in ((device_name, "meta"), (device_name, "gpu"), (plain_text, "\udce9")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
+    for text in ("-1", "1.5", str(2**32)):
+        with pytest.raises(argparse.ArgumentTypeError, match="choose a whole number from 0 to"):
+            seed_number(text)
+
+
+def test_a_number_below_the_least_is_an_error_and_one_that_was_not_given_is_none(capsys):
+    parser, args = argparse.ArgumentParser(), argparse.Namespace(a=1, b_c=math.nan, d=None)
+    require_at_least(parser, args, 1, "a", "d")
+    for least, name in ((2, "a"), (0, "b_c")):
+        with pytest.raises(SystemExit):
+            require_at_least(parser, args, least, name)
+    said = capsys.readouterr().err
+    assert "--a 1: at least 2" in said and "--b-c nan: at least 0" in said
