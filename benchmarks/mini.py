@@ -1,13 +1,12 @@
 r"""What the embedded model can do, measured by a judge: a ResNet18 that has seen phantoms from
 every kind of probe.
 
-    python benchmarks/mini.py judge --out runs/judge                                     # minutes; once
-    python benchmarks/mini.py round-trip --judge runs/judge/judge.safetensors            # what the autoencoder keeps
-    python benchmarks/mini.py recognise --judge runs/judge/judge.safetensors runs/synthetic/manifest.csv
-    python benchmarks/mini.py quality --judge runs/judge/judge.safetensors --spanish runs/phantoms/spanish \
-        runs/synthetic/manifest.csv
-    python benchmarks/mini.py copyist --judge runs/judge/judge.safetensors --spanish runs/phantoms/spanish
-    python benchmarks/mini.py style runs/synthetic_styles/manifest.csv                   # do the style words act?
+    python benchmarks/mini.py judge             # minutes; once, for all others, in runs/judge
+    python benchmarks/mini.py round-trip        # what the autoencoder keeps
+    python benchmarks/mini.py recognise runs/synthetic/manifest.csv
+    python benchmarks/mini.py quality --spanish runs/phantoms/spanish runs/synthetic/manifest.csv
+    python benchmarks/mini.py copyist --spanish runs/phantoms/spanish
+    python benchmarks/mini.py style runs/synthetic_styles/manifest.csv  # do the style words act?
 
 The judge's probes are drawn from wider ranges than any site's, so that what it knows is the
 anatomy. No choice is made by what it says of site B.
@@ -16,6 +15,7 @@ anatomy. No choice is made by what it says of site B.
 import argparse
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ from planes.phantoms.sites import Site
 from planes.style import BRIGHTNESS, CONTRAST, middle
 
 SIDE = 64  # px, as the classifiers of the phantoms see images
+WEIGHTS = "judge.safetensors"
+TESTED, NEW, SCENES = 100, 50, 1500  # phantoms of each plane for the judge and for LoRAs; scenes
 BROAD = Site(  # every kind of probe, as in the generic scenes
     sizes=((240, 166), (200, 170), (150, 129), (120, 135), (180, 150), (192, 118)),
     half_angle=(0.38, 0.72),
@@ -61,52 +63,31 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    tasks = parser.add_subparsers(dest="task", required=True)
-    judge = tasks.add_parser("judge", help="draw broad phantoms and train the judge")
-    judge.add_argument("--out", type=Path, required=True)
-    judge.add_argument(
-        "--per-plane", type=int, default=1000, help="phantoms of each plane to train on (1000)"
-    )
-    judge.add_argument("--epochs", type=int, default=10)
-    trip = tasks.add_parser("round-trip", help="broad phantoms through the autoencoder")
-    trip.add_argument("--model", type=Path, default=MINI)
-    trip.add_argument("--count", type=int, default=60, help="phantoms of each plane (60)")
-    known = tasks.add_parser("recognise", help="synthetic images, by plane and sampler")
-    near = tasks.add_parser(
-        "quality", help="two-sample test, density and coverage against 250 new phantoms of site A"
-    )
-    copy = tasks.add_parser(
-        "copyist",
-        help="the same measures for LoRA's own training images, as they are and behind the VAE",
-    )
-    for task in (near, copy):
-        task.add_argument(
-            "--spanish", type=Path, required=True, help="phantoms of site A, of which LoRA took 100"
-        )
-        task.add_argument(
-            "--seed", type=int, default=0, help="of the LoRA's training, which drew them (0)"
-        )
-    for task in (trip, known, near, copy):
-        task.add_argument("--judge", type=Path, required=True)
-    style = tasks.add_parser(
-        "style", help="mean grey and contrast of the images of each word, beside the scenes'"
-    )
-    for task in (known, near, style):
-        task.add_argument("manifests", type=Path, nargs="+", help="manifest.csv of sample.py")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    add("manifests", type=Path, nargs="*", help="manifest.csv of sample.py")
+    add("--judge", type=Path, default=Path("runs/judge"), help="its folder (runs/judge)")
+    add("--per-plane", type=int, default=1000, help="phantoms that the judge learns from (1000)")
+    add("--epochs", type=int, default=10, help="of the judge (10)")
+    add("--model", type=Path, default=MINI, help="whose autoencoder is tried")
+    add("--spanish", type=Path, help="phantoms of site A, of which LoRA took 100")
+    add("--seed", type=int, default=0, help="of the LoRA's training, which drew them (0)")
+    return parser.parse_intermixed_args(argv)  # flags before manifests too
+
+
+def phantoms(folder: Path, *how: object) -> list[Record]:
+    """Phantoms in the Spanish layout, drawn once; how: as of `write_spanish_layout`."""
+    if not (folder / "FETAL_PLANES_DB_data.csv").exists():
+        write_spanish_layout(folder, *how)
+    return read_spanish(folder)
 
 
 def train_judge(args) -> None:
     """A ResNet18 of 64 px on `per_plane` broad phantoms, SGD with a cosine to zero; says how it
     does on new ones."""
-    if not (args.out / "FETAL_PLANES_DB_data.csv").exists():
-        write_spanish_layout(args.out, train=args.per_plane, test=100, seed=77, site=BROAD)
-    records = read_spanish(args.out)
-    train, test = (
-        PlaneImages([r for r in records if r.train is flag], SIDE) for flag in (True, False)
-    )
-    for images in (train, test):
-        list(images.preload())
+    records = phantoms(args.judge, args.per_plane, TESTED, 77, BROAD)
+    train = PlaneImages([record for record in records if record.train], SIDE)
+    list(train.preload())
     torch.manual_seed(0)
     model = build("resnet18", "none", SIDE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=MOMENTUM, weight_decay=1e-4)
@@ -114,71 +95,47 @@ def train_judge(args) -> None:
     for epoch in tqdm(range(args.epochs), "judge", unit="epoch"):
         train_epoch(model, batches(train, 32, shuffle_seed=epoch), optimizer, "minus-one-one")
         schedule.step()
-    hits = predict(model, batches(test, 100), "minus-one-one").argmax(1) == torch.tensor(
-        test.targets
-    )
-    print_shares("new broad phantoms", hits, test.targets)
-    save(
-        args.out / "judge.safetensors",
-        model,
-        {"model": "resnet18", "size": SIDE, "input_range": "minus-one-one"},
-    )
+    description = {"model": "resnet18", "size": SIDE, "input_range": "minus-one-one"}
+    save(args.judge / WEIGHTS, model, description)
+    print_recognised("new broad phantoms", args, [r for r in records if not r.train])
 
 
-def print_shares(label: str, hits: torch.Tensor, targets: list[int]) -> None:
-    """The share recognised, of all and of each plane."""
-    of = {plane: hits[torch.tensor(targets) == n] for n, plane in enumerate(PLANES)}
-    shares = "  ".join(f"{plane} {100 * h.float().mean():.1f}" for plane, h in of.items() if len(h))
-    print(
-        f"{label}: {100 * hits.float().mean():.1f} % of {len(hits)} recognised  ({shares})",
-        flush=True,
-    )
-
-
-def recognised(judge: Path, records: list[Record]) -> torch.Tensor:
-    """Which of the images the judge takes for their plane: (N,) bool."""
-    model, description = load(judge)
+def print_recognised(label: str, args, records: list[Record]) -> None:
+    """The share that the judge takes for their plane, of all and of each plane."""
+    model, description = load(args.judge / WEIGHTS)
     images = PlaneImages(records, description["size"])
-    return predict(model, batches(images, 64), description["input_range"]).argmax(
-        1
-    ) == torch.tensor(images.targets)
+    found = predict(model, batches(images, 64), description["input_range"]).argmax(1)
+    hits, planes = found.numpy() == images.targets, np.array(images.targets)
+    shares = (f"{PLANES[n]} {100 * hits[planes == n].mean():.1f}" for n in np.unique(planes))
+    said = f"{100 * hits.mean():.1f} % of {len(hits)} recognised  ({'  '.join(shares)})"
+    print(f"{label}: {said}", flush=True)
 
 
 def round_trip(args) -> None:
     """Recognition of broad phantoms as they are and behind the autoencoder, and the error it
     makes."""
-    records = [record for record in read_spanish(args.judge.parent) if not record.train]
-    records = [
-        r for plane in PLANES for r in [x for x in records if x.plane is plane][: args.count]
-    ]
-    behind, errors, size = behind_autoencoder(records, args.model, args.judge.parent / "round_trip")
-    targets = [PLANES.index(record.plane) for record in records]
-    print_shares("before", recognised(args.judge, records), targets)
-    print_shares("behind the autoencoder", recognised(args.judge, behind), targets)
-    print(f"PSNR {np.mean(-10 * np.log10(errors)):.2f} dB at {size} px")
+    records = [record for record in read_spanish(args.judge) if not record.train]
+    behind, errors = behind_autoencoder(args, records)
+    print_recognised("before", args, records)
+    print_recognised("behind the autoencoder", args, behind)
+    print(f"PSNR {np.mean(-10 * np.log10(errors)):.2f} dB")
 
 
-def behind_autoencoder(
-    records: list[Record], folder_of_model: Path, out: Path
-) -> tuple[list[Record], list, int]:
-    """The images encoded and decoded, written to `out`; the mean squared error of each in [0, 1];
-    their side in px."""
-    vae, size = (
-        (model := load_model(folder_of_model)).vae,
-        model.sample_size * model.vae.config.downsampling,
-    )
+def behind_autoencoder(args, records: list[Record]) -> tuple[list[Record], list[float]]:
+    """The images encoded and decoded, written beside the judge; the mean squared error of each in
+    [0, 1]."""
+    model, out = load_model(args.model), args.judge / args.task
+    size = model.sample_size * model.vae.config.downsampling
     out.mkdir(exist_ok=True)
     errors, behind = [], []
-    for n, record in enumerate(tqdm(records, "round trip", unit="image")):
+    for n, record in enumerate(tqdm(records, "autoencoder", unit="image")):
         image = read_image(record.path, size)[None]
         with torch.no_grad():
-            pixels = decode_images(vae, vae.to_latents(image))[0].numpy()
+            pixels = decode_images(model.vae, model.vae.to_latents(image))[0].numpy()
         Image.fromarray(pixels).convert("L").save(out / f"{n}.png")
         errors.append(np.square((image[0].permute(1, 2, 0).numpy() + 1) / 2 - pixels / 255).mean())
-        behind.append(
-            Record(out / f"{n}.png", record.plane, record.patient, False, "synthetic", "vae")
-        )
-    return behind, errors, size
+        behind.append(replace(record, path=out / f"{n}.png"))
+    return behind, errors
 
 
 def recognise(args) -> None:
@@ -187,35 +144,29 @@ def recognise(args) -> None:
     for manifest in args.manifests:
         records = read_synthetic(manifest)
         for sampler in dict.fromkeys(record.center for record in records):
-            chosen = [record for record in records if record.center == sampler]
-            targets = [PLANES.index(record.plane) for record in chosen]
-            print_shares(
-                f"{manifest.parent.name}, {sampler}", recognised(args.judge, chosen), targets
-            )
+            label = f"{manifest.parent.name}, {sampler}"
+            print_recognised(label, args, [r for r in records if r.center == sampler])
 
 
 def quality(args) -> None:
-    """How far the images are from 250 phantoms of site A that no LoRA has seen, by the judge's
+    """How far the images are from phantoms of site A that no LoRA has seen, by the judge's
     features."""
-    new, trained_on, extract = (
-        new_phantoms(args.judge),
-        pixel_features(taken(args)),
-        classifier(args.judge),
-    )
+    extract, trained_on = classifier(args.judge / WEIGHTS), pixel_features(taken(args))
+    new = phantoms(args.judge / "site_a", NEW, 0, 501)
     real = features(extract, new)
     print(f"new phantoms: {nearest_of(trained_on, new)}")
     for manifest in args.manifests:
         records = read_synthetic(manifest)
-        print(f"{manifest.parent.name}: {likeness(real, features(extract, records))}", end="  ")
-        print(nearest_of(trained_on, records), flush=True)
+        found = likeness(real, features(extract, records)), nearest_of(trained_on, records)
+        print(f"{manifest.parent.name}: {'  '.join(found)}", flush=True)
 
 
 def copyist(args) -> None:
-    """The same measures for one who knows LoRA's 100 images by heart and no other: 250 of those,
-    three draws."""
-    records, extract = taken(args), classifier(args.judge)
-    real = features(extract, new_phantoms(args.judge))
-    behind, _, _ = behind_autoencoder(records, MINI, args.judge.parent / "copyist")
+    """The same measures for one who knows LoRA's 100 images by heart and no other: as many of those
+    as there are new ones, three draws, as they are and behind the autoencoder."""
+    extract, records = classifier(args.judge / WEIGHTS), taken(args)
+    real = features(extract, phantoms(args.judge / "site_a", NEW, 0, 501))
+    behind, _ = behind_autoencoder(args, records)
     for label, copies in (("the training images", records), ("behind the autoencoder", behind)):
         known = features(extract, copies)
         for seed in range(3):
@@ -223,19 +174,10 @@ def copyist(args) -> None:
             print(f"{label}: {likeness(real, known[np.resize(order, len(real))])}", flush=True)
 
 
-def new_phantoms(judge: Path) -> list[Record]:
-    """250 phantoms of site A that no LoRA has seen, drawn once."""
-    folder = judge.parent / "site_a"
-    if not (folder / "FETAL_PLANES_DB_data.csv").exists():
-        write_spanish_layout(folder, train=50, test=0, seed=501)
-    return read_spanish(folder)
-
-
 def taken(args) -> list[Record]:
     """The images that train_lora.py --spanish draws with this seed."""
-    return balanced(
-        [record for record in read_spanish(args.spanish) if record.train], 20, args.seed
-    )
+    records = [record for record in read_spanish(args.spanish) if record.train]
+    return balanced(records, 20, args.seed)
 
 
 def likeness(real: np.ndarray, made: np.ndarray) -> str:
@@ -259,47 +201,49 @@ def nearest_of(trained_on: np.ndarray, records: list[Record]) -> str:
 def style(args) -> None:
     """How far grey and contrast move from the first to the last word, in the scenes and in each
     plane's images."""
-    scenes = [scene(np.random.default_rng((99, n)), 2 * SIDE) for n in range(1500)]
+    scenes = [scene(np.random.default_rng((99, n)), 2 * SIDE) for n in range(SCENES)]
     moves = print_moves("scenes", [(text, middle(image)) for image, text in scenes])
     for manifest in args.manifests:
         with open(manifest, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         for plane in dict.fromkeys(row["plane"] for row in rows):
             images = [
-                (r["prompt"], Image.open(manifest.parent / r["image"]))
-                for r in rows
-                if r["plane"] == plane
+                (row["prompt"], middle(Image.open(manifest.parent / row["image"])))
+                for row in rows
+                if row["plane"] == plane
             ]
-            own = print_moves(plane, [(text, middle(image)) for text, image in images])
-            print(
-                f"    share of the scenes': grey {own[0] / moves[0]:.2f}, contrast"
-                f" {own[1] / moves[1]:.2f}"
-            )
+            grey, contrast = print_moves(plane, images) / moves
+            print(f"    share of the scenes': grey {grey:.2f}, contrast {contrast:.2f}")
 
 
-def print_moves(label: str, images: list[tuple[str, np.ndarray]]) -> tuple[float, float]:
+def print_moves(label: str, images: list[tuple[str, np.ndarray]]) -> np.ndarray:
     """Mean grey for each word of brightness and standard deviation for each of contrast, means over
-    the images whose text has the word; returns how far the last word is from the first."""
-    moves, parts = [], []
+    the images whose text has the word; returns how far the last word is from the first, (2,)."""
+    moves, said = [], []
     for words, measure in ((BRIGHTNESS, np.mean), (CONTRAST, np.std)):
-        of = {
-            word: [measure(levels) for text, levels in images if f", {word}" in text]
+        means = [
+            np.mean([measure(levels) for text, levels in images if f", {word}" in text])
             for word in words
-        }
-        means = [float(np.mean(of[word])) for word in words]
-        parts.append("  ".join(f"{word} {mean:.1f}" for word, mean in zip(words, means)))
+        ]
+        said += [f"{word} {mean:.1f}" for word, mean in zip(words, means)]
         moves.append(means[-1] - means[0])
-    print(f"{label}: {'   '.join(parts)}", flush=True)
-    return moves[0], moves[1]
+    print(f"{label}: {'  '.join(said)}", flush=True)
+    return np.array(moves)
+
+
+TASKS = {
+    "judge": train_judge,
+    "round-trip": round_trip,
+    "recognise": recognise,
+    "quality": quality,
+    "copyist": copyist,
+    "style": style,
+}
+
+
+def main(args) -> None:
+    TASKS[args.task](args)
 
 
 if __name__ == "__main__":
-    options = parse_args()
-    tasks = {
-        "judge": train_judge,
-        "round-trip": round_trip,
-        "recognise": recognise,
-        "quality": quality,
-    }
-    tasks |= {"copyist": copyist, "style": style}
-    tasks[options.task](options)
+    main(parse_args())

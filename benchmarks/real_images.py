@@ -7,42 +7,33 @@ other site?
 The LoRAs, with words for the style and without, are trained on the listed Spanish images, and so
 are the classifiers: MobileNet v2, the notebook's recipe at 224 px, as many image passes whatever
 the data. Nothing is chosen by what comes out. Writes report.html and the paired differences, on all
-African test images and on those that are no copies.
+African test images and on those that are no copies. What is done in --out is kept.
 """
 
 import argparse
+import runpy
 import sys
 from dataclasses import replace
-from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 # a script sees its own folder, not the repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.files import write_text
-from paper.gain import Step, measure
+from ldm import MINI
 from paper.plan import ROWS
 from paper.report import Context, build
-from paper.results import Result, read_result
-from paper.stages import Stages
+from paper.results import Result, compare, read_result, row_folder
 from reproduce import EMBEDDED
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = "mobilenet_v2"
 TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convolutions too
     "--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20"
-    " --guidance-scale 1.5 --rank 32 --repeats 200"
+    " --guidance-scale 1.5 --rank 32"
 )
 DATA = ("ES", "ES+DA", "ES+DA+contrast", "HB", "HB+DA", "HB-styles", "HB-styles+DA")
-PAIRS = (
-    ("ES", "ES+DA"),
-    ("ES", "ES+DA+contrast"),
-    ("ES", "HB"),
-    ("ES", "HB-styles"),
-    ("ES", "HB-styles+DA"),
-    ("ES+DA", "HB+DA"),
-    ("ES+DA", "HB-styles+DA"),
-    ("ES+DA+contrast", "HB-styles+DA"),
-)
 
 
 def parse_args(argv=None):
@@ -56,71 +47,69 @@ def parse_args(argv=None):
     add("--weights", required=True, help="of MobileNet v2: a file, or imagenet")
     add("--data", nargs="+", choices=DATA, default=DATA, help="data models (all)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the classifiers (0 to 4)")
+    add("--model", default=MINI, help="whose LoRAs draw the images (the embedded one)")
+    add("--steps", type=int, default=20, help="of the samplers (20)")
     add("--count", type=int, default=20, help="synthetic images per plane and sampler (20)")
-    add(
-        "--passes",
-        type=int,
-        default=2000,
-        help="images that a classifier sees, repeats included (2000)",
-    )
+    add("--repeats", type=int, default=200, help="of each image that a LoRA learns (200)")
+    add("--passes", type=int, default=2000, help="images that a classifier sees, with repeats")
+    add("--size", type=int, default=224, help="of a classifier's images, px (224)")
     add("--dtype", default="bf16", help="of the classifiers' autocast (bf16)")
     add("--out", type=Path, required=True)
     return parser.parse_args(argv)
 
 
-def differences(results: list[Result], label: str) -> str:
-    """PAIRS as a Markdown table."""
-    cells: dict[tuple[str, str], list[Result]] = {}
+def run(script: str, out: Path, *flags: object) -> Path:
+    """Run script.py into `out`, unless that is done; returns `out`."""
+    if not (out / "args.json").exists():
+        module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="stage")
+        module["main"](module["parse_args"]([str(flag) for flag in (*flags, "--out", out)]))
+    return out
+
+
+def differences(results: list[Result]) -> str:
+    """How much better each data model is than those before it, as a Markdown table."""
+    runs: dict[str, list[Result]] = {}
     for result in results:
-        cells.setdefault((result.data, result.classifier), []).append(result)
-    lines = [f"| on {label} | accuracy, points | 95 % interval | p |", "| --- | --: | --: | --: |"]
-    for gain in measure([Step("", *pair) for pair in PAIRS], cells, {}):
-        found = gain.accuracy
-        bounds = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-        lines.append(
-            f"| {gain.step.data} - {gain.step.baseline} | {100 * found.value:+.1f} | {bounds} |"
-            f" {found.p_value:.3f} |"
-        )
+        runs.setdefault(result.data, []).append(result)
+    lines = [
+        f"| on {len(results[0].targets)} images | accuracy, points | 95 % interval | p |",
+        "| --- | --: | --: | --: |",
+    ]
+    for baseline, data in combinations(runs, 2):
+        found = compare([runs[baseline]], [runs[data]])["accuracy"]
+        points = f"{100 * found.value:+.1f} | {100 * found.low:+.1f} to {100 * found.high:+.1f}"
+        lines.append(f"| {data} - {baseline} | {points} | {found.p_value:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def main(args):
-    stages = Stages(partial(print, flush=True))
-    real = ["--spanish", args.spanish, "--manifest", args.manifest]
-    manifests = {}
-    for kind, style, prompts in (
-        ("lora", [], []),
-        ("styles", ["--style-words"], ["--prompts", "styles"]),
-    ):
-        lora = stages.run(
-            "train_lora", args.out / f"lora_{kind}", *real, *TRAIN_LORA.split(), *style, "--resume"
-        )
-        flags = [
-            *EMBEDDED.sample.split(),
-            "--count",
-            args.count,
-            "--lora",
-            lora / "lora.safetensors",
-            *prompts,
-        ]
-        manifests[kind] = (
-            stages.run("sample", args.out / f"synthetic_{kind}", *flags, needs=(lora,))
-            / "manifest.csv"
-        )
+def synthetic(args, kind: str, real: list) -> Path:
+    """The list of images by a LoRA of the real ones; kind: "lora", or "styles" with their words."""
+    styles, model = kind == "styles", ["--model", args.model]
+    flags = [*model, *real, *TRAIN_LORA.split(), "--repeats", args.repeats]
+    flags += ["--style-words"] * styles
+    lora = run("train_lora", args.out / f"lora_{kind}", *flags, "--resume") / "lora.safetensors"
+    flags = [*model, *EMBEDDED.sample.split(), "--count", args.count, "--steps", args.steps]
+    flags += ["--prompts", "styles"] * styles
+    return run("sample", args.out / f"synthetic_{kind}", *flags, "--lora", lora) / "manifest.csv"
 
+
+def main(args):
+    real = ["--spanish", args.spanish, "--manifest", args.manifest]
+    flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
+    flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", args.dtype]
+    flags += ["--size", args.size, "--resume"]
     results = []
-    for row in [row for row in ROWS if row.classifier == CLASSIFIER and row.data.name in args.data]:
-        flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
-        flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", args.dtype]
-        flags += ["--augment"] * row.data.augment + ["--contrast"] * row.data.contrast
-        made = [manifests[row.data.synthetic]] if row.data.synthetic else []
-        flags += ["--synthetic", *made] if made else []
+    for row in ROWS:
+        data = row.data
+        if row.classifier != CLASSIFIER or data.name not in args.data:
+            continue
+        more = ["--augment"] * data.augment + ["--contrast"] * data.contrast
+        if data.synthetic:
+            more += ["--synthetic", synthetic(args, data.synthetic, real)]
         for seed in args.seeds:
-            out = args.out / "rows" / row.data.name / CLASSIFIER / f"seed{seed}"
-            stages.run(
-                "classify", out, *flags, "--seed", seed, needs=tuple(path.parent for path in made)
-            )
-            results.append(read_result(out, row.table, row.data.name, CLASSIFIER, seed))
+            out = row_folder(args.out, data.name, CLASSIFIER, seed)
+            run("classify", out, *flags, *more, "--seed", seed)
+            results.append(read_result(out, row.table, data.name, CLASSIFIER, seed))
 
     context = Context(
         material="the embedded miniature model",
@@ -134,13 +123,8 @@ def main(args):
     build(args.out, results, context)
     kept = ~results[0].copies
     fields = ("targets", "predictions", "probabilities", "patients", "centers", "images", "copies")
-    distinct = [
-        replace(result, **{name: getattr(result, name)[kept] for name in fields})
-        for result in results
-    ]
-    text = "\n".join(
-        differences(some, f"{len(some[0].targets)} images") for some in (results, distinct)
-    )
+    distinct = [replace(r, **{name: getattr(r, name)[kept] for name in fields}) for r in results]
+    text = "\n".join(map(differences, (results, distinct)))
     write_text(args.out / "differences.md", text)
     print(text)
 

@@ -43,8 +43,9 @@ scale = dict(
     classify="--size 64 --batch-size 6",
     passes=dict.fromkeys(script["CLASSIFIERS"], 15),
 )
-names = {field.name for field in dataclasses.fields(script["Scale"])}
-space["QUICK"] = script["Scale"](**{name: value for name, value in scale.items() if name in names})
+quick = script["QUICK"]
+scale = {name: value for name, value in scale.items() if hasattr(quick, name)}
+space["QUICK"] = dataclasses.replace(quick, **scale)
 space["PHANTOMS"] = {"train": dict.fromkeys(PLANES, 4), "patients": 4}
 space["PANEL_COUNT"] = 2
 script["main"](script["parse_args"](sys.argv[1:]))
@@ -81,23 +82,13 @@ def outcome(checkout: Path, work: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """Each kind and its files -> their hashes. The run's folder is called the same for every
     checkout."""
     out = work / "run"
-    command = [
-        sys.executable,
-        "-c",
-        RUN,
-        str(HERE / "ldm" / "mini"),
-        "--quick",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
-    # one thread: sums in another order would differ in their last bits
+    flags = ["--quick", "--device", "cpu", "--out", str(out)]
     subprocess.run(
-        command,
+        [sys.executable, "-c", RUN, str(HERE / "ldm" / "mini"), *flags],
         cwd=checkout,
         check=True,
         stdout=subprocess.DEVNULL,
+        # one thread: sums in another order would differ in their last bits
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     for kind, (pattern, read) in KINDS.items():

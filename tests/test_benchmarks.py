@@ -2,11 +2,18 @@
 before they time."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models import mobilenet_v2
+
+from planes.datasets import read_spanish
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
+from planes.style import STYLES
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -52,3 +59,61 @@ def test_a_benchmark_prints_a_table_and_its_rivals_agree(name, tmp_path, monkeyp
     assert float(rows[1]["differs by"]) < AGREE[name]
     assert all(float(row["speed"]) > 0 and float(row["peak, GiB"]) >= 0 for row in rows)
     assert f"| {rows[0]['who']} |" in capsys.readouterr().out
+
+
+def script(name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="benchmark")
+
+
+def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
+    tmp_path, monkeypatch, capsys
+):
+    spanish, african = tmp_path / "FETAL_PLANES_ZENODO", tmp_path / "Zenodo_dataset"
+    write_spanish_layout(spanish, train=1, test=0, seed=0)
+    write_african_layout(african, patients=2, seed=0)
+    listed = [f"{record.name},{record.plane}" for record in read_spanish(spanish)]
+    (tmp_path / "list.csv").write_text("\n".join(["Image_name,Plane", *listed]))
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "weights.pth")
+    real = script("real_images", monkeypatch)
+    small = {"count": 1, "steps": 1, "repeats": 1, "passes": 10, "size": 64, "seeds": 0}
+    flags = ["--spanish", spanish, "--african", african, "--manifest", tmp_path / "list.csv"]
+    flags += ["--weights", tmp_path / "weights.pth", "--out", tmp_path / "out"]
+    flags += ["--data", "ES", "HB-styles+DA"]
+    flags += [word for name, number in small.items() for word in (f"--{name}", number)]
+    for _ in "ab":  # the second time all is there
+        real["main"](real["parse_args"]([str(flag) for flag in flags]))
+    said = (tmp_path / "out" / "differences.md").read_text()
+    assert said.count("| HB-styles+DA - ES |") == 2 and said in capsys.readouterr().out
+    assert said.startswith("| on 18 images |")
+    assert "HB-styles+DA" in (tmp_path / "out" / "report.html").read_text()
+    assert len([*(tmp_path / "out" / "synthetic_styles").glob("*/*.png")]) == 10
+
+
+def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):
+    mini = script("mini", monkeypatch)
+    space = mini["parse_args"].__globals__
+    monkeypatch.setitem(space, "TESTED", 1)
+    monkeypatch.setitem(space, "NEW", 2)
+    monkeypatch.setitem(space, "SCENES", 150)
+    spanish = tmp_path / "spanish"
+    write_spanish_layout(spanish, train=20, test=0, seed=0)
+    rows = [
+        f'{record.path},{record.plane},"a photo, {light}, {contrast}",euler'
+        for record, (light, contrast) in zip(read_spanish(spanish), STYLES * 9)
+    ]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(["image,plane,prompt,sampler", *rows]))
+
+    def said(task, *flags):
+        flags = [task, "--judge", tmp_path / "judge", *flags]
+        mini["main"](mini["parse_args"]([*map(str, flags)]))
+        return capsys.readouterr().out
+
+    assert "% of 5 recognised" in said("judge", "--per-plane", 4, "--epochs", 1)
+    assert "% of 100 recognised  (abdomen " in said("recognise", manifest)
+    assert re.search(r"PSNR 2\d\.\d\d dB", said("round-trip"))
+    quality = said("quality", "--spanish", spanish, manifest)
+    assert "coverage" in quality and "at 0.00 of the usual distance, 100 copies" in quality
+    assert said("copyist", "--spanish", spanish).count("two-sample") == 6
+    assert said("style", manifest).count("share of the scenes': grey") == 5
