@@ -1,14 +1,13 @@
 """The pictures of docs/walkthrough.md, drawn from the package itself: two minutes on one CPU core,
 no download.
 
-    python docs/pictures.py              # writes docs/walkthrough/*.png and prints the numbers that the text quotes
+    python docs/pictures.py     # writes docs/walkthrough/*.png and prints the numbers of the text
 
 Equal versions give equal files: every draw has its own seed, and torch runs on one thread.
 """
 
 import math
 import sys
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
 from planes.phantoms.phantom import phantom  # noqa: E402
 from planes.phantoms.sites import SITE_A  # noqa: E402
-from samplers import (
+from samplers import (  # noqa: E402  # noqa: E402
     Denoiser,
     Nodes,
     NoiseSchedule,
@@ -47,7 +46,6 @@ CAPTION = (
     "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal"
     " contrast"
 )
-GUIDANCE_SCALE = 4.0
 RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)
 
@@ -55,6 +53,20 @@ STEPS = (5, 10, 20, 40, 80, 160)
 @cache
 def mini() -> Model:
     return load(MINI)
+
+
+def guided(nodes: Nodes, count: int = 1) -> Denoiser:
+    """The embedded model as a denoiser, asked for `count` images of CAPTION."""
+    model = mini()
+    with torch.no_grad():
+        texts = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""])
+    contexts = (text.expand(count, -1, -1) for text in texts.split(1))
+    return Denoiser(model.unet, nodes, *contexts, guidance_scale=4.0)
+
+
+def noise(*seeds: int) -> Tensor:
+    side = mini().sample_size
+    return seeded_noise(seeds, (4, side, side))
 
 
 def phantom_image(size: int) -> Tensor:
@@ -90,16 +102,15 @@ def noise_schedule() -> Figure:
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
     t, alphas_cumprod = np.arange(len(SCHEDULE)), SCHEDULE.alphas_cumprod.numpy()
-    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
     weights = {
-        r"signal $\sqrt{\bar\alpha_t}$": (t, signal),
-        r"noise $\sqrt{1-\bar\alpha_t}$": (t, noise),
+        r"signal $\sqrt{\bar\alpha_t}$": (t, np.sqrt(alphas_cumprod)),
+        r"noise $\sqrt{1-\bar\alpha_t}$": (t, np.sqrt(1 - alphas_cumprod)),
+        r"$\bar\alpha_t$": (t, alphas_cumprod),
     }
-    plot(left, weights | {r"$\bar\alpha_t$": (t, alphas_cumprod)}, xlabel="t", ylabel="weight")
+    plot(left, weights, xlabel="t", ylabel="weight")
 
     right.plot(t, SCHEDULE.sigma(t), color="0.6", lw=1, zorder=0)
-    euler, unipc = euler_nodes(SCHEDULE), unipc_nodes(SCHEDULE)
-    nodes = {"Euler's 20 nodes": euler, "UniPC's 20 nodes": unipc}
+    nodes = {"Euler's 20 nodes": euler_nodes(SCHEDULE), "UniPC's 20 nodes": unipc_nodes(SCHEDULE)}
     nodes = {label: (n.timesteps, n.sigmas[:-1]) for label, n in nodes.items()}
     plot(right, nodes, xlabel="t", ylabel=r"$\sigma(t)$", yscale="log")
     for line in right.lines[1:]:
@@ -131,20 +142,18 @@ def forward_process() -> Figure:
 def denoising() -> Figure:
     """Euler from noise to an image: the noisy latents and the denoiser's estimate of x_0 at six of
     twenty nodes."""
-    model, nodes, seen = mini(), euler_nodes(SCHEDULE, 20), {}
-    side = model.sample_size
+    nodes, seen, shown = euler_nodes(SCHEDULE, 20), {}, (0, 4, 8, 12, 16, 19)
     with torch.no_grad():
-        context, negative = encode_prompts(
-            model.tokenizer, model.text_encoder, [CAPTION, ""]
-        ).split(1)
-        denoise = Denoiser(model.unet, nodes, context, negative, GUIDANCE_SCALE)
-        x = nodes.init_scale * seeded_noise([3], (4, side, side))
-        sample_euler(denoise, x, nodes.sigmas, callback=lambda i, x, x0: seen.update({i: (x, x0)}))
-    shown = (0, 4, 8, 12, 16, 19)
+        sample_euler(
+            guided(nodes),
+            nodes.init_scale * noise(3),
+            nodes.sigmas,
+            callback=lambda i, x, x0: seen.update({i: (x, x0)}),
+        )
     x_vp = torch.cat([seen[i][0] / math.hypot(1, nodes.sigmas[i]) for i in shown])
     x0 = torch.cat([seen[i][1] for i in shown])
     labels = [f"step {i + 1}\nσ = {nodes.sigmas[i]:.2f}" for i in shown]
-    rows = [list(decode_images(model.vae, latents)) for latents in (x_vp, x0)]
+    rows = [list(decode_images(mini().vae, latents)) for latents in (x_vp, x0)]
     return contact_sheet(rows, ["noisy x", "D(x; σ)"], labels)
 
 
@@ -203,11 +212,8 @@ class Mixture:
     bisection inverts it.
     """
 
-    w, mu, s = (
-        torch.tensor([0.3, 0.45, 0.25]).double(),
-        torch.tensor([-1.2, 0.4, 1.6]).double(),
-        0.35,
-    )
+    w, mu = torch.tensor([[0.3, 0.45, 0.25], [-1.2, 0.4, 1.6]]).double()
+    s = 0.35
 
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """The mean of x0 given x."""
@@ -224,9 +230,8 @@ class Mixture:
         return (low + high) / 2
 
     def _cdf(self, x: Tensor, sigma: float) -> Tensor:
-        return (
-            self.w * torch.special.ndtr((x[:, None] - self.mu) / math.hypot(self.s, sigma))
-        ).sum(1)
+        z = (x[:, None] - self.mu) / math.hypot(self.s, sigma)
+        return (self.w * torch.special.ndtr(z)).sum(1)
 
 
 def even_log_sigmas(steps: int) -> list[float]:
@@ -257,26 +262,15 @@ def mixture_errors(even: str, steps: int) -> dict[str, float]:
 def network_errors() -> dict[str, list[float]]:
     """Solver -> for each of STEPS the relative rms distance of four images' latents from those of
     640 even steps."""
-    model = mini()
-    side = model.sample_size
     sigmas = even_log_sigmas(640)
-    nodes = Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0])
+    denoise = guided(Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0]), count=4)
+    solvers = {"Euler": (sample_euler, euler_nodes), "UniPC-3": (sample_unipc, unipc_nodes)}
+    errors = {name: [] for name in solvers}
     with torch.no_grad():
-        context, negative = encode_prompts(
-            model.tokenizer, model.text_encoder, [CAPTION, ""]
-        ).split(1)
-        denoise = Denoiser(
-            model.unet, nodes, context.expand(4, -1, -1), negative.expand(4, -1, -1), GUIDANCE_SCALE
-        )
-        x = sigmas[0] * seeded_noise(range(4), (4, side, side))
-        exact = sample_unipc(denoise, x, sigmas)
-        exact = {sigmas[-1]: exact, 0.0: denoise(exact, sigmas[-1])}
-        errors = {}
-        for name, sample, make_nodes in (
-            ("Euler", sample_euler, euler_nodes),
-            ("UniPC-3", sample_unipc, unipc_nodes),
-        ):
-            errors[name] = []
+        x = sigmas[0] * noise(*range(4))
+        last = sample_unipc(denoise, x, sigmas)
+        exact = {sigmas[-1]: last, 0.0: denoise(last, sigmas[-1])}
+        for name, (sample, make_nodes) in solvers.items():
             for steps in STEPS:
                 path = make_nodes(SCHEDULE, steps).sigmas
                 end = exact[0.0 if path[-1] == 0 else sigmas[-1]]
@@ -302,7 +296,7 @@ def sampler_error() -> Figure:
     return figure
 
 
-PICTURES: dict[str, Callable[[], Figure]] = {
+PICTURES = {
     "noise_schedule.png": noise_schedule,
     "forward_process.png": forward_process,
     "denoising.png": denoising,
@@ -314,7 +308,6 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 def main() -> None:
     torch.set_num_threads(1)
     folder = DOCS / "walkthrough"
-    folder.mkdir(exist_ok=True)
     for name, draw in PICTURES.items():
         save(draw(), folder / name, dpi=110)
         # nearly all grey: 64 colours lose nothing that the eye sees
@@ -322,22 +315,14 @@ def main() -> None:
             small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
         small.save(folder / name, optimize=True)
 
-    errors, best = update_errors()
-    for rank in RANKS:
-        print(
-            f"LoRA of rank {rank}: error {100 * errors[rank]:.1f} %, the best of this rank"
-            f" {100 * best[rank]:.1f} %"
-        )
+    for what, errors in zip(("error", "best of this rank"), update_errors()):
+        print(f"LoRA, {what}:", *(f"rank {rank} {100 * e:.1f} % " for rank, e in errors.items()))
     for even in ("t", "log σ"):
         for steps in STEPS:
-            row = "  ".join(
-                f"{name} {error:.2g}" for name, error in mixture_errors(even, steps).items()
-            )
-            print(f"mixture, nodes even in {even}, {steps} steps: {row}")
+            row = (f"{name} {error:.2g} " for name, error in mixture_errors(even, steps).items())
+            print(f"mixture, nodes even in {even}, {steps} steps:", *row)
     for name, values in network_errors().items():
-        print(
-            f"network, {name}: " + "  ".join(f"{n} {value:.3f}" for n, value in zip(STEPS, values))
-        )
+        print(f"network, {name}:", *(f"{n} {value:.3f} " for n, value in zip(STEPS, values)))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ LABELS: dict[str, Plane | None] = {
 }
 """A plane's names in the tables, in lower case; None is left out."""
 
-CODES: dict[str, Plane | None] = dict(
-    zip("012345", (Plane.OTHER, Plane.ABDOMEN, Plane.BRAIN, None, Plane.FEMUR, Plane.THORAX))
-)
+CODES: dict[str, Plane | None] = dict(zip("012345", (Plane.OTHER, *PLANES[:2], None, *PLANES[2:4])))
 """A plane's number in the authors' lists: neither our class index nor the digit in a file name."""
 
 SPLIT: dict[str, bool] = {"1": True, "0": False}

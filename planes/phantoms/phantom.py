@@ -153,13 +153,9 @@ def other(tissue: Tissue, rng: Rng, growth: float) -> None:
             tissue.paint(tissue.ring(*center, 0.045, 0.05, 0.018), BRIGHT)
 
 
-ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = {
-    Plane.ABDOMEN: abdomen,
-    Plane.BRAIN: brain,
-    Plane.FEMUR: femur,
-    Plane.THORAX: thorax,
-    Plane.OTHER: other,
-}
+ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = dict(
+    zip(PLANES, (abdomen, brain, femur, thorax, other))
+)
 
 
 # --- images, and the datasets' layouts ---
@@ -184,7 +180,7 @@ def write_spanish_layout(
     Writes root/FETAL_PLANES_DB_data.csv and root/Images/*.png; the file's odd spaces are the
     original's.
     """
-    codes = {Plane.OTHER: 1, Plane.ABDOMEN: 2, Plane.BRAIN: 3, Plane.FEMUR: 5, Plane.THORAX: 6}
+    codes = dict(zip(PLANES, (2, 3, 5, 6, 1)))
     rng, number = np.random.default_rng([seed, 1]), 0
     rows = ["Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train "]
     counts = train if isinstance(train, Mapping) else dict.fromkeys(PLANES, train)
