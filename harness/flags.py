@@ -16,8 +16,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     and does not tell it in words, as "(else: the model's own)"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default not in (None, False, []) and "(else: " not in action.help
-        return super()._get_help_string(action) if told else action.help
+        none = action.default is False or action.default in (None, [])
+        told = none or "(else: " in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 def device_name(text: str) -> str:
