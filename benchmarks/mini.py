@@ -182,10 +182,10 @@ def taken(args) -> list[Record]:
 
 def likeness(real: np.ndarray, made: np.ndarray) -> str:
     """Two-sample test, density and coverage of (N, D) and (M, D) features, in words."""
-    near, told = prdc(real, made), two_sample(real, made).accuracy
+    near, (told, _) = prdc(real, made), two_sample(real, made)
     return (
-        f"two-sample {100 * told:.1f} % of {len(made)}  density {near.density:.2f}  coverage"
-        f" {near.coverage:.2f}"
+        f"two-sample {100 * told:.1f} % of {len(made)}  density {near['density']:.2f}  coverage"
+        f" {near['coverage']:.2f}"
     )
 
 

@@ -3,9 +3,9 @@
 | concept | where |
 |---|---|
 | accuracy, recall, precision, F-score, AUC; confusion matrix; intervals by patient | `metrics.py` |
-| two data models on the same images: McNemar, paired bootstrap; over patients and seeds | `compare.py` |
+| two data models on the same images: McNemar, bootstrap; over patients and seeds | `compare.py` |
 | FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |
-| image sheets, confusion matrices, t-SNE panels, loss curves; values with intervals | `figures.py` |
+| image sheets, confusion matrices, t-SNE, losses; differences with intervals | `figures.py` |
 
 Python has a builtin `eval`: always `from eval.metrics import score`, never `import eval`.
 """

@@ -7,14 +7,21 @@ over classifiers, the F-score and the AUC too.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
-from eval.metrics import Definition, Scores, _draw, _indices, _interval, _weighted_scores
+from eval.metrics import (
+    LEVEL,
+    Scores,
+    draw_patients,
+    expanded_interval,
+    weighted_scores,
+)
 
 Over = Literal["patients", "patients and seeds"]
 
@@ -54,63 +61,44 @@ def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNem
     Given n discordant images, each is the first's or the second's with probability 1/2 if the two
     are equally good.
     """
-    right_first, right_second = (
-        np.equal(*_indices(targets, predictions, None)) for predictions in (first, second)
-    )
+    right_first, right_second = targets == first, targets == second
     b, c = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
-    # of the 2^n outcomes, an exact integer
-    at_most = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
-    return McNemar(b, c, min(1.0, 2 * at_most / 2 ** (b + c)))
+    return McNemar(b, c, min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5))))
 
 
 def paired_bootstrap(
     targets: np.ndarray,
-    first: Sequence,
-    second: Sequence,
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
     patients: Sequence[Hashable],
-    definition: Definition = "notebook",
     *,
     replicates: int = 2000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Difference]:
     """Differences of averages over classifiers, with intervals: metric's name -> second minus
     first.
 
     targets: (N,) class indices
-    first, second: predictions of a run, (N,); or for each classifier those of a run, (N,), or of
-        its seeds, (M, N). Seeds are averaged, then classifiers, each weighing the same
+    first, second: for each classifier, the predictions of its seeds, (M, N). Seeds are averaged,
+        then classifiers, each weighing the same
     patients: (N,) whose image it is; every replicate draws the same ones for all runs
-    definition: of the AUC, from the labels, as for `score`
+    The AUC is the notebook's.
     Where every classifier has several seeds, the interval is over patients and seeds (`over_both`),
     else over patients alone (`over_patients`).
     """
-    sides = [
-        [np.atleast_2d(runs) for runs in (side if np.ndim(side[0]) else [side])]
-        for side in (first, second)
+    weights, clusters = draw_patients(patients, replicates, seed)
+    cells = [
+        np.stack([weighted_scores(weights, targets, run, "notebook") for run in runs])
+        for runs in (*first, *second)
     ]
-    weights, clusters = _draw(patients, len(targets), replicates, seed)
-    weights = np.concatenate([np.ones((1, len(targets))), weights])  # row 0: the observed data
-
-    def scores(runs: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [
-                _weighted_scores(weights, *_indices(targets, run, None), definition, None)
-                for run in runs
-            ]
-        )
-
-    cells = [scores(runs) for side in sides for runs in side]
-    coefficients = [sign / len(side) for sign, side in zip((-1, 1), sides) for _ in side]
+    coefficients = [-1 / len(first)] * len(first) + [1 / len(second)] * len(second)
     over: Over = "patients"
     if min(map(len, cells)) > 1:
-        over, found = "patients and seeds", over_both(cells, coefficients, clusters, level)
+        over, found = "patients and seeds", over_both(cells, coefficients, clusters)
     else:
-        total = sum(
-            coefficient * cell.mean(axis=0) for coefficient, cell in zip(coefficients, cells)
-        )
+        means = (weight * cell.mean(axis=0) for weight, cell in zip(coefficients, cells))
         # rounded, for ties to be ties in whatever order the runs were summed
-        found = over_patients(np.round(total, 12), clusters, level)
+        found = over_patients(np.round(sum(means), 12), clusters)
     columns = zip(fields(Scores), *(column.tolist() for column in found))
     return {field.name: Difference(*numbers, over) for field, *numbers in columns}
 
@@ -120,7 +108,7 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 undefined."""
 
 
-def over_patients(scores: np.ndarray, clusters: int, level: float = 0.95) -> Found:
+def over_patients(scores: np.ndarray, clusters: int) -> Found:
     """Expanded percentile interval of a value over the test's patients, for the runs that it was
     computed from.
 
@@ -130,20 +118,18 @@ def over_patients(scores: np.ndarray, clusters: int, level: float = 0.95) -> Fou
     and Hinkley 1997, Eq. 4.11: the observed data count as one more replicate).
     """
     value, replicas = scores[0], scores[1:]
-    low, high = _interval(replicas, clusters, level)
+    low, high = expanded_interval(replicas, clusters)
     defined = (~np.isnan(replicas)).sum(axis=0)
     beyond = np.minimum((replicas <= 0).sum(axis=0), (replicas >= 0).sum(axis=0))
     tail = np.minimum((1 + beyond) / (1 + defined), 0.5)
-    freedom = max(clusters - 1, 1)  # undo what _interval does to a tail
+    freedom = max(clusters - 1, 1)  # undo what expanded_interval does to a tail
     p_value = np.where(
         np.isnan(value), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters))
     )
     return value, low, high, p_value
 
 
-def over_both(
-    cells: Sequence[np.ndarray], coefficients: Sequence[float], clusters: int, level: float = 0.95
-) -> Found:
+def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], clusters: int) -> Found:
     """t interval of a sum of cells' means over other patients and other seeds. A cell: the runs of
     one row of a table.
 
@@ -184,7 +170,7 @@ def over_both(
     )
     degrees = np.maximum(variance**2 / np.where(spread > 0, spread, 1), 1)
     error = np.sqrt(variance)
-    half = stdtrit(degrees, (1 + level) / 2) * error
+    half = stdtrit(degrees, (1 + LEVEL) / 2) * error
     # no error at all: all runs and patients agree
     with np.errstate(divide="ignore", invalid="ignore"):
         p_value = np.where(value == 0, 1, 2 * stdtr(degrees, -np.abs(value) / error))
@@ -194,8 +180,6 @@ def over_both(
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation, of a metric over seeds say; the latter is nan for a
     single value."""
-    if not len(values):
-        raise ValueError("no values to average")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
@@ -208,13 +192,6 @@ def by_group(
     targets, predictions: (N,) class indices
     groups: (N,) the group of each image
     """
-    targets, predictions = _indices(targets, predictions, None)
-    if len(groups) != len(targets):
-        raise ValueError(
-            f"{len(groups)} groups for {len(targets)} images; name the group of each image"
-        )
-    counts: dict[Hashable, tuple[int, int]] = {}
-    for group, right in zip(groups, (targets == predictions).tolist()):
-        correct, total = counts.get(group, (0, 0))
-        counts[group] = correct + right, total + 1
-    return counts
+    right = targets == predictions
+    images, hits = Counter(groups), Counter(g for g, hit in zip(groups, right) if hit)
+    return {group: (hits[group], images[group]) for group in images}

@@ -1,11 +1,12 @@
 """Accuracy, recall, precision, F-score and AUC as the paper reports them, with intervals by
 bootstrap over patients.
 
-Macro averages run over the classes that occur among the targets: the African set has no Other, and
-counting that class would cap recall at 80 %. Everything is a fraction; percent is for printing.
+Each metric is a function of confusion matrices, (..., K, K): of one, or of one for each bootstrap
+replicate. Macro averages run over the classes that occur among the targets: the African set has no
+Other, and counting that class would cap recall at 80 %. Everything is a fraction; percent is for
+printing.
 """
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
@@ -16,7 +17,8 @@ from scipy.special import ndtr, stdtrit
 from planes import PLANES
 
 Definition = Literal["notebook", "plain"]
-K = len(PLANES)
+LEVEL = 0.95
+"""Of every interval."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,93 @@ class Scores:
     auc: float
 
 
-def confusion(targets: np.ndarray, predictions: np.ndarray, classes: int = K) -> np.ndarray:
+# --- the five metrics ---
+
+
+def confusion(
+    targets: np.ndarray, predictions: np.ndarray, classes: int = len(PLANES)
+) -> np.ndarray:
     """Confusion matrix, (K, K) counts, row = target, column = prediction.
 
-    targets, predictions: (N,) class indices
+    targets, predictions: (N,) class indices below `classes`
     """
-    targets, predictions = _indices(targets, predictions, classes)
-    return np.bincount(targets * classes + predictions, minlength=classes**2).reshape(
-        classes, classes
-    )
+    counts = np.bincount(targets * classes + predictions, minlength=classes**2)
+    return counts.reshape(classes, classes)
+
+
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Images on the diagonal / all images."""
+    hits, targets, _ = _totals(counts)
+    return hits.sum(axis=-1) / targets.sum(axis=-1)
+
+
+def recall(counts: np.ndarray) -> np.ndarray:
+    """TP / (TP + FN): of the images of a class, those that are found."""
+    hits, targets, _ = _totals(counts)
+    return _macro(hits / np.maximum(targets, 1), targets)
+
+
+def precision(counts: np.ndarray) -> np.ndarray:
+    """TP / (TP + FP): of the predictions of a class, those that are right; 0 without any."""
+    hits, targets, predicted = _totals(counts)
+    return _macro(hits / np.maximum(predicted, 1), targets)
+
+
+def f_score(counts: np.ndarray) -> np.ndarray:
+    """2 TP / (2 TP + FN + FP), the harmonic mean of a class's precision and recall."""
+    hits, targets, predicted = _totals(counts)
+    return _macro(2 * hits / np.maximum(targets + predicted, 1), targets)
+
+
+def auc(counts: np.ndarray, definition: Definition) -> np.ndarray:
+    """(sensitivity + specificity) / 2, the area under the ROC curve of predicted labels.
+
+    definition: "plain", one class against the rest; "notebook", as the authors do: a prediction
+        that is no class of the targets (Other, on the African set) is positive for every class
+    """
+    hits, targets, predicted = _totals(counts)
+    absent = targets == 0
+    astray = (counts * absent[..., None, :]).sum(axis=-1) * (definition == "notebook")
+    true_positives = hits + astray
+    false_positives = predicted - hits + astray.sum(axis=-1, keepdims=True) - astray
+    with np.errstate(invalid="ignore"):  # 0 / 0 if there is but one class
+        negatives = targets.sum(axis=-1, keepdims=True) - targets
+        specificity = 1 - false_positives / negatives
+    return _macro((true_positives / np.maximum(targets, 1) + specificity) / 2, targets)
+
+
+def rank_auc(
+    weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """Area under the ROC curve of each class against the rest: the share of (positive, negative)
+    pairs of images that its probability ranks right, ties half.
+
+    weights: (R, N) how often an image counts; targets: (N,); probabilities: (N, K)
+    """
+
+    def area(positive: np.ndarray, values: np.ndarray) -> np.ndarray:
+        right = (1 + np.sign(values[positive][:, None] - values[~positive])) / 2
+        positives, negatives = weights[:, positive], weights[:, ~positive]
+        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 without one or the other
+            return (positives @ right * negatives).sum(axis=1) / pairs
+
+    areas = [area(targets == c, values) for c, values in enumerate(probabilities.T)]
+    return _macro(np.stack(areas, axis=1), counts.sum(axis=-1))
+
+
+def _totals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class, (..., K): true positives, targets, predictions."""
+    return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
+
+
+def _macro(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Mean over the classes that have targets."""
+    present = targets > 0
+    return np.where(present, values, 0).sum(axis=-1) / present.sum(axis=-1)
+
+
+# --- of a test set, and of bootstrap replicates of it ---
 
 
 def score(
@@ -47,25 +127,16 @@ def score(
     predictions: np.ndarray,
     definition: Definition = "notebook",
     probabilities: np.ndarray | None = None,
-    classes: int = K,
 ) -> Scores:
     """The paper's five metrics of predicted planes.
 
     targets, predictions: (N,) class indices
-    definition: how the AUC of a class is computed. "plain": one against the rest. "notebook", as
-        the authors do: from the predicted labels, and a prediction that is no class of the targets
-        (Other, on the African set) counts as positive for every class
-    probabilities: (N, K) that the plain AUC ranks images by; without it the predicted labels do,
-        where the AUC is (sensitivity + specificity) / 2
-    classes: how many there are
-    A class that is never predicted has precision 0. ValueError for indices of unequal number or out
-    of range.
+    definition: of the AUC, see `auc`
+    probabilities: (N, K) that the plain AUC ranks images by; without it the predicted labels do
     """
-    targets, predictions = _indices(targets, predictions, classes)
     weights = np.ones((1, len(targets)))
-    return Scores(
-        *_weighted_scores(weights, targets, predictions, definition, probabilities)[0].tolist()
-    )
+    scores = weighted_scores(weights, targets, predictions, definition, probabilities)
+    return Scores(*scores[0].tolist())
 
 
 def bootstrap(
@@ -76,25 +147,21 @@ def bootstrap(
     probabilities: np.ndarray | None = None,
     *,
     replicates: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
-    classes: int = K,
 ) -> dict[str, tuple[float, float]]:
     """Intervals by bootstrap over patients (Efron and Tibshirani 1993): metric's name -> (low,
     high).
 
-    Expanded percentile intervals (Hesterberg 2015): see `_interval`.
-
-    targets, predictions, definition, probabilities, classes: as for `score`
+    targets, predictions, definition, probabilities: as for `score`
     patients: (N,) whose image it is; images of a patient resemble each other, so patients are
-    drawn, not images A class that no drawn patient has is left out of that replicate's averages, as
-    `score` does.
+        drawn, not images
+
+    A class that no drawn patient has is left out of that replicate's averages, as `score` does.
     """
-    targets, predictions = _indices(targets, predictions, classes)
-    weights, clusters = _draw(patients, len(targets), replicates, seed)
-    scores = _weighted_scores(weights, targets, predictions, definition, probabilities)
-    low, high = _interval(scores, clusters, level).tolist()
-    return {field.name: (a, b) for field, a, b in zip(fields(Scores), low, high)}
+    weights, clusters = draw_patients(patients, replicates, seed)
+    scores = weighted_scores(weights, targets, predictions, definition, probabilities)
+    low, high = expanded_interval(scores[1:], clusters).tolist()
+    return {field.name: ends for field, *ends in zip(fields(Scores), low, high)}
 
 
 def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[Hashable]) -> dict:
@@ -106,35 +173,50 @@ def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[
     predictions, classes = probabilities.argmax(axis=1), probabilities.shape[1]
     scores, intervals = {}, {}
     for definition in get_args(Definition):
-        given = (targets, predictions)
-        scores[definition] = asdict(score(*given, definition, probabilities, classes))
-        intervals[definition] = bootstrap(
-            *given, patients, definition, probabilities, classes=classes
-        )
-    return {
-        "scores": scores,
-        "intervals": intervals,
-        "confusion": confusion(targets, predictions, classes).tolist(),
-    }
+        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
+        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
+    matrix = confusion(targets, predictions, classes).tolist()
+    return {"scores": scores, "intervals": intervals, "confusion": matrix}
 
 
-def _draw(
-    patients: Sequence[Hashable], images: int, replicates: int, seed: int
+def draw_patients(
+    patients: Sequence[Hashable], replicates: int, seed: int
 ) -> tuple[np.ndarray, int]:
-    """Patients drawn with replacement: how often each image counts, (R, N), and the number of
-    patients."""
-    if len(patients) != images:
-        raise ValueError(
-            f"{len(patients)} patients for {images} images; name the patient of each image"
-        )
+    """Patients drawn with replacement: how often each image counts, (1 + R, N), and the number of
+    patients. Row 0 is the test set itself."""
     unique, owner = np.unique(np.asarray(patients), return_inverse=True)
-    draws = np.random.default_rng(seed).multinomial(
-        len(unique), np.full(len(unique), 1 / len(unique)), replicates
-    )
-    return draws[:, owner].astype(float), len(unique)
+    shares = np.full(len(unique), 1 / len(unique))
+    draws = np.random.default_rng(seed).multinomial(len(unique), shares, replicates)
+    draws = np.concatenate([np.ones((1, len(unique))), draws])
+    return draws[:, owner], len(unique)
 
 
-def _interval(scores: np.ndarray, clusters: int, level: float) -> np.ndarray:
+def weighted_scores(
+    weights: np.ndarray,
+    targets: np.ndarray,
+    predictions: np.ndarray,
+    definition: Definition,
+    probabilities: np.ndarray | None = None,
+) -> np.ndarray:
+    """Scores in which an image counts any number of times, as it does in a bootstrap replicate.
+
+    weights: (R, N) counts, a row for each replicate; the others as for `score`
+    Returns (R, 5) in the order of Scores.
+    """
+    k = 1 + max(targets.max(), predictions.max())
+    if probabilities is not None:
+        k = probabilities.shape[1]
+    # a confusion matrix per replicate
+    counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)
+    if definition == "plain" and probabilities is not None:
+        area = rank_auc(weights, targets, probabilities, counts)
+    else:
+        area = auc(counts, definition)
+    metrics = accuracy(counts), recall(counts), precision(counts), f_score(counts), area
+    return np.stack(metrics, axis=1)
+
+
+def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:
     """The two ends, (2, ...), of the expanded percentile interval (Hesterberg 2015, section 5.3).
 
     scores: (R, ...) replicates; nan ones do not count
@@ -143,92 +225,5 @@ def _interval(scores: np.ndarray, clusters: int, level: float) -> np.ndarray:
     tests/eval/test_compare.py).
     """
     freedom = max(clusters - 1, 1)
-    tail = ndtr(stdtrit(freedom, (1 - level) / 2) * np.sqrt(clusters / freedom))
+    tail = ndtr(stdtrit(freedom, (1 - LEVEL) / 2) * np.sqrt(clusters / freedom))
     return np.nanquantile(scores, (tail, 1 - tail), axis=0)
-
-
-def _indices(
-    targets: np.ndarray, predictions: np.ndarray, classes: int | None = K
-) -> tuple[np.ndarray, np.ndarray]:
-    targets, predictions = np.asarray(targets), np.asarray(predictions)
-    if targets.ndim != 1 or targets.shape != predictions.shape or not len(targets):
-        raise ValueError(
-            f"targets {targets.shape} and predictions {predictions.shape} are not one index per"
-            " image each"
-        )
-    if min(targets.min(), predictions.min()) < 0 or max(targets.max(), predictions.max()) >= (
-        classes or math.inf
-    ):
-        raise ValueError(f"class indices must lie in 0..{classes - 1 if classes else ''}")
-    return targets, predictions
-
-
-def _weighted_scores(
-    weights: np.ndarray,
-    targets: np.ndarray,
-    predictions: np.ndarray,
-    definition: Definition,
-    probabilities: np.ndarray | None,
-) -> np.ndarray:
-    """Scores in which an image counts any number of times, as it does in a bootstrap replicate.
-
-    weights: (R, N) counts, a row for each replicate
-    Returns (R, 5) in the order of Scores.
-    """
-    if definition not in get_args(Definition):
-        raise ValueError(
-            f"AUC definition {definition!r} is not one of {', '.join(get_args(Definition))}"
-        )
-    k = (
-        1 + max(targets.max(), predictions.max())
-        if probabilities is None
-        else probabilities.shape[1]
-    )
-    # a confusion matrix per replicate
-    counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)
-    hits, support, predicted = (
-        np.diagonal(counts, axis1=1, axis2=2),
-        counts.sum(axis=2),
-        counts.sum(axis=1),
-    )
-    present, total = support > 0, support.sum(axis=1, keepdims=True)
-
-    if definition == "plain" and probabilities is not None:
-        auc = np.stack(
-            [_rank_auc(weights, targets == c, probabilities[:, c]) for c in range(k)], axis=1
-        )
-    else:
-        # the notebook's extra positives: images of each class whose prediction is no class of the
-        # targets
-        astray = (counts * ~present[:, None]).sum(axis=2) * (definition == "notebook")
-        true_positives = hits + astray
-        false_positives = predicted - hits + astray.sum(axis=1, keepdims=True) - astray
-        with np.errstate(invalid="ignore"):  # 0 / 0 if there is but one class
-            specificity = 1 - false_positives / (total - support)
-        auc = (true_positives / np.maximum(support, 1) + specificity) / 2
-
-    per_class = {
-        "recall": hits / np.maximum(support, 1),
-        "precision": hits / np.maximum(predicted, 1),
-        "f_score": 2 * hits / np.maximum(support + predicted, 1),
-        "auc": auc,
-    }
-    macro = [
-        np.where(present, values, 0).sum(axis=1) / present.sum(axis=1)
-        for values in per_class.values()
-    ]
-    return np.stack([hits.sum(axis=1) / total[:, 0], *macro], axis=1)
-
-
-def _rank_auc(weights: np.ndarray, positive: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve, (R,): the share of (positive, negative) pairs that `values` ranks
-    right, ties half.
-
-    weights: (R, N); positive: (N,) bool; values: (N,)
-    """
-    right = (1 + np.sign(values[positive][:, None] - values[~positive])) / 2
-    of_positives, of_negatives = weights[:, positive], weights[:, ~positive]
-    with np.errstate(invalid="ignore"):  # 0 / 0 without one or the other
-        return (of_positives @ right * of_negatives).sum(axis=1) / (
-            of_positives.sum(axis=1) * of_negatives.sum(axis=1)
-        )

@@ -6,9 +6,8 @@ between sets of equal features and, FID above all, of equal numbers of images.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import erfc, nan, sqrt
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from planes.datasets import Record
 from planes.pictures import open_image
 
 FOLDS = 5
+MEASURES = "fid", "kid", "precision", "recall", "density", "coverage", "two_sample", "p_value"
 COPIED = 1 / 3
 """Ratio below which an image is taken for a copy. In `pixel_features` of the real datasets and the
 phantoms, images of different patients stay above 0.5, and copies with noise of 20 grey levels below
@@ -64,11 +64,8 @@ def kid(real: np.ndarray, synthetic: np.ndarray) -> float:
     below 2 images.
     """
     real, synthetic = _matrices(real, synthetic, least=2)
-    return (
-        _mean_of_pairs(real)
-        + _mean_of_pairs(synthetic)
-        - 2 * float(_cubic_kernel(real, synthetic).mean())
-    )
+    within = _mean_of_pairs(real) + _mean_of_pairs(synthetic)
+    return within - 2 * float(_cubic_kernel(real, synthetic).mean())
 
 
 def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -81,39 +78,27 @@ def _mean_of_pairs(x: np.ndarray) -> float:
     return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
 
 
-@dataclass(frozen=True)
-class PRDC:
-    """Fractions; density may exceed 1."""
-
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-
-
-def prdc(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> PRDC:
+def prdc(real: np.ndarray, synthetic: np.ndarray, k: int = 5) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019, eq. 2), density and coverage (Naeem et al.
     2020, eqs. 5 and 6).
 
     real, synthetic: (N, D), (M, D) features
     k: an image's ball reaches to its k-th nearest neighbour of its own set; ValueError below k + 1
         images
-    precision: synthetic images in a ball of a real one; recall: real ones in a ball of a synthetic
-    one; density: balls of real images that a synthetic one is in, / k; coverage: real images with a
-    synthetic one in their ball.
+    Returns fractions. precision: synthetic images in a ball of a real one; recall: real ones in a
+    ball of a synthetic one; density: balls of real images that a synthetic one is in, / k, which
+    may exceed 1; coverage: real images with a synthetic one in their ball.
     """
-    if k < 1:
-        raise ValueError(f"the k-th nearest neighbour needs k of at least 1, not {k}")
     real, synthetic = _matrices(real, synthetic, least=k + 1)
     between = euclidean_distances(real, synthetic)
     in_real = between <= _kth_neighbour(real, k)[:, None]
     in_synthetic = between <= _kth_neighbour(synthetic, k)
-    return PRDC(
-        precision=float(in_real.any(axis=0).mean()),
-        recall=float(in_synthetic.any(axis=1).mean()),
-        density=float(in_real.sum(axis=0).mean() / k),
-        coverage=float(in_real.any(axis=1).mean()),
-    )
+    return {
+        "precision": float(in_real.any(axis=0).mean()),
+        "recall": float(in_synthetic.any(axis=1).mean()),
+        "density": float(in_real.sum(axis=0).mean() / k),
+        "coverage": float(in_real.any(axis=1).mean()),
+    }
 
 
 def _kth_neighbour(features: np.ndarray, k: int) -> np.ndarray:
@@ -123,23 +108,15 @@ def _kth_neighbour(features: np.ndarray, k: int) -> np.ndarray:
     return np.partition(distances, k - 1, axis=1)[:, k - 1]
 
 
-@dataclass(frozen=True)
-class TwoSample:
-    """accuracy: fraction of held-out images told apart, chance is 0.5; p_value: of this or more by
-    chance."""
-
-    accuracy: float
-    p_value: float
-
-
-def two_sample(real: np.ndarray, synthetic: np.ndarray, seed: int = 0) -> TwoSample:
+def two_sample(real: np.ndarray, synthetic: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """Classifier two-sample test (Lopez-Paz and Oquab 2017): can logistic regression tell real from
     synthetic?
 
     real, synthetic: (N, D), (M, D) features, standardised within each fold; the larger set is
         reduced to the size of the smaller at random, so that chance is 0.5
     seed: of that choice and of the five folds
-    p_value: one-sided, accuracy being N(1/2, 1/4n) under the hypothesis for the n images, each held
+    Returns (accuracy, p_value): the fraction of held-out images told apart, and the chance of this
+    or more, one-sided, accuracy being N(1/2, 1/4n) under the hypothesis for the n images, each held
     out once; folds share training images, which makes it approximate. ValueError below 5 images.
     """
     real, synthetic = _matrices(real, synthetic, least=FOLDS)
@@ -150,7 +127,7 @@ def two_sample(real: np.ndarray, synthetic: np.ndarray, seed: int = 0) -> TwoSam
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     held_out = cross_val_predict(model, images, targets, cv=folds)
     accuracy = float((held_out == targets).mean())
-    return TwoSample(accuracy, p_value=erfc((accuracy - 0.5) * sqrt(2 * len(targets))) / 2)
+    return accuracy, erfc((accuracy - 0.5) * sqrt(2 * len(targets))) / 2
 
 
 def quality_table(
@@ -167,18 +144,12 @@ def quality_table(
 
     real, synthetic: (N, D), (M, D) features
     real_planes: (N,); synthetic_planes, samplers: (M,) labels
-    Rows have plane, sampler, images (synthetic ones), real (images), fid, kid, precision, recall,
-    density, coverage, two_sample (accuracy) and p_value; the measures are nan where either set has
-    no more than max(k, 4) images.
+    Rows have plane, sampler, images (synthetic ones), real (images) and MEASURES, which are nan
+    where either set has no more than max(k, 4) images.
     """
-    real, synthetic = _matrices(real, synthetic, least=1)
     real_planes, synthetic_planes, samplers = map(
         np.asarray, (real_planes, synthetic_planes, samplers)
     )
-    if len(real_planes) != len(real) or not len(synthetic_planes) == len(samplers) == len(
-        synthetic
-    ):
-        raise ValueError("the planes and samplers are not one label per image each")
     sampler_names = list(dict.fromkeys(samplers.tolist()))
     rows = []
     for plane in [*dict.fromkeys(synthetic_planes.tolist()), "all"]:
@@ -187,24 +158,12 @@ def quality_table(
             chosen = (synthetic_planes == plane) | (plane == "all")
             b = synthetic[chosen & ((samplers == sampler) | (sampler == "all"))]
             row = {"plane": plane, "sampler": sampler, "images": len(b), "real": len(a)}
-            rows.append(row | _measures(a, b, k, seed))
+            measures = dict.fromkeys(MEASURES, nan)
+            if min(len(a), len(b)) >= max(k + 1, FOLDS):
+                values = fid(a, b), kid(a, b), *prdc(a, b, k).values(), *two_sample(a, b, seed)
+                measures = dict(zip(MEASURES, values))
+            rows.append(row | measures)
     return rows
-
-
-def _measures(real: np.ndarray, synthetic: np.ndarray, k: int, seed: int) -> dict[str, float]:
-    if min(len(real), len(synthetic)) < max(k + 1, FOLDS):
-        names = "fid", "kid", "precision", "recall", "density", "coverage", "two_sample", "p_value"
-        return dict.fromkeys(names, nan)
-    test = two_sample(real, synthetic, seed)
-    distances = {"fid": fid(real, synthetic), "kid": kid(real, synthetic)}
-    return (
-        distances
-        | asdict(prdc(real, synthetic, k))
-        | {
-            "two_sample": test.accuracy,
-            "p_value": test.p_value,
-        }
-    )
 
 
 # --- copies of training images ---
@@ -218,29 +177,15 @@ def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
     away, while a network's pooled features drop the place of things and so draw different images of
     a plane together.
     """
-    images = np.stack([_grey(record.path, size).flatten() for record in records])
+
+    def grey(record: Record) -> np.ndarray:
+        image = open_image(record.path).resize((size, size), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image, dtype=np.float32)
+        return (pixels if pixels.ndim == 2 else pixels.mean(axis=2)).flatten()
+
+    images = np.stack([grey(record) for record in records])
     images = images - images.mean(axis=1, keepdims=True)
     return images / np.maximum(np.linalg.norm(images, axis=1, keepdims=True), 1e-6)
-
-
-def _grey(path: Path, size: int) -> np.ndarray:
-    """(size, size) float32, the mean of the channels."""
-    pixels = open_image(path).resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(pixels, dtype=np.float32)
-    return pixels if pixels.ndim == 2 else pixels.mean(axis=2)
-
-
-def nearest(train: np.ndarray, synthetic: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest training image of each synthetic one: its index (M,) and its Euclidean distance
-    (M,).
-
-    train, synthetic: (N, D), (M, D) features
-    """
-    train, synthetic = _matrices(train, synthetic, least=1)
-    index = pairwise_distances_argmin(synthetic, train)
-    # Computed anew: the fast way to all distances loses half the digits of those that matter here,
-    # and a copy's is 0.
-    return index, np.linalg.norm(synthetic - train[index], axis=1)
 
 
 @dataclass(frozen=True)
@@ -264,14 +209,17 @@ def memorisation(train: np.ndarray, synthetic: np.ndarray) -> Memorisation:
     quantile would look stricter, but the datasets repeat images, which makes it 0. ValueError below
     2 training images, or if the yardstick is 0 all the same.
     """
-    train = _matrices(train, train, least=2)[0]
+    train, synthetic = _matrices(train, synthetic, least=1)
     usual = float(np.median(_kth_neighbour(train, 1)))
-    if usual == 0:
+    if not 0 < usual < np.inf:
         raise ValueError(
-            "half of the training images are copies of others: distances between them measure"
-            " nothing"
+            "there is one training image, or half of them are copies of others: distances between"
+            " them measure nothing"
         )
-    index, distance = nearest(train, synthetic)
+    index = pairwise_distances_argmin(synthetic, train)
+    # Computed anew: the fast way to all distances loses half the digits of those that matter here,
+    # and a copy's is 0.
+    distance = np.linalg.norm(synthetic - train[index], axis=1)
     return Memorisation(index, distance, distance / usual, distance < COPIED * usual)
 
 
@@ -294,11 +242,6 @@ def closest_pairs_figure(
 def _matrices(real: np.ndarray, synthetic: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     """Both in float64, which the differences of large sums above need."""
     real, synthetic = np.asarray(real, np.float64), np.asarray(synthetic, np.float64)
-    if real.ndim != 2 or synthetic.ndim != 2 or real.shape[1] != synthetic.shape[1]:
-        raise ValueError(
-            f"features {real.shape} and {synthetic.shape} are not two matrices of equally many"
-            " columns"
-        )
     if min(len(real), len(synthetic)) < least:
         raise ValueError(
             f"{len(real)} and {len(synthetic)} images, but at least {least} of each are needed"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.figures import Point, confusion_grid, forest_figure, save
+from eval.figures import Point, confusion_figure, forest_figure, save
 from eval.metrics import confusion
 from harness.files import whole_file, write_table, write_text
 from paper import tables
@@ -188,8 +188,7 @@ def _confusion_matrices(out: Path, cells: Cells) -> str:
         )
         for (data, classifier), runs in cells.items()
     }
-    down, across = (list(dict.fromkeys(names)) for names in zip(*matrices))
-    save(confusion_grid(matrices, down, across, classes), out / FIGURES / "confusion.png")
+    save(confusion_figure(matrices, classes, percent=True), out / FIGURES / "confusion.png")
     return picture("confusion.png", "Confusion matrices of every row.")
 
 

@@ -14,7 +14,7 @@ from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
 from eval.compare import Difference, over_both, over_patients, paired_bootstrap
-from eval.metrics import Definition, Scores, _draw, _weighted_scores, confusion
+from eval.metrics import Definition, Scores, confusion, draw_patients, weighted_scores
 from paper.plan import Row
 from planes import PLANES
 from planes.datasets import Record
@@ -148,12 +148,12 @@ def estimate(
     none beyond 0 and 1.
     """
     kept = ~(seeds[0].copies & distinct)
-    weights, clusters = _draw(seeds[0].patients[kept], kept.sum(), 1000, seed=0)
-    weights = np.concatenate([np.ones((1, kept.sum())), weights])  # row 0: the test set itself
+    # row 0 of the weights: the test set itself
+    weights, clusters = draw_patients(seeds[0].patients[kept], 1000, seed=0)
     runs = (
         (r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds
     )
-    scores = np.stack([_weighted_scores(weights, *run) for run in runs])
+    scores = np.stack([weighted_scores(weights, *run) for run in runs])
     single = len(seeds) == 1
     found = over_patients(scores[0], clusters) if single else over_both([scores], [1], clusters)
     numbers = np.clip(found[:3], 0, 1).T.tolist()  # a metric's mean and ends

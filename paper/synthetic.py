@@ -10,7 +10,7 @@ from PIL import Image
 
 from classify import ClassifyError
 from classify.features import Extractor, classifier, features, inception
-from eval.figures import samples_figure, save, tsne, tsne_grid
+from eval.figures import contact_sheet, save, tsne, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
 from paper.document import FIGURES, picture
 from paper.material import Selections
@@ -165,7 +165,8 @@ def figure_2(
         }
         for label, first in groups.items()
     }
-    return samples_figure(rows, classes)
+    cells = [[images.get(name) for name in classes] for images in rows.values()]
+    return contact_sheet(cells, list(rows), classes)
 
 
 def figure_3(

@@ -9,7 +9,6 @@ from scipy.stats import binomtest, t, ttest_ind
 
 from eval.compare import (
     Difference,
-    McNemar,
     by_group,
     mcnemar,
     over_both,
@@ -17,165 +16,109 @@ from eval.compare import (
     paired_bootstrap,
     spread,
 )
-from eval.metrics import Scores, _draw, bootstrap, score
+from eval.metrics import Scores, bootstrap, draw_patients, score
 
 NAMES = list(Scores.__dataclass_fields__)
 
 
-def discordant(only_first, only_second, both=3, neither=2):
-    """Targets and two predictions that differ in this many images."""
-    right_first, right_second = (
-        np.repeat(flags, [only_first, only_second, both, neither])
-        for flags in ([True, False, True, False], [False, True, True, False])
-    )
-    targets = np.arange(len(right_first)) % 4
-    return targets, np.where(right_first, targets, 4), np.where(right_second, targets, 4)
+def clustered(seed, patients, second_gain=0.0):
+    """A study: patients differ in how often they are read right, 0.7 on average; 1 to 4 images of
+    each.
 
-
-def clustered(rng, patients, second_gain=0.0, images=(1, 5), a=2.1, b=0.9):
-    """A study: patients differ in how often they are read right, a / (a + b) on average; 1 to 4
-    images of each.
-
-    The second classifier turns this share of the first's errors right, and loses as many right ones
-    as it makes up for with a gain of 0. Returns targets, two predictions, owners.
+    The second classifier turns this share of the first's errors right. Returns targets, two
+    predictions, owners.
     """
-    owner = np.repeat(np.arange(patients), rng.integers(*images, patients))
-    right = rng.random((2, len(owner))) < rng.beta(a, b, patients)[owner]
+    rng = np.random.default_rng(seed)
+    owner = np.repeat(np.arange(patients), rng.integers(1, 5, patients))
+    right = rng.random((2, len(owner))) < rng.beta(2.1, 0.9, patients)[owner]
     right[1] |= rng.random(len(owner)) < second_gain
     targets = rng.integers(0, 4, len(owner))
     first, second = np.where(right, targets, (targets + 1) % 4)
     return targets, first, second, owner
 
 
+def single(targets, first, second, owner, **settings):
+    """The comparison of two runs."""
+    return paired_bootstrap(targets, [first[None]], [second[None]], owner, **settings)
+
+
+def numbers(difference, sign=1):
+    ends = sorted((sign * difference.low, sign * difference.high))
+    return (sign * difference.value, *ends, difference.p_value)
+
+
 # --- McNemar ---
 
 
 @pytest.mark.parametrize(
-    ("b", "c"), [(b, c) for b in range(8) for c in range(8)] + [(3, 19), (40, 61), (200, 150)]
+    ("b", "c"), [(0, 0), (0, 3), (5, 5), (4, 9), (3, 19), (200, 150), (2400, 2600)]
 )
 def test_mcnemar_is_scipys_exact_binomial_test_of_the_discordant_images(b, c):
+    """3 images that both read right, 2 that both read wrong, by different answers."""
+    kinds = np.repeat([0, 1, 2, 3], [b, c, 3, 2])
+    targets = np.arange(len(kinds)) % 4
+    first = np.where((kinds == 0) | (kinds == 2), targets, 4)
+    second = np.where((kinds == 1) | (kinds == 2), targets, 5)
     expected = binomtest(b, b + c).pvalue if b + c else 1.0
-    result = mcnemar(*discordant(b, c))
+    result = mcnemar(targets, first, second)
     assert (result.only_first, result.only_second) == (b, c)
-    assert result.p_value == pytest.approx(expected, rel=1e-10)
-
-
-def test_mcnemar_is_statsmodels_exact_test():
-    statsmodels = pytest.importorskip(
-        "statsmodels.stats.contingency_tables", reason="statsmodels is not installed"
-    )
-    for b, c in [(0, 3), (4, 9), (30, 12)]:
-        expected = statsmodels.mcnemar([[3, b], [c, 2]], exact=True).pvalue
-        assert mcnemar(*discordant(b, c)).p_value == pytest.approx(expected, rel=1e-10)
-
-
-def test_mcnemar_of_thousands_of_images_neither_overflows_nor_exceeds_one():
-    assert mcnemar(*discordant(2400, 2600)).p_value == pytest.approx(
-        binomtest(2400, 5000).pvalue, rel=1e-9
-    )
-    assert mcnemar(*discordant(5, 5)) == McNemar(5, 5, 1.0)
-
-
-def test_two_different_wrong_answers_are_no_disagreement():
-    assert mcnemar([0, 0], [1, 0], [2, 0]) == McNemar(0, 0, 1.0)
+    assert result.p_value == pytest.approx(expected, rel=1e-9) and result.p_value <= 1
 
 
 # --- paired bootstrap ---
 
 
-def test_a_planted_difference_is_found_and_has_the_sign_of_second_minus_first():
-    targets, first, second, owner = clustered(np.random.default_rng(0), 80, second_gain=0.5)
-    for name, found in paired_bootstrap(targets, first, second, owner).items():
+def test_a_planted_difference_is_found_with_the_sign_of_second_minus_first_and_mirrors():
+    targets, first, second, owner = clustered(0, 80, second_gain=0.5)
+    there, back = single(targets, first, second, owner), single(targets, second, first, owner)
+    for name, found in there.items():
         truth = getattr(score(targets, second), name) - getattr(score(targets, first), name)
         assert found.value == pytest.approx(truth, abs=1e-11)
         assert 0 < found.low < found.value < found.high and found.p_value < 0.01, name
+        assert numbers(found) == pytest.approx(numbers(back[name], -1), abs=1e-9)
 
 
-def test_swapping_the_two_mirrors_the_result():
-    targets, first, second, owner = clustered(np.random.default_rng(1), 40)
-    there, back = (
-        paired_bootstrap(targets, *pair, owner) for pair in ((first, second), (second, first))
-    )
-    for name in NAMES:
-        one, other = there[name], back[name]
-        mirrored = (-other.value, -other.high, -other.low, other.p_value)
-        assert (one.value, one.low, one.high, one.p_value) == pytest.approx(mirrored, abs=1e-9)
-
-
-def test_equal_predictions_differ_by_exactly_nothing_in_whatever_order_the_runs_come():
-    targets, first, second, owner = clustered(np.random.default_rng(2), 40)
-    runs = np.stack([first, second, np.roll(first, 1)])
+def test_equal_predictions_differ_by_exactly_nothing_in_whatever_order_the_classifiers_come():
+    targets, first, second, owner = clustered(2, 40)
+    runs = [first[None], second[None], np.roll(first, 1)[None]]
     none = dict.fromkeys(NAMES, Difference(0, 0, 0, 1))
-    assert paired_bootstrap(targets, first, first, owner) == none
-    assert paired_bootstrap(targets, runs, runs[[2, 0, 1]], owner) == none
+    assert paired_bootstrap(targets, runs[:1], runs[:1], owner) == none
+    assert paired_bootstrap(targets, runs, [runs[2], runs[0], runs[1]], owner) == none
 
 
-def test_runs_are_averaged_by_score_within_each_replicate_of_the_same_patients():
-    targets, first, second, owner = clustered(np.random.default_rng(3), 30)
-    third = np.roll(first, 1)
+def test_classifiers_are_averaged_by_score_within_each_replicate_of_the_same_patients():
+    targets, first, second, owner = clustered(3, 30)
+    ones, others = [first[None]] * 2, [second[None], np.roll(first, 1)[None]]
     alone = [
-        paired_bootstrap(targets, first, run, owner, replicates=1)["f_score"]
-        for run in (second, third)
+        paired_bootstrap(targets, ones[:1], [other], owner, replicates=1)["f_score"]
+        for other in others
     ]
-    both = paired_bootstrap(targets, first, np.stack([second, third]), owner, replicates=1)[
-        "f_score"
-    ]
+    both = paired_bootstrap(targets, ones, others, owner, replicates=1)["f_score"]
     assert both.value == pytest.approx(np.mean([run.value for run in alone]), abs=1e-11)
     assert both.low == both.high == pytest.approx(np.mean([run.low for run in alone]), abs=1e-11)
 
 
-def test_the_p_value_is_below_one_minus_the_level_just_where_the_interval_leaves_zero_out():
-    rng, outside = np.random.default_rng(4), 0
-    for _ in range(40):
-        found = paired_bootstrap(*clustered(rng, 20, second_gain=0.3), replicates=1000, level=0.9)[
-            "accuracy"
-        ]
-        outside += (without := not found.low <= 0 <= found.high)
-        if abs(found.p_value - 0.1) > 0.01:  # quantiles interpolate, counts do not
-            assert without == (found.p_value < 0.1), found
-    assert 5 < outside < 35
-
-
-def test_no_p_value_is_zero_and_fewer_replicates_can_show_less():
-    targets = np.tile([0, 1], 50)
-    few, many = (
-        paired_bootstrap(targets, 1 - targets, targets, range(100), replicates=count)[
-            "accuracy"
-        ].p_value
-        for count in (99, 999)
-    )
-    # a little more, for 100 patients
-    assert 2 / 100 <= few < 2.5 / 100 and 2 / 1000 <= many < 3 / 1000
+def test_the_interval_over_patients_and_its_p_value_are_these():
+    """100 replicates of 20 patients, of which 7 are at or below zero."""
+    replicas = np.concatenate([np.linspace(-0.6, 0, 7), np.linspace(0.1, 1, 93)])
+    value, low, high, p_value = over_patients(np.append(0.4, replicas), 20)
+    tail = t.cdf(t.ppf(0.025, 19) * np.sqrt(20 / 19), np.inf)
+    ends = np.quantile(replicas, [tail, 1 - tail])
+    assert (value, low, high) == pytest.approx((0.4, *ends), abs=1e-12)
+    # the level at which the interval would end at zero
+    level = t.cdf(t.ppf(8 / 101, np.inf) * np.sqrt(19 / 20), 19)
+    assert p_value == pytest.approx(2 * level, rel=1e-9)
+    replicas[:7] = 1  # never 0: the observed data count as one more replicate
+    level = t.cdf(t.ppf(1 / 101, np.inf) * np.sqrt(19 / 20), 19)
+    assert over_patients(np.append(0.4, replicas), 20)[3] == pytest.approx(2 * level, rel=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_the_auc_of_a_single_class_has_no_difference_and_the_rest_has():
-    found = paired_bootstrap(
-        np.zeros(6, int), [1, 0, 0, 0, 0, 0], np.zeros(6, int), range(6), replicates=50
-    )
+    first = np.array([1, 0, 0, 0, 0, 0])
+    found = single(np.zeros(6, int), first, np.zeros(6, int), range(6), replicates=50)
     assert math.isnan(found["auc"].value) and math.isnan(found["auc"].p_value)
     assert found["accuracy"].value == pytest.approx(1 / 6)
-
-
-def test_the_definition_of_the_auc_is_used():
-    # uneven: else both are one
-    targets, first = np.tile([0, 1, 2, 3, 3], 8), np.tile([0, 1, 2, 4, 4], 8)
-    differences = [
-        paired_bootstrap(targets, first, targets, range(40), kind)["auc"]
-        for kind in ("notebook", "plain")
-    ]
-    expected = [1 - score(targets, first, kind).auc for kind in ("notebook", "plain")]
-    assert [found.value for found in differences] == pytest.approx(expected, abs=1e-11)
-    assert abs(expected[0] - expected[1]) > 0.01
-
-
-def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="3 patients for 4 images"):
-        paired_bootstrap([0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], range(3))
-    with pytest.raises(ValueError, match="one index per image"):
-        paired_bootstrap([0, 1], [0, 1], [[0, 1, 1]], range(2))
-    with pytest.raises(ValueError, match="1 groups for 2 images"):
-        by_group([0, 1], [0, 1], ["Malawi"])
 
 
 # --- patients and seeds ---
@@ -196,9 +139,8 @@ def test_where_all_patients_are_alike_the_interval_over_seeds_is_welchs_t_test()
     welch = ttest_ind([0.9, 0.7, 0.8, 0.9], [0.6, 0.7, 0.5], equal_var=False)
     low, high = welch.confidence_interval(0.95)
     assert found.over == "patients and seeds" and found.value == pytest.approx(0.825 - 0.6)
-    assert (found.low, found.high, found.p_value) == pytest.approx(
-        (low, high, welch.pvalue), rel=1e-9
-    )
+    expected = low, high, welch.pvalue
+    assert (found.low, found.high, found.p_value) == pytest.approx(expected, rel=1e-9)
 
 
 def test_classifiers_weigh_the_same_and_each_brings_its_own_spread_over_seeds():
@@ -206,99 +148,59 @@ def test_classifiers_weigh_the_same_and_each_brings_its_own_spread_over_seeds():
     second = [same_in_every_patient(*right)[1] for right in ((9, 7), (5, 6, 7, 8))]
     found = paired_bootstrap(targets, [first, first], second, owner)["accuracy"]
     assert found.value == pytest.approx((0.8 + 0.65) / 2 - 0.6)
-    variances = [
-        np.var(x, ddof=1) / len(x) / 4
-        for x in ([0.6, 0.7, 0.5], [0.6, 0.7, 0.5], [0.9, 0.7], [5, 6, 7, 8])
-    ]
-    variances[3] /= 100
+    runs = [0.6, 0.7, 0.5], [0.6, 0.7, 0.5], [0.9, 0.7], [0.5, 0.6, 0.7, 0.8]
+    variances = [np.var(x, ddof=1) / len(x) / 4 for x in runs]
     freedom = sum(variances) ** 2 / sum(v**2 / n for v, n in zip(variances, (2, 2, 1, 3)))
     half = t.ppf(0.975, freedom) * np.sqrt(sum(variances))
-    assert (found.low, found.high) == pytest.approx(
-        (found.value - half, found.value + half), rel=1e-9
-    )
+    expected = found.value - half, found.value + half
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
 
 
 def test_where_all_seeds_are_alike_the_interval_is_that_over_patients():
-    targets, first, second, owner = clustered(np.random.default_rng(5), 60, second_gain=0.2)
-    alone = paired_bootstrap(targets, first, second, owner)
+    targets, first, second, owner = clustered(5, 60, second_gain=0.2)
+    alone = single(targets, first, second, owner)
     twice = paired_bootstrap(targets, [np.stack([first] * 3)], [np.stack([second] * 3)], owner)
     for name in NAMES:
         one, both = alone[name], twice[name]
-        assert (one.over, both.over) == (
-            "patients",
-            "patients and seeds",
-        ) and both.value == one.value
+        assert (one.over, both.over) == ("patients", "patients and seeds")
         # a t interval against percentiles
+        assert both.value == one.value
         assert both.high - both.low == pytest.approx(one.high - one.low, rel=0.1)
 
 
 def test_one_seed_of_one_classifier_leaves_the_interval_over_patients_alone():
-    targets, first, second, owner = clustered(np.random.default_rng(6), 40)
-    several, single = np.stack([first, second, first]), np.stack([second])
-    found = paired_bootstrap(targets, [several, several], [several, single], owner)
+    targets, first, second, owner = clustered(6, 40)
+    several = np.stack([first, second, first])
+    found = paired_bootstrap(targets, [several, several], [several, second[None]], owner)
     assert {difference.over for difference in found.values()} == {"patients"}
     mean = np.mean([score(targets, run).accuracy for run in several])
     expected = (mean + score(targets, second).accuracy) / 2 - mean
     assert found["accuracy"].value == pytest.approx(expected, abs=1e-11)
 
 
-def test_swapping_the_two_mirrors_the_result_over_seeds_and_their_order_does_not_matter():
-    targets, first, second, owner = clustered(np.random.default_rng(7), 40)
-    one, other = (
-        np.stack([first, second, np.roll(first, 1)]),
-        np.stack([second, np.roll(second, 2)]),
-    )
-    there, back = (
-        paired_bootstrap(targets, [one], [other], owner),
-        paired_bootstrap(targets, [other], [one], owner),
-    )
+def test_over_seeds_too_the_result_mirrors_and_the_order_of_runs_does_not_matter():
+    targets, first, second, owner = clustered(7, 40)
+    one = np.stack([first, second, np.roll(first, 1)])
+    other = np.stack([second, np.roll(second, 2)])
+    there = paired_bootstrap(targets, [one], [other], owner)
+    back = paired_bootstrap(targets, [other], [one], owner)
     again = paired_bootstrap(targets, [one[[2, 0, 1]]], [other[::-1]], owner)
     for name in NAMES:
-        a, b, c = there[name], back[name], again[name]
-        mirrored = (-b.value, -b.high, -b.low, b.p_value)
-        assert (a.value, a.low, a.high, a.p_value) == pytest.approx(mirrored, abs=1e-9)
-        assert (a.value, a.low, a.high, a.p_value) == pytest.approx(
-            (c.value, c.low, c.high, c.p_value), abs=1e-9
-        )
-
-
-def test_a_data_model_against_itself_differs_by_nothing_but_other_seeds_might():
-    targets, first, second, owner = clustered(np.random.default_rng(8), 40)
-    runs = np.stack([first, second, np.roll(first, 1)])
-    found = paired_bootstrap(targets, [runs], [runs[[1, 2, 0]]], owner)["accuracy"]
+        assert numbers(there[name]) == pytest.approx(numbers(back[name], -1), abs=1e-9)
+        assert numbers(there[name]) == pytest.approx(numbers(again[name]), abs=1e-9)
+    # against itself it differs by nothing, but other seeds might
+    found = paired_bootstrap(targets, [one], [one[[1, 2, 0]]], owner)["accuracy"]
     assert (found.value, found.p_value) == (0, 1) and found.high == -found.low > 0.01
-    same = paired_bootstrap(targets, [runs[[0, 0]]], [runs[[0, 0]]], owner)["accuracy"]
+    same = paired_bootstrap(targets, [one[[0, 0]]], [one[[0, 0]]], owner)["accuracy"]
     assert same == Difference(0, 0, 0, 1, "patients and seeds")
-
-
-def runs_of(rng, level, patients=66, images=(1, 7), ease=0.25):
-    """Which images every run reads right, (..., N), with the probability `level`, (...), plus a
-    patient's ease; owners.
-
-    level +- ease must lie between 0 and 1, for `level` to be the truth.
-    """
-    owner = np.repeat(np.arange(patients), rng.integers(*images, patients))
-    probability = np.asarray(level)[..., None] + rng.uniform(-ease, ease, patients)[owner]
-    return rng.random(probability.shape) < probability, owner
-
-
-def accuracies(right, owner, seed, replicates=300):
-    """The scores that `over_both` takes, (..., 1 + R), and the number of patients."""
-    weights, clusters = _draw(owner, len(owner), replicates, seed)
-    weights = np.concatenate([np.ones((1, len(owner))), weights])
-    return right.astype(float) @ (weights / weights.sum(axis=1, keepdims=True)).T, clusters
 
 
 def test_the_variance_of_what_a_run_does_on_these_patients_is_counted_once():
     """The docstring's sum, written out: patients' and seeds' variances each hold that of a run on
     these patients."""
     rng, clusters = np.random.default_rng(9), 12
-    seeds, patients, own = (
-        rng.normal(0, 2, (2, 3, 1)),
-        rng.normal(0, 1, 400),
-        rng.normal(0, 1, (2, 3, 400)),
-    )
-    cells = seeds + patients * np.array([[[1]], [[2]]]) + own
+    seeds, patients = rng.normal(0, 2, (2, 3, 1)), rng.normal(0, 1, 400)
+    cells = seeds + patients * np.array([[[1]], [[2]]]) + rng.normal(0, 1, (2, 3, 400))
     value, low, high, p_value = over_both(cells, [-1, 1], clusters)
     scale = clusters / (clusters - 1)
     of_patients = scale * (cells[1].mean(axis=0) - cells[0].mean(axis=0))[1:].var()
@@ -314,55 +216,22 @@ def test_the_variance_of_what_a_run_does_on_these_patients_is_counted_once():
     assert p_value == pytest.approx(2 * t.sf(abs(value) / np.sqrt(variance), freedom))
 
 
-# --- coverage ---
+# --- coverage: 150 studies of 66 patients, as in the African test ---
 
-STUDIES = 1000
-
-
-@pytest.mark.slow
-def test_95_percent_intervals_over_patients_hold_the_true_accuracy_in_93_to_97_of_100_studies_and_over_images_do_not():
-    """66 patients, as in the African test set, of 1 to 4 images each; 1000 studies, binomial sd 0.7
-    points."""
-    rng = np.random.default_rng(0)
-    by_patient, by_image = [], []
-    for study in range(STUDIES):
-        targets, first, _, owner = clustered(rng, 66)
-        low, high = bootstrap(targets, first, owner, replicates=400, seed=study)["accuracy"]
-        by_patient.append(low <= 0.7 <= high)
-        if study % 4 == 0:
-            low, high = bootstrap(targets, first, range(len(owner)), replicates=400, seed=study)[
-                "accuracy"
-            ]
-            by_image.append(low <= 0.7 <= high)
-    assert 0.93 <= np.mean(by_patient) <= 0.97
-    assert np.mean(by_image) < 0.92  # too narrow: in truth 88 of 100
-
-
-@pytest.mark.slow
-def test_95_percent_intervals_of_a_paired_difference_hold_the_truth_in_93_to_97_of_100_studies():
-    """The second classifier turns a fifth of its errors right: from 0.7 to 0.76."""
-    rng = np.random.default_rng(1)
-    covered = 0
-    for study in range(STUDIES):
-        found = paired_bootstrap(*clustered(rng, 66, second_gain=0.2), replicates=400, seed=study)[
-            "accuracy"
-        ]
-        covered += found.low <= 0.06 <= found.high
-    assert 0.93 <= covered / STUDIES <= 0.97
+STUDIES = 150  # binomial sd 1.8 points at 95 of 100
 
 
 def covered(rng, seeds, classifiers, study, seed_sd=0.08, gain=0.05):
-    """A study of a gain by 5 points: whether the interval over patients and seeds, and that over
-    patients, hold it.
-
-    66 patients of 1 to 6 images each, 233 in the mean, as in the African test; classifiers from 40
-    to 60 %.
-    """
-    level = np.linspace(0.4, 0.6, classifiers)[:, None] + rng.normal(
-        0, seed_sd, (2, classifiers, seeds)
-    )
-    right, owner = runs_of(rng, level + np.array([0, gain])[:, None, None])
-    scores, clusters = accuracies(right, owner, study)
+    """A study of a gain by 5 points: whether the interval over patients and seeds, that of a single
+    row, and that over patients, hold the truth. Classifiers from 40 to 60 %, patients' ease 25
+    points to either side."""
+    owner = np.repeat(np.arange(66), rng.integers(1, 7, 66))
+    own = rng.normal(0, seed_sd, (2, classifiers, seeds))
+    level = np.linspace(0.4, 0.6, classifiers)[:, None] + own + np.array([0, gain])[:, None, None]
+    ease = rng.uniform(-0.25, 0.25, 66)[owner]
+    right = rng.random((*level.shape, len(owner))) < level[..., None] + ease
+    weights, clusters = draw_patients(owner, 300, study)
+    scores = right.astype(float) @ (weights / weights.sum(axis=1, keepdims=True)).T
     coefficients = np.repeat([-1, 1], classifiers) / classifiers
     _, low, high, p_value = over_both([*scores[0], *scores[1]], coefficients, clusters)
     assert (p_value < 0.05) == (not low <= 0 <= high)
@@ -372,46 +241,53 @@ def covered(rng, seeds, classifiers, study, seed_sd=0.08, gain=0.05):
 
 
 def test_intervals_over_seeds_hold_the_truth_where_those_over_patients_miss_it_every_other_time():
-    """3 seeds of 3 classifiers with a standard deviation of 8 points; 100 studies, binomial sd 2
+    """3 seeds of 3 classifiers with a standard deviation of 8 points; 60 studies, binomial sd 3
     points."""
     rng = np.random.default_rng(10)
-    difference, _, old = np.mean([covered(rng, 3, 3, study) for study in range(100)], axis=0)
-    assert difference >= 0.9 and old < 0.7
+    difference, _, old = np.mean([covered(rng, 3, 3, study) for study in range(60)], axis=0)
+    assert difference >= 0.88 and old < 0.7
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gain", [0, 0.2])
+def test_95_percent_intervals_over_patients_hold_the_truth_and_over_images_do_not(gain):
+    """Of the first's accuracy 0.7, and of the difference: the second turns none or a fifth of its
+    errors right."""
+    held = []
+    for seed in range(STUDIES):
+        *study, owner = clustered(seed, 66, gain)
+        settings = {"replicates": 400, "seed": seed}
+        low, high = bootstrap(*study[:2], owner, **settings)["accuracy"]
+        low_image, high_image = bootstrap(*study[:2], range(len(owner)), **settings)["accuracy"]
+        found = single(*study, owner, **settings)["accuracy"]
+        row = low <= 0.7 <= high, low_image <= 0.7 <= high_image
+        held.append((*row, found.low <= 0.3 * gain <= found.high, found.p_value < 0.05))
+    by_patient, by_image, paired, significant = np.mean(held, axis=0)
+    assert 0.9 <= by_patient <= 0.99 and 0.9 <= paired <= 0.99
+    assert by_image < by_patient - 0.03  # too narrow: in truth 88 of 100
+    assert significant <= 0.1 if gain == 0 else significant > 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("seeds", "classifiers"), [(3, 5), (3, 3), (5, 5), (5, 3)])
 def test_95_percent_intervals_over_patients_and_seeds_hold_the_truth_in_93_to_97_of_100_studies(
     seeds, classifiers
 ):
     """Seeds with a standard deviation of 8 points; 2000 studies, binomial sd 0.5 points."""
     rng = np.random.default_rng(11)
-    studies = [covered(rng, seeds, classifiers, study) for study in range(2 * STUDIES)]
+    studies = [covered(rng, seeds, classifiers, study) for study in range(2000)]
     difference, row, old = np.mean(studies, axis=0)
     # a single row of three seeds: 93 to 94
-    assert 0.93 <= difference <= 0.975 and 0.925 <= row <= 0.975
-    assert old < 0.6
+    assert 0.93 <= difference <= 0.975 and 0.925 <= row <= 0.975 and old < 0.6
 
 
 @pytest.mark.slow
-def test_seeds_that_change_little_leave_intervals_too_wide_but_no_wider_than_98_of_100():
+def test_seeds_that_change_little_leave_intervals_too_wide_but_no_wider_than_all():
     rng = np.random.default_rng(12)
-    difference, _, old = np.mean(
-        [covered(rng, 3, 3, study, seed_sd=0.01) for study in range(STUDIES)], axis=0
-    )
-    assert 0.95 <= difference <= 0.99 and old > 0.9
-
-
-@pytest.mark.slow
-def test_a_p_value_below_5_percent_comes_up_in_about_5_of_100_studies_without_a_difference():
-    rng = np.random.default_rng(2)
-    below = 0
-    for study in range(STUDIES):
-        below += (
-            paired_bootstrap(*clustered(rng, 66), replicates=400, seed=study)["accuracy"].p_value
-            < 0.05
-        )
-    assert 0.03 <= below / STUDIES <= 0.07
+    studies = [covered(rng, 3, 3, study, seed_sd=0.01) for study in range(STUDIES)]
+    difference, _, old = np.mean(studies, axis=0)
+    assert 0.94 <= difference < 1 and old > 0.88
 
 
 # --- one classifier ---
@@ -420,11 +296,9 @@ def test_a_p_value_below_5_percent_comes_up_in_about_5_of_100_studies_without_a_
 def test_spread_is_the_sample_standard_deviation():
     assert spread([0.7, 0.8, 0.9]) == pytest.approx((0.8, 0.1))
     assert spread([0.7])[0] == 0.7 and math.isnan(spread([0.7])[1])
-    with pytest.raises(ValueError, match="no values"):
-        spread([])
 
 
 def test_groups_are_counted_in_order_of_appearance():
-    counts = by_group([0, 1, 2, 0], [0, 1, 0, 1], ["Malawi", "Egypt", "Malawi", "Malawi"])
-    assert list(counts.items()) == [("Malawi", (1, 3)), ("Egypt", (1, 1))]
-    assert {type(n) for pair in counts.values() for n in pair} == {int}
+    targets, predictions = np.array([0, 1, 2, 0]), np.array([0, 1, 0, 1])
+    counts = by_group(targets, predictions, ["Malawi", "Egypt", "Malawi", "Kenya"])
+    assert list(counts.items()) == [("Malawi", (1, 2)), ("Egypt", (1, 1)), ("Kenya", (0, 1))]
