@@ -5,11 +5,11 @@ another site.
 |---|---|
 | the five networks, their weights, the trained file | `models.py` |
 | which images: the flags that choose them, copies and patients in both sets | `images.py` |
-| decoding, input ranges, augmentation; every class equally often, contrast varied at random | `data.py` |
+| decoding, input ranges, augmentation; every class equally often, contrast | `data.py` |
 | one epoch of SGD, prediction, what a run that was stopped goes on from | `train.py` |
-| scores of the test images; a trained classifier on any folder, and as ONNX | `predict.py` |
+| what is written of the test images; a classifier on any folder, as ONNX | `predict.py` |
 | image features: Inception v3 or a classifier of our own | `features.py` |
-| what a frozen vision model does by itself: linear probe | `probe.py` |
+| what a frozen vision model does by itself: a linear probe | `probe.py` |
 """
 
 

@@ -1,10 +1,11 @@
 """Images for the classifiers: decoded and resized once, augmented anew in every epoch, scaled to an
 input range."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +78,8 @@ class PlaneImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         n = index % len(self)
-        return (
-            self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size),
-            self.targets[n],
-            index,
-        )
+        image = self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size)
+        return image, self.targets[n], index
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on
@@ -92,24 +90,16 @@ class PlaneImages(Dataset):
             return self.moved[0][rows], self.moved[1][rows], asked
         images, targets, _ = zip(*map(self.__getitem__, indices))
         channels = max(map(len, images))
-        return (
-            torch.stack([image.expand(channels, -1, -1) for image in images]),
-            torch.tensor(targets),
-            asked,
-        )
+        stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
+        return stacked, torch.tensor(targets), asked
 
     def move(self, device: torch.device, room: int) -> None:
         """All images to a device, for good, if all are kept and take at most `room` bytes; else
         they stay."""
         channels = max(map(len, self.kept), default=1)
-        if (
-            self.kept
-            and len(self.kept) == len(self)
-            and len(self) * channels * self.size**2 <= room
-        ):
-            images = torch.empty(
-                len(self), channels, self.size, self.size, dtype=torch.uint8, device=device
-            )
+        shape = len(self), channels, self.size, self.size
+        if len(self.kept) == len(self) and 0 < math.prod(shape) <= room:
+            images = torch.empty(shape, dtype=torch.uint8, device=device)
             for n, image in enumerate(self.kept):
                 images[n] = image.to(device)
             self.moved = images, torch.tensor(self.targets, device=device)
@@ -123,10 +113,9 @@ class PlaneImages(Dataset):
         """
         with ThreadPoolExecutor(max(threads, 1)) as pool:
             chunk = 64  # decoded at a time, so that no more than a chunk is ever decoded in vain
-            for start in range(len(self.kept), len(self.paths), chunk):
-                for image in pool.map(
-                    lambda path: decode(path, self.size), self.paths[start : start + chunk]
-                ):
+            for start in range(0, len(self), chunk):
+                paths = self.paths[start : start + chunk]
+                for image in pool.map(decode, paths, repeat(self.size)):
                     memory -= image.numel()
                     if memory < 0:
                         return
@@ -136,9 +125,9 @@ class PlaneImages(Dataset):
 
 def gpu_room(device: torch.device) -> int:
     """Bytes of images that a GPU keeps: half of its memory; none elsewhere."""
-    return (
-        torch.cuda.get_device_properties(device).total_memory // 2 if device.type == "cuda" else 0
-    )
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(device).total_memory // 2
 
 
 def decode(path: Path, size: int) -> Tensor:
@@ -148,11 +137,7 @@ def decode(path: Path, size: int) -> Tensor:
     Raises ImageError as `planes.pictures.open_image`.
     """
     pixels = np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
-    return (
-        torch.from_numpy(pixels)[None]
-        if pixels.ndim == 2
-        else torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-    )
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
 
 
 class BalancedSampler(Sampler[int]):
@@ -176,9 +161,8 @@ class BalancedSampler(Sampler[int]):
         classes = rng.permutation(np.unique(self.targets))
         drawn = np.empty(count, dtype=np.int64)
         for n, target in enumerate(classes):
-            drawn[n :: len(classes)] = rng.choice(
-                np.flatnonzero(self.targets == target), len(drawn[n :: len(classes)])
-            )
+            places = drawn[n :: len(classes)]
+            places[:] = rng.choice(np.flatnonzero(self.targets == target), len(places))
         return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
 
 
@@ -216,15 +200,8 @@ def draw_augmentation(recipe: Recipe, seed: int, epoch: int, indices: Tensor) ->
     Returns (B, 2, 3), from output to input coordinates as F.affine_grid reads them: one
     interpolation does it all.
     """
-    return torch.tensor(
-        np.stack(
-            [
-                _affine(recipe, np.random.default_rng((seed, epoch, index)))
-                for index in indices.tolist()
-            ]
-        ),
-        dtype=torch.float32,
-    )
+    rngs = (np.random.default_rng((seed, epoch, index)) for index in indices.tolist())
+    return torch.tensor(np.stack([_affine(recipe, rng) for rng in rngs]), dtype=torch.float32)
 
 
 def _affine(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
@@ -233,9 +210,7 @@ def _affine(recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
     turn, flip_x, flip_y = rng.random(3)
     angle = np.deg2rad(recipe.rotation) * (2 * turn - 1)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    flip = np.array(
-        [-1 if flip_x < recipe.horizontal_flip else 1, -1 if flip_y < recipe.vertical_flip else 1]
-    )
+    flip = np.where([flip_x < recipe.horizontal_flip, flip_y < recipe.vertical_flip], -1, 1)
     scale, center = np.ones(2), np.zeros(2)
     if recipe.crop:
         scale = _crop_sides(recipe.crop, rng)
@@ -264,16 +239,15 @@ def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
     """Random gamma, gain and offset of each image, (B, 3), a function of (seed, epoch, index)
     alone.
 
-    indices: (B,) as `data.PlaneImages` gives them
+    indices: (B,) as PlaneImages gives them
     """
     rows = []
     for index in indices.tolist():
-        # 1: other numbers than `data.draw_augmentation`'s
+        # 1: other numbers than `draw_augmentation`'s
         rng = np.random.default_rng((seed, epoch, index, 1))
         gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
-        rows.append(
-            (gamma, rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET))
-        )
+        gain, offset = rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)
+        rows.append((gamma, gain, offset))
     return torch.tensor(rows, dtype=torch.float32)
 
 
@@ -286,29 +260,28 @@ def prepare(
     images: (B, 1 or 3, H, W) uint8; of a grey one come three equal channels
     affine: (B, 2, 3) from `draw_augmentation`, or None; what it brings in from outside the image is
         black
-    contrast: (B, 3) from `contrast.draw_contrast`, or None: gain x^gamma + offset of x in [0, 1],
+    contrast: (B, 3) from `draw_contrast`, or None: gain x^gamma + offset of x in [0, 1],
         clipped to [0, 1]
     """
     x = images.float() / 255
     if contrast is not None:
-        gamma, gain, offset = contrast.to(x.device, non_blocking=True)[
-            :, :, None, None, None
-        ].unbind(dim=1)
+        contrast = contrast.to(x.device, non_blocking=True)
+        gamma, gain, offset = contrast[:, :, None, None, None].unbind(dim=1)
         x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
-        grid = F.affine_grid(
-            affine.to(x.device, non_blocking=True), list(x.shape), align_corners=False
-        )
+        affine = affine.to(x.device, non_blocking=True)
+        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    mean, std = _mean_std(input_range, x.device)
-    return (x - mean) / std
+    return normalise(x, input_range)
 
 
-@cache
-def _mean_std(input_range: str, device: torch.device) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.tensor(value, device=device)[:, None, None] for value in INPUT_RANGES[input_range]
+def normalise(images: Tensor, input_range: str) -> Tensor:
+    """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, H, W) in the input range."""
+    mean, std = (
+        torch.tensor(value, device=images.device)[:, None, None]
+        for value in INPUT_RANGES[input_range]
     )
+    return (images - mean) / std
 
 
 Augmentation = Callable[[Tensor], Tensor]

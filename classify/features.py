@@ -1,6 +1,6 @@
-"""Image features for the t-SNE figure: Inception v3 as the authors used it, or any classifier of
-this project."""
+"""Image features: of Inception v3 as the authors used it, or of any classifier of this project."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,34 @@ from classify.models import find_head, load, load_strict, read_weights
 from planes.datasets import Record
 from planes.sites import classes_of
 
+BATCH = 32
+
 
 @dataclass(frozen=True)
 class Extractor:
-    """A network whose features are taken, and how it is fed.
+    """A frozen network whose features are taken.
 
-    layer: "logits" (the output), or "penultimate" (what enters the last Linear: 2048 pooled
-        features in Inception v3)
+    forward: (B, 1 or 3, size, size) uint8 on the model's device -> (B, D) features
     name: words for a caption, such as "Inception v3, 1000 logits"
     """
 
     model: nn.Module
+    forward: Callable[[Tensor], Tensor]
     size: int
-    input_range: str
-    layer: str
     name: str
+
+
+def of_network(
+    model: nn.Module, size: int, input_range: str, layer: str = "penultimate", name: str = ""
+) -> Extractor:
+    """A network that ends in a Linear.
+
+    layer: "logits" (the output), or "penultimate" (what enters the last Linear: 2048 pooled
+        features in Inception v3)
+    """
+    if layer == "penultimate":
+        model.set_submodule(find_head(model)[0], nn.Identity())
+    return Extractor(model.eval(), lambda x: model(prepare(x, input_range)), size, name)
 
 
 def inception(
@@ -38,14 +51,14 @@ def inception(
     images.
 
     weights: "imagenet" (torchvision's, downloaded once) or a state dict file of torchvision's
-    inception_v3 Raises ClassifyError in one line where neither can be had.
+        inception_v3. Raises ClassifyError in one line where neither can be had.
     """
     state, source = read_weights("inception_v3", weights)
     # transform_input undoes ImageNet's normalisation: the network itself was trained on [-1, 1].
     model = tv.inception_v3(weights=None, transform_input=True, init_weights=False)
     load_strict(model, state, source)
     width = "1000 logits" if layer == "logits" else "2048 pooled features"
-    return Extractor(model.eval(), size, "imagenet", layer, f"Inception v3, {width}")
+    return of_network(model, size, "imagenet", layer, f"Inception v3, {width}")
 
 
 def classifier(path: str | Path, layer: str = "penultimate") -> Extractor:
@@ -53,25 +66,16 @@ def classifier(path: str | Path, layer: str = "penultimate") -> Extractor:
     one."""
     model, description = load(path)
     name = f"{description['model']} trained on the planes, {layer} layer"
-    return Extractor(model, description["size"], description["input_range"], layer, name)
+    return of_network(model, description["size"], description["input_range"], layer, name)
 
 
 @torch.no_grad()
-def features(extractor: Extractor, records: list[Record], batch_size: int = 32) -> np.ndarray:
-    """Features of the records' images, (N, D) float32, on the device where the extractor's model
-    is."""
-    inputs: list[Tensor] = []
-    _, head = find_head(extractor.model)
-    hook = head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].float().cpu()))
-    device = head.weight.device
-    logits = []
-    try:
-        for images, _, _ in batches(
-            PlaneImages(records, extractor.size, classes_of(records)), batch_size
-        ):
-            logits.append(
-                extractor.model(prepare(images.to(device), extractor.input_range)).float().cpu()
-            )
-    finally:
-        hook.remove()
-    return torch.cat(logits if extractor.layer == "logits" else inputs).numpy()
+def features(extractor: Extractor, records: Sequence[Record], workers: int = 0) -> np.ndarray:
+    """Features of the records' images, (N, D) float32."""
+    images = PlaneImages(records, extractor.size, classes_of(records))
+    device = next(extractor.model.parameters()).device
+    found = [
+        extractor.forward(pixels.to(device)).float().cpu()
+        for pixels, _, _ in batches(images, BATCH, workers)
+    ]
+    return torch.cat(found).numpy()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from classify import ClassifyError
+from harness.files import sha256_of_all
 from planes import PLANES
 from planes.datasets import (
     Record,
@@ -27,6 +28,7 @@ class Chosen:
     """Records, each image there.
 
     twice: test images that their own site has twice
+    copies: test images with the same bytes as a training image
     classes: names, class index = position
     """
 
@@ -34,16 +36,25 @@ class Chosen:
     validation: list[Record]
     test: list[Record]
     twice: set[Record]
+    copies: set[Record]
     classes: tuple[str, ...]
+
+    def hashes(self) -> dict[str, str]:
+        """Of the files of each group."""
+        groups = {"training": self.training, "validation": self.validation, "test": self.test}
+        return {
+            f"{name} images": sha256_of_all(record.path for record in records)
+            for name, records in groups.items()
+        }
 
 
 def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     """The paper's datasets where --spanish and --african name them, or any two sites by --source
     and --target.
 
-    say: is told where a site names no patients
+    say: is told where a site names no patients, and which test images are copies of training
 
-    Raises ClassifyError, DatasetError.
+    Raises ClassifyError, also where a patient is in training and in test, DatasetError.
     """
     first = read_site(args.source, "source", train=True) if args.source else []
     first = read_spanish(args.spanish) if args.spanish else first
@@ -84,26 +95,12 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
             f"{path}: is among the training images {times} times; give each list once"
         )
     require_images(training + validation + second)
-    return Chosen(training, validation, test, repeated(second), classes)
 
-
-def find_copies(
-    training: list[Record], test: list[Record], say: Callable[[str], object]
-) -> set[Record]:
-    """Test images with the same bytes as a training image; a shared patient is an error.
-
-    say: is told what was found
-    """
     found = leaks(training, test)
-    if shared := [leak.test for leak in found if leak.kind == "patient"]:
-        raise ClassifyError(
-            f"{shared[0].patient} is in training and in test, as {len(shared)} test images are"
-        )
-    copies = {leak.test for leak in found}
+    if shared := [leak.test.patient for leak in found if leak.kind == "patient"]:
+        raise ClassifyError(f"{shared[0]} is in training and in test, on {len(shared)} test images")
     say(f"leak check: {describe_leaks(found)}")
+    copies = {leak.test for leak in found}
     if copies:
-        say(
-            f"warning: {len(copies)} test images are byte for byte in training; metrics.json also"
-            " has scores without"
-        )
-    return copies
+        say(f"warning: {len(copies)} test images are in training; metrics.json has scores without")
+    return Chosen(training, validation, test, repeated(second), copies, classes)

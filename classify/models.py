@@ -29,9 +29,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 SMALLEST = 64
 PATCH = 16
 
-# why the download of a network's weights failed, in this process
-_failed: dict[str, Exception] = {}
-
 
 def build(
     name: str, weights: str | Path = "imagenet", image_size: int = 512, classes: int = len(PLANES)
@@ -56,89 +53,75 @@ def build(
         if image_size % PATCH:
             raise ClassifyError(f"{name}: image size {image_size} must be a multiple of {PATCH}")
         size = {"image_size": image_size}
-
-    if weights == "none":
-        model = MODELS[name](**size)
-    else:
-        state, source = read_weights(name, weights)
-        model = MODELS[name](num_classes=_classes(name, state, source), **size)
-        if "encoder.pos_embedding" in state:
-            try:
-                state = tv.vision_transformer.interpolate_embeddings(image_size, PATCH, state)
-            except ValueError as error:
-                raise ClassifyError(f"{source}: {error}") from None
-        load_strict(model, state, source)
-
+    model = MODELS[name](**size)
     path, head = find_head(model)
-    if weights == "none" or head.out_features != classes:
-        model.set_submodule(path, nn.Linear(head.in_features, classes))
+    width, own = head.in_features, None
+
+    if weights != "none":
+        state, source = read_weights(name, weights)
+        weight = state.get(f"{path}.weight")
+        if weight is None or weight.shape[1:] != (width,):
+            raise ClassifyError(f"{source}: not weights of {name}: no {path}.weight of its width")
+        own = len(weight)
+        if own != head.out_features:
+            model.set_submodule(path, nn.Linear(width, own))
+        if size:
+            state = tv.vision_transformer.interpolate_embeddings(image_size, PATCH, state)
+        load_strict(model, state, source)
+    if own != classes:
+        model.set_submodule(path, nn.Linear(width, classes))
     return model
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:
     """The classifying layer and its path: the last Linear in each of the five networks, and in
     Inception v3."""
-    return [
-        (path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)
-    ][-1]
+    *_, last = (item for item in model.named_modules() if isinstance(item[1], nn.Linear))
+    return last
 
 
 def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str]:
     """State dict of torchvision's network `name`, and where it came from in words.
 
     weights: "imagenet", or a file: safetensors, or anything that torch.load reads with
-    weights_only=True Raises ClassifyError for a failed download and for an unreadable file.
+        weights_only=True. Raises ClassifyError for a failed download and for an unreadable file.
     """
-    if weights == "imagenet":
-        entry = tv.get_model_weights(name).IMAGENET1K_V1
-        source = f"ImageNet weights of {name}"
-        cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
-        try:
-            if name in _failed and not cached.exists():
-                raise _failed[name]  # what took minutes to fail is not tried again
+    try:
+        if weights == "imagenet":
+            entry = tv.get_model_weights(name).IMAGENET1K_V1
+            cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+            source = f"ImageNet weights of {name}"
+            advice = f"fetch {entry.url} to {cached}, or choose other weights (a file, or none)"
             state = entry.get_state_dict(
                 progress=False, check_hash=True, weights_only=True, map_location="cpu"
             )
-        # no network, no space, a wrong hash, or whatever a cut-off file leads to
-        except Exception as error:
-            _failed[name] = error
-            advice = f"fetch {entry.url} to {cached}, or choose other weights (a file, or none)"
-            raise ClassifyError(f"{source}: {_one_line(error)}; {advice}") from None
-    else:
-        source = str(weights)
-        try:
-            with open(weights, "rb") as file:
-                is_safetensors = file.read(9)[8:] == b"{"
-                file.seek(0)
-                if is_safetensors:
-                    state = safetensors.torch.load_file(weights)
-                elif zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
-                    # by its sum, which torch does not look at
-                    raise ValueError(f"{part} in it is damaged")
-                else:
-                    file.seek(0)
-                    state = torch.load(file, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ClassifyError(
-                f"{source}: no such file; --weights takes imagenet, none or a file"
-            ) from None
-        except Exception as error:  # on what is no pickle, an unpickler fails in any way at all
-            raise ClassifyError(
-                f"{source}: not a state dict that can be read safely ({_one_line(error)})"
-            ) from None
-    if not isinstance(state, dict) or not all(
-        isinstance(value, Tensor) for value in state.values()
-    ):
+        else:
+            source = str(weights)
+            advice = "--weights takes imagenet, none or a state dict that can be read safely"
+            state = _read_file(Path(weights))
+    # no network, no space, a wrong hash; and on what is no pickle, an unpickler fails in any way
+    except Exception as error:
+        raise ClassifyError(f"{source}: {_one_line(error)}; {advice}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ClassifyError(
             f"{source}: not a state dict of tensors; save model.state_dict() and nothing else"
         )
     # torchvision's DenseNet files are older than its module names: denselayer1.norm.1 is
     # denselayer1.norm1 today.
-    renamed = {
-        re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", key): value
-        for key, value in state.items()
-    }
-    return renamed, source
+    old = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
+    return {re.sub(old, r"\1\2", key): value for key, value in state.items()}, source
+
+
+def _read_file(path: Path) -> object:
+    """What safetensors or torch.load read, by what is in the file, whatever its name."""
+    with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":
+            return safetensors.torch.load_file(path)
+        # by its sum, which torch does not look at
+        if zipfile.is_zipfile(file) and (part := zipfile.ZipFile(file).testzip()):
+            raise ValueError(f"{part} in it is damaged")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -147,9 +130,8 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ClassifyError(
-            f"{source}: does not fit {type(model).__name__}: {_one_line(error)}"
-        ) from None
+        reason = f"does not fit {type(model).__name__}: {_one_line(error)}"
+        raise ClassifyError(f"{source}: {reason}") from None
 
 
 def save(path: Path, model: nn.Module, description: dict, classes: Sequence[str] = PLANES) -> None:
@@ -166,36 +148,17 @@ def save(path: Path, model: nn.Module, description: dict, classes: Sequence[str]
     path.write_bytes(safetensors.torch.save(state, metadata))
 
 
-def load(path: str | Path, classes: Sequence[str] | None = None) -> tuple[nn.Module, dict]:
+def load(path: str | Path) -> tuple[nn.Module, dict]:
     """A classifier written by `save`, in eval mode, and its description, of which "classes" are in
-    the logits' order.
-
-    classes: those that it must have, if any must be. ClassifyError if it is none, or has others.
-    """
+    the logits' order. ClassifyError if it is none."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["classifier"])
-        name, size, own = description["model"], description["size"], description["classes"]
+        name, size, classes = (description[key] for key in ("model", "size", "classes"))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         raise ClassifyError(f"{path}: not a classifier written by classify.py") from None
-    if classes is not None and own != list(classes):
-        raise ClassifyError(f"{path}: its classes are {', '.join(own)}, not {', '.join(classes)}")
-    return build(name, Path(path), size, len(own)).eval(), description
-
-
-def _classes(name: str, state: dict[str, Tensor], source: str) -> int:
-    """How many classes the head in a state dict has."""
-    with torch.device("meta"):
-        path, head = find_head(MODELS[name]())
-    weight = state.get(f"{path}.weight")
-    if weight is None or weight.dim() != 2 or weight.shape[1] != head.in_features:
-        raise ClassifyError(
-            f"{source}: not weights of {name}: no {path}.weight of shape (classes,"
-            f" {head.in_features})"
-        )
-    return len(weight)
+    return build(name, path, size, len(classes)).eval(), description
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    return " ".join(str(error).split())[:200]

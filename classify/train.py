@@ -1,7 +1,8 @@
 """One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum
 0.9, batch 24)."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,42 +27,35 @@ def train_epoch(
     augmentation: Augmentation | None = None,
     dtype: torch.dtype = torch.float32,
     contrast: Augmentation | None = None,
-    rate: Callable[[], float] | None = None,
+    rates: Iterator[float] | None = None,
 ) -> float:
     """Train on every batch once, by cross-entropy; returns the mean loss per image.
 
-    augmentation, contrast: what alters the images (`data.draw_augmentation`,
-        `contrast.draw_contrast`)
-    rate: the learning rate of the next step, asked before each; None: the optimizer's own
+    augmentation, contrast: what alters the images (`data.draw_augmentation`, `data.draw_contrast`)
+    rates: the learning rate of each step; None: the optimizer's own
     dtype: autocast to it unless float32; parameters stay float32
     Raises ClassifyError where the loss was not finite.
     """
     model.train()
     device = next(model.parameters()).device
-    # which Apple's GPUs do not have
-    kind = torch.float32 if device.type == "mps" else torch.float64
-    # read at the end: a GPU need not be waited for
-    total, count = torch.zeros((), dtype=kind, device=device), 0
+    total = count = 0
     for images, targets, indices in loader:
         affine = augmentation(indices) if augmentation else None
-        inputs = prepare(
-            images.to(device, non_blocking=True),
-            input_range,
-            affine,
-            contrast(indices) if contrast else None,
-        )
+        colour = contrast(indices) if contrast else None
+        inputs = prepare(images.to(device, non_blocking=True), input_range, affine, colour)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(inputs), targets.to(device, non_blocking=True))
-        if rate:
-            optimizer.param_groups[0]["lr"] = rate()
+
+        if rates:
+            optimizer.param_groups[0]["lr"] = next(rates)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        total, count = total + loss.detach().to(kind) * len(targets), count + len(targets)
-    if not total.isfinite():
+        total, count = total + loss.item() * len(targets), count + len(targets)
+    if not math.isfinite(total):
         raise ClassifyError("the training loss is no longer finite; lower the learning rate")
-    return total.item() / count
+    return total / count
 
 
 @torch.no_grad()
@@ -80,9 +74,7 @@ def predict(
         probabilities.append(logits.float().softmax(dim=1))
     found = torch.cat(probabilities).cpu()
     if not found.isfinite().all():
-        raise ClassifyError(
-            "what the network says is not finite; lower the learning rate, or take other weights"
-        )
+        raise ClassifyError("the network's output is not finite; lower the learning rate")
     return found
 
 
@@ -93,13 +85,14 @@ def training_state(
 
     history: a row for each epoch that is done
     """
-    state = {"history": history, "loader": loader.generator.get_state()}
-    state |= {
+    return {
+        "history": history,
+        "loader": loader.generator.get_state(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "random": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def restore(
@@ -112,6 +105,5 @@ def restore(
     if isinstance(loader.sampler, BalancedSampler):
         loader.sampler.passes = len(state["history"])
     torch.set_rng_state(state["random"])
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
     return state["history"]

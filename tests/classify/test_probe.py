@@ -1,217 +1,203 @@
-"""Frozen vision models: tiny random ones of each family, scikit-learn on the same features, and the
-real MobileNet."""
+"""Features of frozen networks and the linear probe on them: tiny random models of each family,
+scikit-learn on the same features, and the real MobileNet."""
 
-import csv
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision.models as tv
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from small import noise_records, table, tiny
 
 from classify import ClassifyError
-from classify.probe import NEIGHBOURS, features, fit, open_tower, parts
-from ldm import MINI
+from classify.data import PlaneImages, prepare
+from classify.features import classifier, features, inception, of_network
+from classify.models import build, save
+from classify.probe import kept_features, linear_probe, open_frozen, probe_name
 from planes import PLANES
 from planes.datasets import read_african, read_manifest, read_spanish
-from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-CPU = torch.device("cpu")
-pytestmark = pytest.mark.slow
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 32,
-    "patch_size": 8,
-}
-FAMILIES = ("dinov2", "beit", "vit", "clip", "clip_vision")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = SIZES | {"image_size": 32, "patch_size": 8}
+TEXT = SIZES | {"intermediate_size": 32, "vocab_size": 9}
+STD = [0.5, 0.25, 1.0]
 
 
-def build(family: str, folder: Path) -> str:
+def family(name: str, folder: Path) -> str:
+    """A tiny random model saved as transformers does, with its image processor."""
     import transformers as t
 
     torch.manual_seed(0)
-    wide = SMALL | {"intermediate_size": 32}
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
+    vision, size = SMALL | {"intermediate_size": 32}, {"height": 32, "width": 32}
+    models = {
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**SMALL)),
+        "beit": lambda: t.BeitModel(t.BeitConfig(**vision)),
+        "vit": lambda: t.ViTModel(t.ViTConfig(**vision), add_pooling_layer=False),
+        "resnet": lambda: t.ResNetModel(
+            t.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])
+        ),
+        "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=vision)),
+        "bert": lambda: t.BertModel(t.BertConfig(**TEXT)),
     }
-    if family == "clip":
-        words = len(t.CLIPTokenizer.from_pretrained(MINI / "tokenizer"))
-        config = t.CLIPConfig(
-            text_config=text
-            | {
-                "vocab_size": words,
-                "max_position_embeddings": 64,
-                "eos_token_id": words - 1,
-            },
-            vision_config=wide,
-            projection_dim=8,
-        )
-        model = t.CLIPModel(config)
-        t.CLIPTokenizer.from_pretrained(MINI / "tokenizer").save_pretrained(folder)
-    elif family == "bert":
-        model = t.BertModel(t.BertConfig(vocab_size=9, **text))
-    else:
-        name = {"dinov2": "Dinov2", "beit": "Beit", "vit": "ViT", "clip_vision": "CLIPVision"}[
-            family
-        ]
-        config = getattr(t, f"{name}Config")(**(SMALL if family == "dinov2" else wide))
-        model = getattr(t, f"{name}Model")(config)
-    model.save_pretrained(folder)
+    models[name]().save_pretrained(folder)
+    processor = t.ViTImageProcessor(size=size, image_std=STD)
+    if name in ("dinov2", "clip"):  # which crop
+        shortest = {"shortest_edge": 40}
+        processor = t.BitImageProcessor(size=shortest, crop_size=size, image_std=STD)
+    processor.save_pretrained(folder)
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {family: build(family, root / family) for family in (*FAMILIES, "bert")}
+# --- features ---
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    write_spanish_layout(root / "es", 4, test=0, seed=0)
-    write_african_layout(root / "af", patients=3, seed=0)
-    return root
-
-
-def test_kinds_and_models_are_told_apart():
-    assert parts("probe:facebook/dinov2-base") == ("probe", "facebook/dinov2-base")
-    assert parts("knn:C:\\models\\x") == ("knn", "C:\\models\\x") and parts("resnet18") == (
-        "",
-        "resnet18",
-    )
-    assert parts("probe:") == ("", "probe:") and parts("other:x") == ("", "other:x")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_gives_features_that_are_kept_and_its_own(models, data, tmp_path, family):
-    records = read_spanish(data / "es")
-    tower = open_tower(models[family], "none", 64, CPU)
-    assert tower.size == 32
-    found = features(tower, records, tmp_path, CPU, 0)
-    assert found.shape == (20, 16) and found.std(axis=0).min() > 0
-    (kept,) = tmp_path.iterdir()
-    np.save(kept, found + 1)
-    # read, not computed
-    assert np.array_equal(features(tower, records, tmp_path, CPU, 0), found + 1)
-    features(tower, records[:7], tmp_path, CPU, 0)
-    assert len([*tmp_path.iterdir()]) == 2  # other images are other features
-
-
-def test_a_model_feeds_on_what_its_own_preprocessing_says(models, tmp_path):
-    folder = Path(build("vit", tmp_path / "vit"))
-    said = {
-        "size": {"height": 48, "width": 48},
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [1.0, 2.0, 3.0],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    tower = open_tower(str(folder), "none", 64, CPU)
-    assert tower.size == 48 and [*map(list, tower.normal)] == [
-        said["image_mean"],
-        said["image_std"],
-    ]
-
-
-def test_both_heads_are_scikit_learns_on_the_same_features():
-    rng = np.random.default_rng(0)
-    targets = rng.integers(0, 3, 60)
-    train, test = rng.normal(size=(60, 8)) + targets[:, None], rng.normal(size=(11, 8)) + 1
-    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000)).fit(
-        train, targets
-    )
-    near = KNeighborsClassifier(NEIGHBOURS, metric="cosine", weights="distance").fit(train, targets)
-    for head, model in (("probe", linear), ("knn", near)):
-        # classes 1, 3 and 5 are in no training image
-        found = fit(head, train, targets * 2, 6)(test)
-        assert found.shape == (11, 6) and not found[:, 1::2].any()
-        np.testing.assert_array_equal(found[:, ::2], model.predict_proba(test))
-    with pytest.raises(ClassifyError, match="all of one class"):
-        fit("probe", train, np.zeros(60, int), 3)
-
-
-@pytest.mark.parametrize(
-    ("family", "with_text", "words"),
-    [
-        ("bert", False, "bert is no vision model"),
-        ("dinov2", True, "has no text tower; give a CLIP"),
-        ("nowhere", False, "cannot be opened by transformers"),
-        ("resnet18", True, "has no text tower"),
-    ],
-)
-def test_what_is_no_vision_model_is_refused_in_one_line(
-    models, tmp_path, monkeypatch, family, with_text, words
-):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ClassifyError, match=words) as error:
-        open_tower(models.get(family, family), "none", 64, CPU, with_text=with_text)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "model", ["probe:dinov2", "knn:beit", "prompts:clip", "probe:mobilenet_v2"]
-)
-def test_classify_writes_the_tables_of_a_frozen_model(models, data, tmp_path, model):
-    kind, _, family = model.partition(":")
-    script = runpy.run_path(str(ROOT / "classify.py"), run_name="script")
-    flags = [
-        "--spanish",
-        data / "es",
-        "--african",
-        data / "af",
-        "--weights",
-        "none",
-        "--size",
-        64,
-        "--device",
-        "cpu",
-    ]
-    flags += [
-        "--workers",
-        0,
-        "--out",
-        tmp_path / "out",
-        "--model",
-        f"{kind}:{models.get(family, family)}",
-    ]
-    result = script["main"](script["parse_args"]([*map(str, flags)]))
-    with open(tmp_path / "out" / "predictions.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    probabilities = np.array([[float(row[plane]) for plane in PLANES] for row in rows])
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-    assert [row["prediction"] for row in rows] == [PLANES[n] for n in probabilities.argmax(axis=1)]
-    assert result["training"]["images"] == 20 and (tmp_path / "out" / "confusion.png").exists()
-    with pytest.raises(ClassifyError, match="is frozen; leave --augment"):
-        script["main"](script["parse_args"]([*map(str, flags), "--augment"]))
+@pytest.mark.parametrize("layer", ["penultimate", "logits"])
+def test_features_of_our_own_classifier_are_what_enters_or_leaves_its_head(tmp_path, layer):
+    model = build("tiny", "none", 64, 2).eval()
+    description = {"model": "tiny", "size": 64, "input_range": "minus-one-one"}
+    save(tmp_path / "model.safetensors", model, description, "ab")
+    records = noise_records(tmp_path / "images", 5)
+    images = PlaneImages(records, 64, "ab")
+    x = prepare(torch.stack([images[n][0] for n in range(5)]), "minus-one-one")
+    expected = model[:-1](x) if layer == "penultimate" else model(x)
+    extractor = classifier(tmp_path / "model.safetensors", layer)
+    assert extractor.name == f"tiny trained on the planes, {layer} layer"
+    found = features(extractor, records)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (SHARED / "weights").is_dir(), reason="the real images and weights are not here"
-)
-def test_a_linear_probe_of_imagenets_mobilenet_is_as_good_on_the_real_images_as_was_measured_elsewhere(
-    tmp_path,
-):
+@pytest.mark.parametrize(("layer", "width"), [("logits", 1000), ("penultimate", 2048)])
+def test_inception_gives_logits_or_pooled_features(tmp_path, layer, width):
+    torch.manual_seed(0)
+    state = tv.inception_v3(weights=None, init_weights=False).state_dict()
+    torch.save(state, tmp_path / "inception.pth")
+    extractor = inception(tmp_path / "inception.pth", layer, size=96)
+    assert features(extractor, noise_records(tmp_path / "a", 2)).shape == (2, width)
+    assert str(width) in extractor.name and extractor.size == 96
+    assert extractor.model.transform_input and not extractor.model.training
+
+
+def test_inception_without_weights_is_one_line_with_their_address(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(ClassifyError, match=r"no network; fetch http.*inception_v3_google.* to "):
+        inception()
+
+
+# --- the probe ---
+
+
+def test_a_probe_is_told_from_a_network():
+    assert probe_name("probe:facebook/dinov2-base") == "facebook/dinov2-base"
+    assert probe_name("probe:C:\\models\\x") == "C:\\models\\x"
+    assert not any(map(probe_name, ("resnet18", "probe:", "knn:x")))
+
+
+def test_the_probe_is_scikit_learns_logistic_regression_on_standardised_features():
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, 60)
+    train, test = rng.normal(size=(60, 8)) + targets[:, None], rng.normal(size=(11, 8)) + 1
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
+    expected = model.fit(train, targets).predict_proba(test)
+    # classes 1, 3 and 5 are in no training image
+    found = linear_probe(train, targets * 2, test, 6)
+    assert found.shape == (11, 6) and not found[:, 1::2].any()
+    np.testing.assert_array_equal(found[:, ::2], expected)
+    with pytest.raises(ClassifyError, match="all of one class"):
+        linear_probe(train, np.zeros(60, int), test, 3)
+
+
+def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
+    records = noise_records(tmp_path / "images", 9)
+    extractor, digest = open_frozen("tiny", "none", 64, "cpu")
+    assert extractor.size == 64
+    found = kept_features(extractor, digest, records, tmp_path / "kept", 0)
+    expected = features(of_network(extractor.model, 64, "imagenet", "as it is"), records)
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == (9, 128)
+    (file,) = (tmp_path / "kept").iterdir()
+    np.save(file, found + 1)
+    # read, not computed
+    again = kept_features(extractor, digest, records, tmp_path / "kept", 0)
+    assert np.array_equal(again, found + 1)
+    kept_features(extractor, digest, records[:7], tmp_path / "kept", 0)
+    other, another = open_frozen("tiny", "none", 64, "cpu")  # of other random weights
+    assert another != digest
+    kept_features(other, another, records, tmp_path / "kept", 0)
+    assert len([*(tmp_path / "kept").iterdir()]) == 3
+
+    broken = tiny(2)
+    broken[0].weight.data.fill_(torch.nan)
+    with pytest.raises(ClassifyError, match="features are not finite"):
+        kept_features(of_network(broken, 64, "imagenet"), "x", records, tmp_path / "kept", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2", "beit", "vit", "resnet", "clip"])
+def test_each_family_is_fed_as_its_own_processor_says_with_the_whole_image(tmp_path, name):
+    extractor, _ = open_frozen(family(name, tmp_path / name), "none", 64, "cpu")
+    assert extractor.size == 32
+    records = noise_records(tmp_path / "images", 3)
+    found = features(extractor, records)
+    assert found.shape == (3, 8 if name == "resnet" else 16) and found.std(axis=0).max() > 0
+
+    squashed = [Image.open(r.path).resize((32, 32), Image.Resampling.BILINEAR) for r in records]
+    mean = json.loads((tmp_path / name / "preprocessor_config.json").read_text())["image_mean"]
+    x = torch.tensor(np.stack(squashed))[:, None] / 255
+    x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    out = extractor.model(pixel_values=x)
+    expected = out.last_hidden_state[:, 0] if name == "vit" else out.pooler_output.flatten(1)
+    np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    for name, words in (
+        (family("bert", tmp_path / "bert"), "no vision model"),
+        (str(tmp_path / "empty"), "cannot be opened by transformers"),
+        ("nowhere", "cannot be opened by transformers"),
+    ):
+        with pytest.raises(ClassifyError, match=words) as error:
+            open_frozen(name, "none", 64, "cpu")
+        assert "\n" not in str(error.value)
+
+
+def test_classify_writes_the_tables_of_a_frozen_model(classify, tmp_path):
+    result = classify(tmp_path / "out", "--model", "probe:tiny", "--features", tmp_path / "kept")
+    rows = table(tmp_path / "out" / "predictions.csv")
+    probabilities = np.array([[float(row[name]) for name in "ab"] for row in rows])
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    assert [row["prediction"] for row in rows] == ["ab"[n] for n in probabilities.argmax(axis=1)]
+    # bright above or below: what a random network's features tell apart
+    assert result["training"]["images"] == 16 and result["scores"]["plain"]["accuracy"] == 1
+    names = ["args.json", "confusion.png", "metrics.json", "predictions.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert len([*(tmp_path / "kept").iterdir()]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real images and weights are not here")
+def test_a_probe_of_imagenets_mobilenet_is_as_good_on_the_real_images_as_was_measured_elsewhere():
     (weights,) = (SHARED / "weights").glob("*.pth*")
     spanish = read_spanish(SHARED / "FETAL_PLANES_ZENODO")
     train = read_manifest(SHARED / "manifests" / "lora_train_data.csv", spanish)
     test = [record for record in read_african(SHARED / "Zenodo_dataset") if not record.train]
-    tower = open_tower("mobilenet_v2", str(weights), 224, CPU)
-    found, targets = (
-        [features(tower, records, tmp_path, CPU, 2) for records in (train, test)],
-        [np.array([PLANES.index(record.plane) for record in records]) for records in (train, test)],
-    )
-    accuracy = (fit("probe", found[0], targets[0], 5)(found[1]).argmax(axis=1) == targets[1]).mean()
+    frozen, _ = open_frozen("mobilenet_v2", str(weights), 224, "cpu")
+    a, b = (np.array([PLANES.index(record.plane) for record in each]) for each in (train, test))
+    found = linear_probe(features(frozen, train), a, features(frozen, test), 5)
+    accuracy = (found.argmax(axis=1) == b).mean()
     assert len(train) == 100 and len(test) == 233 and accuracy == pytest.approx(0.575, abs=0.04)
