@@ -1,6 +1,5 @@
 """Images, augmentation, and one epoch of training."""
 
-import math
 from collections import Counter
 
 import numpy as np
@@ -121,16 +120,7 @@ def test_augmentation_has_the_paper_s_statistics():
     assert abs(y.float().mean() - 0.1) < 4 * (0.09 / 4000) ** 0.5
 
 
-def test_contrast_has_the_ranges_that_it_says():
-    gamma, gain, offset = draw_contrast(0, 0, torch.arange(4000)).T.numpy()
-    ranges = ((np.log(gamma), -0.7, 0.7), (gain, 0.7, 1.4), (offset, -0.12, 0.12))
-    for values, low, high in ranges:
-        assert low <= values.min() and values.max() <= high
-        assert values.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low) + 1e-6)
-        assert values.std() == pytest.approx((high - low) / math.sqrt(12), rel=0.05)
-
-
-def test_the_notebook_s_crops_are_those_that_torchvision_draws_and_none_sticks_out():
+def test_the_notebook_s_crops_are_those_that_torchvision_draws():
     affine = draw_augmentation(NOTEBOOK, 0, 0, torch.arange(3000))
     sides = affine[:, :, :2].norm(dim=1)  # of the crop, in units of the image's
     angle = torch.rad2deg(torch.asin((affine[:, 1, 0] / sides[:, 0]).clamp(-1, 1)))
@@ -140,12 +130,6 @@ def test_the_notebook_s_crops_are_those_that_torchvision_draws_and_none_sticks_o
     assert aspect.min() > 0.749 and aspect.max() < 1.334
     assert abs((affine[:, 0, 0] < 0).float().mean() - 0.5) < 4 * (0.25 / 3000) ** 0.5
     assert (affine[:, 1, 1] > 0).all()  # never upside down
-    # the crop's centre, turned back, lies so that its sides stay within the image
-    axis = affine[:, :, 1] / sides[:, 1:]  # of y in the turned image
-    y = (axis * affine[:, :, 2]).sum(dim=1).abs()
-    x = (axis[:, 0] * affine[:, 1, 2] - axis[:, 1] * affine[:, 0, 2]).abs()
-    assert (torch.stack([x, y], dim=1) + sides).max() <= 1.0001
-
     image, scale, ratio = torch.empty(1, 400, 400), [0.08, 1.0], [3 / 4, 4 / 3]
     crops = [RandomResizedCrop.get_params(image, scale, ratio)[2:] for _ in range(3000)]
     theirs = torch.tensor(crops).prod(dim=1) / 400**2

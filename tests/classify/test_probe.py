@@ -74,15 +74,15 @@ def test_features_of_our_own_classifier_are_what_enters_or_leaves_its_head(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layer", "width"), [("logits", 1000), ("penultimate", 2048)])
-def test_inception_gives_logits_or_pooled_features(tmp_path, layer, width):
+def test_inception_gives_logits_or_pooled_features(tmp_path):
     torch.manual_seed(0)
     state = tv.inception_v3(weights=None, init_weights=False).state_dict()
     torch.save(state, tmp_path / "inception.pth")
-    extractor = inception(tmp_path / "inception.pth", layer, size=96)
-    assert features(extractor, noise_records(tmp_path / "a", 2)).shape == (2, width)
-    assert str(width) in extractor.name and extractor.size == 96
-    assert extractor.model.transform_input and not extractor.model.training
+    records = noise_records(tmp_path / "a", 2)
+    for layer, width in (("logits", 1000), ("penultimate", 2048)):
+        extractor = inception(tmp_path / "inception.pth", layer, size=96)
+        assert features(extractor, records).shape == (2, width) and str(width) in extractor.name
+        assert extractor.model.transform_input and not extractor.model.training
 
 
 def test_inception_without_weights_is_one_line_with_their_address(tmp_path, monkeypatch):

@@ -86,18 +86,6 @@ def test_equal_predictions_differ_by_exactly_nothing_in_whatever_order_the_class
     assert paired_bootstrap(targets, runs, [runs[2], runs[0], runs[1]], owner) == none
 
 
-def test_classifiers_are_averaged_by_score_within_each_replicate_of_the_same_patients():
-    targets, first, second, owner = clustered(3, 30)
-    ones, others = [first[None]] * 2, [second[None], np.roll(first, 1)[None]]
-    alone = [
-        paired_bootstrap(targets, ones[:1], [other], owner, replicates=1)["f_score"]
-        for other in others
-    ]
-    both = paired_bootstrap(targets, ones, others, owner, replicates=1)["f_score"]
-    assert both.value == pytest.approx(np.mean([run.value for run in alone]), abs=1e-11)
-    assert both.low == both.high == pytest.approx(np.mean([run.low for run in alone]), abs=1e-11)
-
-
 def test_the_interval_over_patients_and_its_p_value_are_these():
     """100 replicates of 20 patients, of which 7 are at or below zero."""
     replicas = np.concatenate([np.linspace(-0.6, 0, 7), np.linspace(0.1, 1, 93)])
@@ -115,9 +103,9 @@ def test_the_interval_over_patients_and_its_p_value_are_these():
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_the_auc_of_a_single_class_has_no_difference_and_the_rest_has():
-    first = np.array([1, 0, 0, 0, 0, 0])
-    found = single(np.zeros(6, int), first, np.zeros(6, int), range(6), replicates=50)
-    assert math.isnan(found["auc"].value) and math.isnan(found["auc"].p_value)
+    zeros = np.zeros(6, int)
+    found = single(zeros, np.array([1, 0, 0, 0, 0, 0]), zeros, range(6), replicates=50)
+    assert np.isnan(numbers(found["auc"])).all()
     assert found["accuracy"].value == pytest.approx(1 / 6)
 
 
@@ -280,14 +268,6 @@ def test_95_percent_intervals_over_patients_and_seeds_hold_the_truth_in_93_to_97
     difference, row, old = np.mean(studies, axis=0)
     # a single row of three seeds: 93 to 94
     assert 0.93 <= difference <= 0.975 and 0.925 <= row <= 0.975 and old < 0.6
-
-
-@pytest.mark.slow
-def test_seeds_that_change_little_leave_intervals_too_wide_but_no_wider_than_all():
-    rng = np.random.default_rng(12)
-    studies = [covered(rng, 3, 3, study, seed_sd=0.01) for study in range(STUDIES)]
-    difference, _, old = np.mean(studies, axis=0)
-    assert 0.94 <= difference < 1 and old > 0.88
 
 
 # --- one classifier ---

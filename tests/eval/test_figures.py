@@ -132,13 +132,10 @@ def test_the_forest_has_intervals_a_mark_for_each_kind_and_its_numbers_beside_it
     figure = forest()
     axes = figure.axes[0]
     lines = [container.lines for container in axes.containers]
-    ends = [bars.get_segments()[0][:, 0] for _, _, (bars,) in lines]
-    np.testing.assert_allclose(ends, [(2.4, 9.8), (11.2, 16.4), (-12, 0.1)])
-    assert [(*mark.get_xdata(), *mark.get_ydata()) for mark, *_ in lines] == [
-        (6.1, 0),
-        (13.8, 1),
-        (-7.7, 2),
-    ]
+    ends = [bars.get_segments()[0].tolist() for _, _, (bars,) in lines]
+    expected = (2.4, 0), (9.8, 0), (11.2, 1), (16.4, 1), (-12, 2), (0.1, 2)
+    np.testing.assert_allclose(np.reshape(ends, (6, 2)), expected)
+    assert [mark.get_xdata()[0] for mark, *_ in lines] == [6.1, 13.8, -7.7]
     marks = [(mark.get_color(), mark.get_marker()) for mark, *_ in lines]
     assert marks == [MARKS[kind][:2] for kind in ("synthetic", "real", "both")]
     filled = [to_hex(mark.get_markerfacecolor()) != "#ffffff" for mark, *_ in lines]
