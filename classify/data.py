@@ -112,15 +112,12 @@ class PlaneImages(Dataset):
         neighbours.
         """
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            chunk = 64  # decoded at a time, so that no more than a chunk is ever decoded in vain
-            for start in range(0, len(self), chunk):
-                paths = self.paths[start : start + chunk]
-                for image in pool.map(decode, paths, repeat(self.size)):
-                    memory -= image.numel()
-                    if memory < 0:
-                        return
-                    self.kept.append(image)
-                    yield image
+            for image in pool.map(decode, self.paths, repeat(self.size)):
+                memory -= image.numel()
+                if memory < 0:
+                    return
+                self.kept.append(image)
+                yield image
 
 
 def gpu_room(device: torch.device) -> int:

@@ -73,12 +73,9 @@ def test_images_in_memory_and_on_a_device_give_the_same_batches_as_those_on_disk
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     images = PlaneImages(noise_records(tmp_path, 10), 16, CLASSES)
     alone, helped = (batches(images, 4, workers, shuffle_seed=5) for workers in (0, 2))
-    orders = []
     for _ in range(2):  # epochs
-        pairs = list(zip(alone, helped, strict=True))
-        assert all(torch.equal(a, b) for one, two in pairs for a, b in zip(one, two))
-        orders.append(torch.cat([one[2] for one, _ in pairs]).tolist())
-    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == list(range(10))
+        for one, two in zip(alone, helped, strict=True):
+            assert all(map(torch.equal, one, two))
 
 
 def test_input_ranges_are_the_paper_s_the_notebook_s_and_imagenet_s():
@@ -112,28 +109,21 @@ def test_augmentation_has_the_paper_s_statistics():
     affine = draw_augmentation(PAPER, 3, 0, torch.arange(4000))
     x, y = affine[:, 0, 0] < 0, affine[:, 1, 1] < 0  # the cosine of 25 degrees is positive
     angle = torch.rad2deg(torch.asin(torch.where(x, -affine[:, 1, 0], affine[:, 1, 0])))
-    assert affine[:, :, 2].abs().max() == 0
-    assert 24.9 < angle.max() < 25.001 and -25.001 < angle.min() < -24.9
+    assert affine[:, :, 2].abs().max() == 0 and 24.9 < angle.abs().max() < 25.001
     # four standard errors of 4000 draws
-    assert abs(angle.mean()) < 4 * 25 / 3**0.5 / 4000**0.5
-    assert abs(x.float().mean() - 0.5) < 4 * (0.25 / 4000) ** 0.5
-    assert abs(y.float().mean() - 0.1) < 4 * (0.09 / 4000) ** 0.5
+    for values, mean, deviation in ((angle, 0, 25 / 3**0.5), (x, 0.5, 0.5), (y, 0.1, 0.3)):
+        assert abs(values.float().mean() - mean) < 4 * deviation / 4000**0.5
 
 
 def test_the_notebook_s_crops_are_those_that_torchvision_draws():
     affine = draw_augmentation(NOTEBOOK, 0, 0, torch.arange(3000))
     sides = affine[:, :, :2].norm(dim=1)  # of the crop, in units of the image's
-    angle = torch.rad2deg(torch.asin((affine[:, 1, 0] / sides[:, 0]).clamp(-1, 1)))
-    assert 14.5 < angle.abs().max() < 15.001
     area, aspect = sides.prod(dim=1), sides[:, 0] / sides[:, 1]
-    assert 0.08 <= area.min() < 0.1 and 0.95 < area.max() <= 1.0001
-    assert aspect.min() > 0.749 and aspect.max() < 1.334
-    assert abs((affine[:, 0, 0] < 0).float().mean() - 0.5) < 4 * (0.25 / 3000) ** 0.5
-    assert (affine[:, 1, 1] > 0).all()  # never upside down
+    assert aspect.min() > 0.749 and aspect.max() < 1.334 and (affine[:, 1, 1] > 0).all()
     image, scale, ratio = torch.empty(1, 400, 400), [0.08, 1.0], [3 / 4, 4 / 3]
     crops = [RandomResizedCrop.get_params(image, scale, ratio)[2:] for _ in range(3000)]
     theirs = torch.tensor(crops).prod(dim=1) / 400**2
-    quantiles = torch.tensor([0.1, 0.5, 0.9])
+    quantiles = torch.tensor([0.01, 0.1, 0.5, 0.9, 0.99])
     # four standard errors of a quantile of 3000
     assert (area.quantile(quantiles) - theirs.quantile(quantiles)).abs().max() < 0.05
 

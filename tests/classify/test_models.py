@@ -81,14 +81,9 @@ def test_position_embeddings_are_interpolated_to_the_image_size(tmp_path, monkey
     grid = ramp.reshape(1, 196, 1).expand(1, 196, 8)
     state["encoder.pos_embedding"] = torch.cat([torch.full((1, 1, 8), 7.0), grid], 1)
     torch.save(state, tmp_path / "vit.pth")
-
-    embedding = build("vit_b_16", tmp_path / "vit.pth", 512).encoder.pos_embedding
-    assert embedding.shape == (1, 32 * 32 + 1, 8)
-    assert torch.equal(embedding[0, 0], torch.full((8,), 7.0))  # the class token has no place
-    grid = embedding[0, 1:, 0].reshape(32, 32)
-    torch.testing.assert_close(grid[[0, -1]], ramp[[0, -1]][:, :1].expand(2, 32))
-    same = build("vit_b_16", tmp_path / "vit.pth", 224).encoder.pos_embedding
-    assert torch.equal(same, state["encoder.pos_embedding"])
+    embedding = build("vit_b_16", tmp_path / "vit.pth", 512).encoder.pos_embedding[0, :, 0]
+    assert embedding.shape == (1 + 32 * 32,) and embedding[0] == 7  # the class token has no place
+    assert embedding[[1, 32]].tolist() == [0, 0] and embedding[[-32, -1]].tolist() == [1, 1]
 
 
 def test_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
