@@ -10,7 +10,6 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtr, stdtrit
@@ -22,8 +21,6 @@ from eval.metrics import (
     expanded_interval,
     weighted_scores,
 )
-
-Over = Literal["patients", "patients and seeds"]
 
 
 @dataclass(frozen=True)
@@ -41,16 +38,16 @@ class Difference:
     """Second minus first, as a fraction, with its interval and two-sided p-value. nan where the
     metric is undefined.
 
-    over: what else might have come up, for the interval and the p-value. Over patients alone they
-        speak of these trained networks and say nothing of the data that trained them: another seed
-        may turn the sign.
+    over: "patients" or "patients and seeds", which might have been others. Over patients alone the
+        interval and the p-value speak of these trained networks and say nothing of the data that
+        trained them: another seed may turn the sign.
     """
 
     value: float
     low: float
     high: float
     p_value: float
-    over: Over = "patients"
+    over: str = "patients"
 
 
 def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemar:
@@ -92,7 +89,7 @@ def paired_bootstrap(
         for runs in (*first, *second)
     ]
     coefficients = [-1 / len(first)] * len(first) + [1 / len(second)] * len(second)
-    over: Over = "patients"
+    over = "patients"
     if min(map(len, cells)) > 1:
         over, found = "patients and seeds", over_both(cells, coefficients, clusters)
     else:

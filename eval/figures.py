@@ -30,6 +30,24 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> None:
     figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
 
 
+def _grid(
+    size: tuple[float, float],
+    shape: tuple[int, int],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+) -> tuple[Figure, np.ndarray]:
+    """A figure of so many inches, and its axes, (rows, columns), with a label before each row and
+    above each column."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    grid = figure.subplots(*shape, squeeze=False)
+    for axes, label in zip(grid[0], column_labels):
+        axes.set_title(label, fontsize=9)
+    for axes, label in zip(grid[:, 0], row_labels):
+        axes.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
+    return figure, grid
+
+
 def contact_sheet(
     rows: Sequence[Sequence[object]],
     row_labels: Sequence[str] = (),
@@ -42,25 +60,18 @@ def contact_sheet(
         cell empty
     cell: inches of a cell's side
     """
-    columns = max(len(row) for row in rows)
-    figure = Figure(figsize=(cell * columns, cell * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for i, row in enumerate(rows):
-        for j, axes in enumerate(grid[i]):
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if j < len(row) and row[j] is not None:
-                axes.imshow(np.asarray(row[j]), cmap="gray", vmin=0, vmax=255)
-            # square cells keep the labels in line whatever the images' shapes
-            axes.set_adjustable("datalim")
-            axes.set_box_aspect(1)
-            if i == 0 and j < len(column_labels):
-                axes.set_title(column_labels[j], fontsize=9)
-            if j == 0 and i < len(row_labels):
-                axes.set_ylabel(
-                    row_labels[i], fontsize=9, rotation=0, ha="right", va="center", labelpad=6
-                )
+    shape = len(rows), max(map(len, rows))
+    figure, grid = _grid((cell * shape[1], cell * shape[0]), shape, row_labels, column_labels)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        # square cells keep the labels in line whatever the images' shapes
+        axes.set_adjustable("datalim")
+        axes.set_box_aspect(1)
+    for line, row in zip(grid, rows):
+        for axes, image in zip(line, row):
+            if image is not None:
+                axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
     return figure
 
 
@@ -89,22 +100,15 @@ def confusion_figure(
     """
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*matrices))
     size = 1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    figure, grid = _grid(size, (len(rows), len(columns)), rows, columns)
     seen = sum(matrix.sum(axis=1) for matrix in matrices.values()) > 0
-    present = [name for name, is_seen in zip(classes, seen) if is_seen]
     for (i, j), axes in np.ndenumerate(grid):
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(present)), present, fontsize=7)
-        axes.tick_params(length=0)
+        ticks = {"length": 0, "labelsize": 7, "labelbottom": i == len(rows) - 1}
+        axes.tick_params(**ticks, labelleft=j == 0)
+        axes.set_xticks(range(len(classes)), classes, rotation=90)
+        axes.set_yticks(range(seen.sum()), np.array(classes)[seen])
         axes.spines[:].set_visible(False)
-        axes.set(xlim=(-0.5, len(classes) - 0.5), ylim=(len(present) - 0.5, -0.5))
-        axes.set_aspect("equal")
-        if i == 0:
-            axes.set_title(columns[j], fontsize=9)
-        if j == 0:
-            axes.set_ylabel(rows[i], fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
+        axes.set(xlim=(-0.5, len(classes) - 0.5), ylim=(seen.sum() - 0.5, -0.5), aspect="equal")
         if (rows[i], columns[j]) not in matrices:
             continue
         counts = matrices[rows[i], columns[j]][seen]
@@ -130,9 +134,8 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
     """
     titles = list(next(iter(rows.values())))
     size = max(2.3 * len(titles), 5), 2.2 * len(rows) + 1.0
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (label, panels) in zip(grid, rows.items()):
+    figure, grid = _grid(size, (len(rows), len(titles)), list(rows), titles)
+    for line, panels in zip(grid, rows.values()):
         for axes, (points, sources) in zip(line, panels.values()):
             for source, (colour, marker) in SOURCES.items():
                 chosen = points[[name == source for name in sources]]
@@ -142,9 +145,6 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
             axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
             axes.set_box_aspect(1)
             axes.label_outer()
-        line[0].set_ylabel(label, fontsize=11)
-    for title, axes in zip(titles, grid[0]):
-        axes.set_title(title)
     _legend(figure, fontsize=10)
     return figure
 
