@@ -150,15 +150,3 @@ def test_what_is_written_of_a_test_has_both_definitions_with_intervals_that_hold
     intervals = result["intervals"]["notebook"]
     assert bootstrap(targets, predictions, patients, replicates=1000, seed=0) == intervals
     assert bootstrap(targets, predictions, patients, seed=1) != intervals
-
-
-def test_images_that_stand_and_fall_together_make_the_interval_wider():
-    """40 patients whose 9 images are all right or all wrong are worth 40 images: the interval is 3
-    times as wide."""
-    rng = np.random.default_rng(0)
-    patients = np.arange(360) // 9
-    targets = rng.integers(0, 4, 360)
-    predictions = np.where((rng.random(40) < 0.7)[patients], targets, 4)
-    clustered = np.ptp(bootstrap(targets, predictions, patients)["accuracy"])
-    independent = np.ptp(bootstrap(targets, predictions, np.arange(360))["accuracy"])
-    assert clustered / independent == pytest.approx(3, rel=0.15)
