@@ -112,7 +112,8 @@ class Experiment:
     def __init__(self, args, scale: Scale, selections: Selections):
         self.args, self.scale, self.selections = args, scale, selections
         self.owners: dict[Path, int] = {}  # of LoRAs: which process of torchrun trains them
-        self.stages = Stages(*(["--device", args.device] if args.device else []))
+        say = partial(print, flush=True)
+        self.stages = Stages(say, *(["--device", args.device] if args.device else []))
 
     @cached_property
     def model_hashes(self) -> dict[str, str]:

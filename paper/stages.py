@@ -4,7 +4,7 @@ done."""
 import argparse
 import json
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +18,8 @@ class Stages:
     """Runs scripts one after the other; what was made with the same arguments from the same things
     is kept."""
 
-    def __init__(self, *common: object) -> None:
+    def __init__(self, say: Callable[[str], object], *common: object) -> None:
+        self.say = say  # is told each command before it runs
         self.common = common  # flags of every stage
         # commands of this run, which several others may need
         self.seen: set[tuple[str, ...]] = set()
@@ -45,12 +46,12 @@ class Stages:
         self.seen.add(command)
         if by not in (None, processes.rank()):
             return out
-        print(f"\n$ python {script}.py {' '.join(command[1:])}", flush=True)
+        self.say(f"\n$ python {script}.py {' '.join(command[1:])}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](command[1:])
         with nullcontext() if by is None else processes.apart():
             if processes.broadcast(is_done(out, args, inputs)):
-                print("done before", flush=True)
+                self.say("done before")
                 return out
             if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
