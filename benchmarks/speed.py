@@ -1,0 +1,340 @@
+"""The same work done here and by the peers, side by side: how long, and how much memory?
+
+    python benchmarks/speed.py sampling      # text embeddings to pixels, beside diffusers
+    python benchmarks/speed.py lora          # LoRA steps, beside diffusers + PEFT
+    python benchmarks/speed.py classifier    # an epoch, beside ImageFolder and DataLoader
+
+All work in one process, in turn, from the same random weights. Outcomes are compared before
+anything is timed: the images, or the first loss. Prints a Markdown table, whose last row is what
+the others are measured by; a peer that is not installed is left out.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+# before this folder, which is no package
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from classify.data import RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
+from classify.models import build
+from classify.train import MOMENTUM, train_epoch
+from harness.flags import HelpFormatter
+from ldm.cli import DTYPES
+from ldm.generate import generate, seeded_noise
+from ldm.images import decode_images
+from ldm.unet import UNet, UNetConfig
+from ldm.vae import AutoencoderKL, VAEConfig
+from lora.model import inject, lora_layers, lora_parameters
+from lora.training import Draws, make_optimizer
+from planes.sites import classes_of, read_site
+from sample import arrange
+from samplers.schedule import NoiseSchedule
+from train_lora import mixed_precision
+
+SCALES = {
+    "sd15": (UNetConfig(), VAEConfig()),
+    "small": (
+        UNetConfig(
+            block_out_channels=(32, 64),
+            attention=(True, False),
+            num_heads=(2, 2),
+            cross_attention_dim=32,
+        ),
+        VAEConfig(block_out_channels=(32,) * 4),
+    ),
+}
+RANK, LATENTS = 128, 20
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add("task", choices=TASKS)
+    add("--device", default=cuda)
+    add("--dtype", choices=DTYPES, help="(else: fp16 on CUDA, bf16 of a classifier; fp32)")
+    add("--scale", choices=SCALES, default="sd15", help="of the U-Net and the VAE")
+    add("--size", type=int, default=512, help="px")
+    add("--batch-size", type=int, help="(else: 16, of LoRA 2, of a classifier 24)")
+    add("--steps", type=int, default=20, help="of the sampler; of training, in a reading")
+    add("--rounds", type=int, default=5, help="readings of each")
+    add("--compile", action="store_true", help="ours compiled, too")
+    args = parser.parse_args(argv)
+    _, batch_size, half, _ = TASKS[args.task]
+    args.batch_size = args.batch_size or batch_size
+    args.dtype = args.dtype or (half if args.device.startswith("cuda") else "fp32")
+    return args
+
+
+# A task makes its material, and returns ours(args), theirs(), and how many images or steps there
+# are. Either prepares all, and returns a function that works once and gives back what is compared.
+
+
+def sampling(args, folder: Path):
+    """Euler at guidance 7 and the decoder, from the same noise."""
+    configs = SCALES[args.scale]
+    unet, vae = UNet(configs[0]), AutoencoderKL(configs[1])
+    side, seeds = args.size // 8, range(args.batch_size)
+    shape = 77, unet.config.cross_attention_dim
+    text = seeded_noise(range(len(seeds) + 1), shape).to(args.device, DTYPES[args.dtype])
+    context, negative = text[1:], text[:1]
+
+    def ours(args):
+        own, decoder = (prepared(copy.deepcopy(part), args) for part in (unet, vae))
+        arrange(argparse.Namespace(unet=own, vae=decoder), args)
+
+        def work():
+            latents = generate(own, context, negative, seeds, (side, side), steps=args.steps)
+            return decode_images(decoder, latents)
+
+        return work
+
+    def theirs():
+        import diffusers
+
+        their_vae = diffusers.AutoencoderKL(
+            block_out_channels=vae.config.block_out_channels,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+        )
+        their_vae.load_state_dict(vae.state_dict(), assign=True)
+        scheduler = diffusers.EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        )
+        pipe = diffusers.StableDiffusionPipeline(
+            prepared(their_vae, args),
+            None,
+            None,
+            their_unet(unet, args),
+            scheduler,
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+
+        def work():
+            images = pipe(
+                prompt_embeds=context,
+                negative_prompt_embeds=negative.expand(len(seeds), -1, -1),
+                latents=seeded_noise(seeds, (4, side, side)).to(context),
+                num_inference_steps=args.steps,
+                guidance_scale=7.0,
+                height=args.size,
+                width=args.size,
+                output_type="np",
+            ).images
+            return torch.from_numpy((255 * images).round())
+
+        return work
+
+    return ours, theirs, args.batch_size
+
+
+def lora(args, folder: Path):
+    """Steps of train_lora.py, with the same A, images, noise and times."""
+    unet, side = UNet(SCALES[args.scale][0]), args.size // 8
+    latents = seeded_noise(range(LATENTS), (4, side, side)).to(args.device)
+    contexts = seeded_noise(range(LATENTS), (77, unet.config.cross_attention_dim))
+    contexts, schedule = contexts.to(args.device, DTYPES[args.dtype]), NoiseSchedule()
+
+    def training(predict, parameters, optimizer):
+        numbers, (autocast, scaler) = count(), mixed_precision(args)
+        draws = Draws(latents, range(LATENTS), [100] * LATENTS, args.batch_size, 1, seed=0)
+
+        def step():
+            (batch,) = draws(next(numbers))
+            x_t = schedule.add_noise(batch.latents, batch.noise, batch.t)
+            with autocast():
+                prediction = predict(x_t, batch.t, contexts[batch.captions])
+            loss = F.mse_loss(prediction.float(), batch.noise)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            return loss.item()
+
+        return lambda: torch.tensor([step() for _ in range(args.steps)])[:1]
+
+    def ours(args):
+        own = prepared(copy.deepcopy(unet), args)
+        inject(own, RANK, RANK)
+        if args.compile:
+            own.compile(dynamic=False)
+        parameters = lora_parameters(own)
+        optimizer = make_optimizer([{"params": parameters, "lr": 1e-4}], 0.01, eight_bit=False)
+        return training(own, parameters, optimizer)
+
+    def theirs():
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        network, targets = their_unet(unet, args), r".*attn2\.(to_[qkv]|to_out\.0)"
+        network.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
+        cast_training_params(network)
+        inject(unet, RANK, RANK)
+        for path, layer in lora_layers(unet).items():
+            network.get_submodule(path).lora_A["default"].weight.data.copy_(layer.A.weight)
+        parameters = [weight for weight in network.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
+
+        return training(lambda *inputs: network(*inputs).sample, parameters, optimizer)
+
+    return ours, theirs, args.steps
+
+
+def classifier(args, folder: Path):
+    """An epoch of a ResNet18 on noisy grey PNGs, rotated and flipped as in the paper. Ours are
+    decoded once, before the first epoch; the peer's in each, by a worker process for each core."""
+    from torchvision import datasets, transforms
+
+    dtype, workers, recipe = DTYPES[args.dtype], torch.get_num_threads(), RECIPES["paper"]
+    for n in range(args.batch_size * args.steps):
+        path = folder / f"class {n % 5}" / f"{n}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((3 * args.size // 2, 3 * args.size // 2), 50).save(path)
+
+    def learner():
+        torch.manual_seed(0)
+        model = build("resnet18", "none", args.size).to(args.device)
+        return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=MOMENTUM)
+
+    def ours(args):
+        records, device = read_site(folder, "source", True), torch.device(args.device)
+        images = PlaneImages(records, args.size, classes_of(records))
+        list(images.preload(threads=workers))
+        images.move(device, gpu_room(device))
+        model, optimizer = learner()
+        model.to(memory_format=torch.channels_last)
+        if args.compile:
+            model.compile(fullgraph=True, dynamic=False)
+        loader, epochs = batches(images, args.batch_size, shuffle_seed=0), count()
+
+        def work():
+            augment = partial(draw_augmentation, recipe, 0, next(epochs))
+            loss = train_epoch(model, loader, optimizer, "minus-one-one", augment, dtype)
+            return torch.tensor([loss])
+
+        return work
+
+    def theirs():
+        steps = [
+            transforms.Resize((args.size, args.size)),
+            transforms.RandomRotation(recipe.rotation, transforms.InterpolationMode.BILINEAR),
+            transforms.RandomHorizontalFlip(recipe.horizontal_flip),
+            transforms.RandomVerticalFlip(recipe.vertical_flip),
+            transforms.ToTensor(),
+            transforms.Normalize(0.5, 0.5),
+        ]
+        model, optimizer = learner()
+        loader = torch.utils.data.DataLoader(
+            datasets.ImageFolder(folder, transforms.Compose(steps)),
+            args.batch_size,
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=args.device != "cpu",
+            persistent_workers=True,
+        )
+
+        def work():
+            losses = []
+            for images, targets in loader:
+                images, targets = images.to(args.device), targets.to(args.device)
+                with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
+                    loss = F.cross_entropy(model(images), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return torch.tensor([statistics.mean(losses)])
+
+        return work
+
+    return ours, theirs, args.batch_size * args.steps
+
+
+TASKS = {  # and batch size, precision on a GPU, what the peer needs
+    "sampling": (sampling, 16, "fp16", ["diffusers"]),
+    "lora": (lora, 2, "fp16", ["diffusers", "peft"]),
+    "classifier": (classifier, 24, "bf16", ["torchvision"]),
+}
+
+
+def their_unet(unet: UNet, args):
+    """The same network with the same weights, on a CPU in the same memory."""
+    from diffusers import UNet2DConditionModel
+
+    across = unet.config.attention
+    theirs = UNet2DConditionModel(
+        block_out_channels=unet.config.block_out_channels,
+        cross_attention_dim=unet.config.cross_attention_dim,
+        attention_head_dim=unet.config.num_heads,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in across],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in across[::-1]],
+    )
+    theirs.load_state_dict(unet.state_dict(), assign=True)
+    return prepared(theirs, args)
+
+
+def prepared(network, args):
+    return network.eval().requires_grad_(False).to(args.device, DTYPES[args.dtype])
+
+
+def side_by_side(args, makers: dict, items: int) -> dict[str, tuple[list[float], str]]:
+    """Makes each and lets it work once, when outcomes and memory are taken; then all work in turn.
+    Returns seconds an item, and what else the table says, of each."""
+    on_gpu, works, outcomes, rows = args.device.startswith("cuda"), {}, [], {}
+    for name, make in makers.items():
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # 0 where there is no GPU
+        works[name] = make()
+        outcomes.append(works[name]().double())
+        difference = (outcomes[-1] - outcomes[0]).norm() / outcomes[0].norm()
+        peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}" if on_gpu else ""
+        rows[name] = [], f"{peak} | {difference:.1e}"
+    for _ in range(args.rounds):
+        for name, work in works.items():
+            begin = time.perf_counter()
+            work()  # what it returns is read from the GPU: all is done
+            rows[name][0].append((time.perf_counter() - begin) / items)
+    return rows
+
+
+def main(args):
+    task, *_, peers = TASKS[args.task]
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs, items = task(args, Path(folder))
+        makers = {"ours": partial(ours, argparse.Namespace(**vars(args) | {"compile": False}))}
+        if args.compile:
+            makers["ours-compiled"] = partial(ours, args)
+        if all(map(find_spec, peers)):
+            makers[" + ".join(peers)] = theirs
+        rows = side_by_side(args, makers, items)
+    print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
+    print("\n| who | s each | speed | peak, GiB | differs by |\n|" + " --- |" * 5)
+    *_, last = (statistics.median(seconds) for seconds, _ in rows.values())
+    for name, (seconds, facts) in rows.items():
+        median = statistics.median(seconds)
+        spread = f"({min(seconds):.4g} to {max(seconds):.4g})"
+        print(f"| {name} | {median:.4g} {spread} | {last / median:.2f} | {facts} |")
+
+
+if __name__ == "__main__":
+    main(parse_args())
