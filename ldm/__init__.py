@@ -11,7 +11,6 @@
 | images of any shape in buckets by aspect ratio | `buckets.py` |
 | Textual Inversion: one learned token and its file | `embedding.py` |
 | the scripts' flags for a base model | `cli.py` |
-| compilation, memory layout, how many images are decoded at once | `fast.py` |
 | weights in and out: single files, diffusers folders, the hub | `checkpoints/` |
 | as the webui's users know it: prompts in brackets, what a PNG says | `webui/` |
 | the embedded miniature, and how it was trained | `mini/` |
