@@ -36,7 +36,7 @@ from ldm.generate import generate, seeded_noise
 from ldm.images import decode_images
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
-from lora.model import inject, lora_layers, lora_parameters
+from lora.model import inject, lora_parameters
 from lora.training import Draws, make_optimizer
 from planes.sites import classes_of, read_site
 from sample import arrange
@@ -145,7 +145,8 @@ def sampling(args, folder: Path):
 
 
 def lora(args, folder: Path):
-    """Steps of train_lora.py, with the same A, images, noise and times."""
+    """Steps of train_lora.py on the same images, noise and times; B is 0 in the first, so that its
+    loss is that of the base."""
     unet, side = UNet(SCALES[args.scale][0]), args.size // 8
     latents = seeded_noise(range(LATENTS), (4, side, side)).to(args.device)
     contexts = seeded_noise(range(LATENTS), (77, unet.config.cross_attention_dim))
@@ -187,12 +188,8 @@ def lora(args, folder: Path):
         network, targets = their_unet(unet, args), r".*attn2\.(to_[qkv]|to_out\.0)"
         network.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
         cast_training_params(network)
-        inject(unet, RANK, RANK)
-        for path, layer in lora_layers(unet).items():
-            network.get_submodule(path).lora_A["default"].weight.data.copy_(layer.A.weight)
         parameters = [weight for weight in network.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01)
-
         return training(lambda *inputs: network(*inputs).sample, parameters, optimizer)
 
     return ours, theirs, args.steps
