@@ -1,25 +1,19 @@
 """A small tokenizer in CLIP's format: byte-pair encoding (Sennrich et al. 2016) trained on a list
 of captions."""
 
-import json
 import re
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 from transformers import CLIPTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-def write_tokenizer(
-    folder: Path, captions: list[str], words: list[str], length: int
-) -> CLIPTokenizer:
-    """Learn merges until every word of the captions, and every one of `words`, is a single token;
-    write them as CLIP's.
+def train_tokenizer(captions: list[str], words: list[str], length: int) -> CLIPTokenizer:
+    """Learn merges until every word of the captions, and every one of `words`, is a single token.
 
     length: tokens of a prompt, begin and end marks and padding included
-    Writes vocab.json, merges.txt and the two small json files that name the marks.
     """
     counts = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
     counts.update(words)
@@ -38,14 +32,5 @@ def write_tokenizer(
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
     symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: n for n, token in enumerate(tokens)}), encoding="utf-8"
-    )
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    special = {"bos_token": BOS, "eos_token": EOS, "pad_token": EOS, "unk_token": EOS}
-    config = special | {"model_max_length": length, "tokenizer_class": "CLIPTokenizer"}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return CLIPTokenizer.from_pretrained(folder)
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)

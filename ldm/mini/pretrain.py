@@ -1,8 +1,9 @@
 """Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then
 U-Net and text encoder.
 
-    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model                    # all from nothing
-    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model --start ldm/mini   # on from the shipped weights
+    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model  # all from nothing
+    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model \\
+        --start ldm/mini --vae-steps 0  # on from the shipped weights
 
 Hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on
 from its last checkpoint in --work as if it had not been. No real image is used: nothing can leak
@@ -15,21 +16,18 @@ import math
 import multiprocessing
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
+from harness.resume import write_state
 from ldm.checkpoints import Model, load, save_folder
-from ldm.generate import generate
-from ldm.images import decode_images
-from ldm.mini.bpe import write_tokenizer
+from ldm.mini.bpe import train_tokenizer
 from ldm.mini.pretrain_vae import (
     SIZE,
     VAE,
@@ -37,12 +35,11 @@ from ldm.mini.pretrain_vae import (
     encode_all,
     learning_rate,
     resume,
-    save_state,
-    train_decoder,
+    save,
     train_vae,
 )
 from ldm.mini.scenes import scene
-from ldm.text import TextConfig, TextEncoder, encode_prompts, tokenize
+from ldm.text import TextConfig, TextEncoder, tokenize
 from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, Posterior
 from planes import PROMPTS
@@ -68,60 +65,35 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/mini"), help="scenes, checkpoints and sample sheets"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("ldm/mini"), help="the folder to write when done"
-    )
-    parser.add_argument(
-        "--start",
-        type=Path,
-        help="a folder to go on from: its autoencoder, and the rest if of our sizes",
-    )
-    parser.add_argument("--scenes", type=int, default=32_000)
-    parser.add_argument(
-        "--vae-steps", type=int, default=1_800, help="0 leaves the autoencoder of --start as it is"
-    )
-    parser.add_argument(
-        "--decoder-steps", type=int, default=0, help="then the decoder alone, against a critic"
-    )
-    parser.add_argument("--unet-steps", type=int, default=12_000)
-    parser.add_argument(
-        "--unet-decay",
-        type=int,
-        help="steps after which its rate would be 0 (default: --unet-steps)",
-    )
-    parser.add_argument("--vae-lr", type=float, default=1e-3)
-    parser.add_argument("--decoder-lr", type=float, default=2e-4)
-    parser.add_argument("--unet-lr", type=float, default=5e-4)
-    parser.add_argument(
-        "--compile", action="store_true", help="the U-Net; in float32 on a CPU it gains nothing"
-    )
-    parser.add_argument(
-        "--save-every", type=int, default=500, help="steps between checkpoints and sheets"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add = parser.add_argument
+    add("--work", type=Path, default=Path("runs/mini"), help="scenes and checkpoints")
+    add("--out", type=Path, required=True, help="the folder to write when done")
+    add("--start", type=Path, help="a folder of this model to go on from")
+    add("--scenes", type=int, default=32_000)
+    add("--vae-steps", type=int, default=1_800, help="0 leaves --start's autoencoder as it is")
+    add("--unet-steps", type=int, default=12_000)
+    add("--vae-lr", type=float, default=1e-3)
+    add("--unet-lr", type=float, default=5e-4)
+    add("--save-every", type=int, default=500, help="steps between checkpoints")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    args.unet_decay = args.unet_decay or args.unet_steps
     if not args.vae_steps and not args.start:
-        parser.error(
-            "--vae-steps 0: leaves the autoencoder of a --start folder as it is, which is not given"
-        )
+        parser.error("--vae-steps 0: there is no autoencoder without --start")
     return args
 
 
 def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
     """The training set, drawn once and kept: images (N, 96, 96) uint8 and their captions."""
-    images, captions = work / f"scenes_{count}_{seed}.npy", work / f"captions_{count}_{seed}.txt"
-    if not images.exists():
+    path = work / f"scenes_{count}_{seed}.pt"
+    if not path.exists():
         with multiprocessing.Pool() as pool:
-            jobs = pool.imap(_draw, ((seed, n) for n in range(count)), chunksize=64)
-            pairs = list(tqdm(jobs, total=count, desc="scenes", unit="image"))
-        captions.write_text("\n".join(caption for _, caption in pairs), encoding="utf-8")
-        np.save(images, np.stack([image for image, _ in pairs]))
-    return torch.from_numpy(np.load(images)), captions.read_text(encoding="utf-8").split("\n")
+            pairs = pool.map(_draw, [(seed, n) for n in range(count)], chunksize=64)
+        images, captions = zip(*pairs)
+        images = torch.from_numpy(np.stack(images))
+        write_state(path, {"images": images, "captions": list(captions)})
+    scenes = torch.load(path)
+    return scenes["images"], scenes["captions"]
 
 
 def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
@@ -144,18 +116,6 @@ def make_text_encoder(vocabulary: int) -> TextEncoder:
     )
     nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.1)
     return encoder
-
-
-@torch.no_grad()
-def grow(start: UNet) -> UNet:
-    """A U-Net of UNET's sizes that computes what `start` does, of the same widths: transformers
-    that it lacks add 0."""
-    unet, known = UNet(UNET), start.state_dict()
-    for name, weight in unet.named_parameters():
-        if name not in known and ".proj_out." in name:
-            weight.zero_()
-    unet.load_state_dict(unet.state_dict() | known)
-    return unet
 
 
 @torch.no_grad()
@@ -189,7 +149,7 @@ def train_unet(
     ids: Tensor,
     empty: Tensor,
     args: argparse.Namespace,
-) -> Iterator[int]:
+) -> None:
     """Minimise w_t |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in
     ten is left out.
 
@@ -201,23 +161,18 @@ def train_unet(
     posterior: (N, 4, 12, 12) of the scenes; ids: (N, S) of their captions; empty: (S,) of the empty
         prompt
     networks: "unet", "text" and, under "ema", a module list of both whose weights are the running
-    mean of theirs Yields the step after each checkpoint.
+        mean of theirs
     """
     unet, text = networks["unet"], networks["text"]
-    predict = torch.compile(unet) if args.compile else unet
-    pairs = list(
-        zip(networks["ema"].parameters(), nn.ModuleList([unet, text]).parameters(), strict=True)
-    )
-    means, values = ([pair[n] for pair in pairs] for n in (0, 1))
+    values = [*unet.parameters(), *text.parameters()]
+    means = [*networks["ema"].parameters()]
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     weights = (snr.clamp(*SNR_RANGE) / snr).float().to(args.device)
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    done = resume(args.work / "unet.safetensors", networks, {"optimizer": optimizer})
-    progress = tqdm(
-        range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net", unit="step"
-    )
-    mean_loss = None
+    path, parts = args.work / "unet.pt", networks | {"optimizer": optimizer}
+    done = resume(path, args, parts)
+    progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net")
     for step in progress:
         index, generator = draw_batch(len(ids), BATCH, args.seed + 2, step)
         shape = (len(index), *posterior.mean.shape[1:])
@@ -230,10 +185,10 @@ def train_unet(
         noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
         # there it takes twice as long
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
-            eps = predict(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
+            eps = unet(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_decay, args.unet_lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(values, 1.0)
@@ -241,11 +196,9 @@ def train_unet(
         with torch.no_grad():
             torch._foreach_lerp_(means, values, 1 - min(0.999, (1 + step) / (10 + step)))
 
-        mean_loss = loss.item() if mean_loss is None else 0.99 * mean_loss + 0.01 * loss.item()
-        progress.set_postfix(loss=f"{mean_loss:.4f}")
+        progress.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % args.save_every == 0 or step + 1 == args.unet_steps:
-            save_state(args.work / "unet.safetensors", networks, {"optimizer": optimizer}, step + 1)
-            yield step + 1
+            save(path, args, parts, step + 1)
 
 
 def main(args):
@@ -255,33 +208,24 @@ def main(args):
     torch.manual_seed(args.seed)
     images, captions = make_scenes(args.work, args.scenes, args.seed)
 
-    start = load(args.start) if args.start else None
-    # of other widths, its autoencoder alone serves
-    goes_on = start is not None and replace(start.unet.config, attention=UNET.attention) == UNET
-
     # the autoencoder, then the scale that gives its latents unit variance
+    start = load(args.start) if args.start else None
     vae = start.vae if start else AutoencoderKL(VAE)
     vae.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
-    scale, vae.config = (
-        vae.config.scaling_factor,
-        replace(vae.config, scaling_factor=VAE.scaling_factor),
-    )
+    scale, vae.config = vae.config.scaling_factor, VAE
     if args.vae_steps:
         train_vae(vae, images, args)
-    vae.eval()
-    posterior = encode_all(vae, images, args.device)
-    if args.decoder_steps:
-        train_decoder(vae, images, posterior, args)
-    if not goes_on:
+    posterior = encode_all(vae.eval(), images, args.device)
+    if not start:
         scale = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
-    vae.config = replace(vae.config, scaling_factor=scale)
+    vae.config = replace(VAE, scaling_factor=scale)
     scaled = Posterior(posterior.mean * scale, posterior.logvar + 2 * math.log(scale))
 
     # the U-Net and the text encoder together
-    if goes_on:
-        tokenizer, unet, text_encoder = start.tokenizer, grow(start.unet), start.text_encoder
+    if start:
+        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
     else:
-        tokenizer = write_tokenizer(args.work / "tokenizer", captions, PLAIN_WORDS, POSITIONS)
+        tokenizer = train_tokenizer(captions, PLAIN_WORDS, POSITIONS)
         unet, text_encoder = UNet(UNET), make_text_encoder(len(tokenizer))
     networks = {
         "unet": unet.requires_grad_(True).to(args.device, memory_format=torch.channels_last),
@@ -289,29 +233,12 @@ def main(args):
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
     sizes = text_encoder.config
-    ids = torch.cat(
-        [tokenize(tokenizer, captions[n : n + 1000], sizes) for n in range(0, len(captions), 1000)]
-    )
+    ids = tokenize(tokenizer, captions, sizes)
     unet, text_encoder = networks["ema"]
     model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
-    for step in train_unet(networks, scaled, ids, tokenize(tokenizer, [""], sizes)[0], args):
-        save_samples(model, captions[:8], args.work / f"unet_{step:06}.png")
+    train_unet(networks, scaled, ids, tokenize(tokenizer, [""], sizes)[0], args)
     widen_unseen(text_encoder, tokenizer, captions)
     save_folder(model, args.out, torch.float16)
-
-
-def save_samples(model: Model, captions: list[str], path: Path) -> None:
-    """Eight samples of each caption, by Euler with guidance 3."""
-    rows, side = [], (model.sample_size, model.sample_size)
-    *contexts, empty = (
-        encode_prompts(model.tokenizer, model.text_encoder, [*captions, ""]).detach().split(1)
-    )
-    for context in contexts:
-        latents = generate(
-            model.unet, context.expand(8, -1, -1), empty, range(8), side, guidance_scale=3.0
-        )
-        rows.append(torch.cat(list(decode_images(model.vae, latents)), dim=1))
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
 if __name__ == "__main__":

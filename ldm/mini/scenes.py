@@ -62,7 +62,7 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
         gain=rng.uniform(-12, 9),
         tgc=rng.uniform(-8, 8),
         noise=-62 + 20 * (1 - clear),
-        looks=int(rng.choice([1, 2, 3, 4], p=[0.4, 0.25, 0.2, 0.15])),
+        looks=1 + int(rng.choice(4, p=[0.4, 0.25, 0.2, 0.15])),
     )
     tissue = Tissue(probe, rng, level=rng.triangular(-42, -24, -18))
     words = []
@@ -77,9 +77,9 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
     # now one large thing with things in it, now several beside each other
     if rng.random() < 0.65:
         words.append(_container(tissue, rng, IMAGE, deep=True))
-        count = rng.choice([0, 1, 2], p=[0.6, 0.3, 0.1])
+        count = rng.choice(3, p=[0.6, 0.3, 0.1])
     else:
-        count = rng.choice([1, 2, 3, 4], p=[0.3, 0.35, 0.2, 0.15])
+        count = 1 + rng.choice(4, p=[0.3, 0.35, 0.2, 0.15])
     for _ in range(count):
         draw = (_single, _single, _group, _rod, _container)[rng.integers(5)]
         words.append(draw(tissue, rng, IMAGE))
@@ -206,7 +206,7 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
     """A disc, a ring or arcs around a filling; and what lies inside, which may hold things
     itself."""
     if frame is IMAGE:
-        size, rx = _size(rng, ("medium", "large", "large")) if deep else _size(rng, ("medium",))
+        size, rx = _size(rng, ("medium", "large", "large") if deep else ("medium",))
         ry, (u, v) = (
             rx * rng.uniform(0.55, 1.0),
             rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9),
@@ -221,13 +221,14 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
         _level(rng),
         _level(rng),
     )
+    disc = tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle)
     if kind == "disc":
-        tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), echo, 1.0)
+        tissue.paint(disc, echo, 1.0)
         head = f"{size} {level} disc {_place(u, v)}"
     else:
         level = "hyperechoic" if rng.random() < 0.6 else level
         echo, (shadow, attenuation) = rng.uniform(*LEVELS[level]), _shadow(rng, level)
-        tissue.paint(tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle), fill, 1.0)
+        tissue.paint(disc, fill, 1.0)
         if kind == "ring":
             outline = tissue.ring(
                 inside.cx, inside.cy, rx, ry, rng.uniform(0.012, 0.04), inside.angle
@@ -252,12 +253,11 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
                     min(attenuation, 40),
                 )
         head = f"{size} {level} {kind} {_place(u, v)}{shadow} of {filling}"
-    few = [0, 1, 2, 3] if deep else [0, 1, 2]
-    contents = []
-    for _ in range(rng.choice(few, p=[0.1, 0.3, 0.35, 0.25] if deep else [0.3, 0.5, 0.2])):
-        draws = (_single, _group, _bar, _rod, _single) + ((_container,) if deep else ())
-        contents.append(draws[rng.integers(len(draws))](tissue, rng, inside))
-    return " with ".join([head, *contents])
+    shares = [0.1, 0.3, 0.35, 0.25] if deep else [0.3, 0.5, 0.2]  # of 0, 1, 2, .. things inside
+    draws = (_single, _group, _bar, _rod, _single) + ((_container,) if deep else ())
+    for _ in range(rng.choice(len(shares), p=shares)):
+        head += " with " + draws[rng.integers(len(draws))](tissue, rng, inside)
+    return head
 
 
 def _shape(
