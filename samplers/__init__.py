@@ -14,7 +14,7 @@ so that a step from sigma to sigma' is exactly, with r = sigma' / sigma and h = 
 | concept | where |
 |---|---|
 | the forward process x0 -> x_t, sigma(t) and t(sigma) | `schedule.py` NoiseSchedule |
-| the nodes sigma_0 > ... > sigma_N that a sampler visits, and their times | `schedule.py` euler_nodes, unipc_nodes |
+| the nodes sigma_0 > ... > sigma_N and their times | `schedule.py` euler_nodes, unipc_nodes |
 | eps- or v-network + text context + guidance -> D(x; sigma) | `denoiser.py` Denoiser |
 | first order (Euler, the same as DDIM) | `euler.py` sample_euler |
 | order 1 to 3 with a corrector (UniPC) | `unipc.py` sample_unipc |

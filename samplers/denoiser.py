@@ -74,9 +74,8 @@ class Denoiser:
         time = self.nodes.t(sigma)
         t = torch.full((len(x_vp),), time, dtype=t_dtype, device=x.device)
 
-        prediction = torch.cat([self.model(x_vp, t, context) for context in self.contexts]).to(
-            x.dtype
-        )
+        predictions = [self.model(x_vp, t, context) for context in self.contexts]
+        prediction = torch.cat(predictions).to(x.dtype)
         if self.guided:
             negative, positive = prediction.chunk(2)
             prediction = negative + self.guidance_scale * (positive - negative)
@@ -91,12 +90,10 @@ class Denoiser:
         """Raises SamplerError with the first t at which what was returned is not finite: no later
         step mends that, and a decoder makes a picture even of it. To be asked behind the last step:
         at each it would wait for the GPU."""
-        times, flags = zip(*self.finite)
-        if False in (finite := torch.stack(flags).tolist()):
-            kind = str(self.contexts[0].dtype).removeprefix("torch.")
-            wider = "bf16 or fp32 (--dtype), or " if kind == "float16" else ""
-            remedy = f"take {wider}another model, LoRA or embedding, or a lower guidance scale"
-            t = times[finite.index(False)]
-            raise SamplerError(
-                f"what the model predicts at t = {t:g} is not finite in {kind}: {remedy}"
-            )
+        for t, finite in self.finite:
+            if not finite:
+                kind = str(self.contexts[0].dtype).removeprefix("torch.")
+                raise SamplerError(
+                    f"what the model predicts at t = {t:g} is not finite in {kind}: take a wider"
+                    " --dtype, another model, LoRA or embedding, or a lower guidance scale"
+                )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -24,8 +24,7 @@ class NoiseSchedule:
     float64: in float32 the subtraction 1 - alphas_cumprod costs three digits at small t.
 
     Training mixes signal and noise such that the variance stays 1 (`add_noise`). Samplers divide
-    that by the signal's share, x = x_t / sqrt(alphas_cumprod_t), and count the noise per unit of
-    signal, x = x_0 + sigma eps (`sigma`).
+    that by sqrt(alphas_cumprod_t), so that x = x_0 + sigma eps (`sigma`).
     """
 
     beta_start: float = 0.00085
@@ -78,16 +77,16 @@ class NoiseSchedule:
         Returns the shape and dtype of latents. Raises SamplerError where t is fractional or not one
         per row.
         """
-        signal_share, noise_share = self._shares_at(latents, t)
-        return signal_share * latents + noise_share * noise
+        sqrt_alphas_cumprod, sqrt_one_minus = self._roots_at(latents, t)
+        return sqrt_alphas_cumprod * latents + sqrt_one_minus * noise
 
     def velocity(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = sqrt(alphas_cumprod_t) eps - sqrt(1 - alphas_cumprod_t) x_0 (Salimans & Ho 2022,
         arXiv 2202.00512, section 4), the target of a network with v-prediction; arguments, result
         and errors as in `add_noise`.
         """
-        signal_share, noise_share = self._shares_at(latents, t)
-        return signal_share * noise - noise_share * latents
+        sqrt_alphas_cumprod, sqrt_one_minus = self._roots_at(latents, t)
+        return sqrt_alphas_cumprod * noise - sqrt_one_minus * latents
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
         """What a network is trained to say: the noise, or the velocity for "v_prediction"."""
@@ -95,7 +94,7 @@ class NoiseSchedule:
             return noise
         return self.velocity(latents, noise, t)
 
-    def _shares_at(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _roots_at(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The square roots of alphas_cumprod and its complement at t, (B, 1, ..), rounded to
         latents' dtype last."""
         if t.is_floating_point() or t.shape != latents.shape[:1]:
@@ -104,20 +103,9 @@ class NoiseSchedule:
                 f" {len(latents)} rows"
             )
         rows = (-1, *[1] * (latents.ndim - 1))
-        signal, noise = (
-            table[t].view(rows) for table in _shares(self, latents.dtype, latents.device)
-        )
-        return signal, noise
-
-
-@cache
-def _shares(
-    schedule: NoiseSchedule, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(T,) the signal's and the noise's share of x_t, once for all steps of a training."""
-    squares = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
-    signal, noise = (square.sqrt().to(device, dtype) for square in squares)
-    return signal, noise
+        alphas_cumprod = self.alphas_cumprod[t.cpu()].view(rows)
+        roots = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        return tuple(root.to(latents.device, latents.dtype) for root in roots)
 
 
 @dataclass(frozen=True)
@@ -162,9 +150,7 @@ def euler_nodes(
 
     Raises SamplerError where one of these is unknown or steps do not fit the schedule.
     """
-    _check(
-        schedule, steps, spacing, ("linspace", "leading", "trailing", "karras"), final, steps_offset
-    )
+    _check(schedule, steps, spacing, ("linspace", "leading", "trailing", "karras"), final)
     if spacing == "karras":
         sigmas = karras_sigmas(steps, schedule.sigma_max, schedule.sigma_min)
         times = schedule.t(sigmas)
@@ -196,7 +182,7 @@ def unipc_nodes(
     Raises SamplerError where one of these is unknown or steps do not fit the schedule.
     """
     spacings = ("time_uniform", "linspace", "leading", "trailing", "karras")
-    _check(schedule, steps, spacing, spacings, final, steps_offset)
+    _check(schedule, steps, spacing, spacings, final)
     if spacing == "karras":
         sigmas = karras_sigmas(steps, schedule.sigma_max, schedule.sigma_min)
         times = np.round(schedule.t(sigmas))
@@ -215,13 +201,13 @@ def unipc_nodes(
         else:  # the last of N + 1 times is left to `final`
             times = _spaced(schedule, spacing, steps + 1, steps_offset)[:-1]
         sigmas = schedule.sigma(times)
-    return _nodes(schedule, times, sigmas, final, init_scale=math.hypot(1, sigmas[0]))
+    return _nodes(schedule, times, sigmas, final, math.hypot(1, sigmas[0]))
 
 
-def karras_sigmas(steps: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> np.ndarray:
-    """(steps,) sigmas, evenly spaced in sigma^(1/rho) from sigma_max to sigma_min (Karras et al.
+def karras_sigmas(steps: int, sigma_max: float, sigma_min: float) -> np.ndarray:
+    """(steps,) sigmas, evenly spaced in sigma^(1/7) from sigma_max to sigma_min (Karras et al.
     2022, eq. 5)."""
-    sigmas = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    sigmas = np.linspace(sigma_max ** (1 / 7), sigma_min ** (1 / 7), steps) ** 7.0
     # exact, so that a final sigma_min is not a rounding error above
     sigmas[-1], sigmas[0] = sigma_min, sigma_max
     return sigmas
@@ -233,11 +219,11 @@ def checked_sigmas(sigmas: Sequence[float] | Tensor) -> list[float]:
     values = [float(sigma) for sigma in sigmas]
     if len(values) < 2:
         raise SamplerError(f"{len(values)} sigmas: a sampler needs at least a first and a last one")
-    for i, (sigma, target) in enumerate(pairwise(values)):
+    for sigma, target in pairwise(values):
         if not (math.inf > sigma > 0 and sigma >= target >= 0):
             raise SamplerError(
-                f"sigmas[{i}:{i + 2}] = {sigma:g}, {target:g}: they must be finite and fall, and"
-                " only the last may be 0"
+                f"sigmas {sigma:g}, {target:g}: they must be finite and fall, and only the last may"
+                " be 0"
             )
     return values
 
@@ -248,7 +234,6 @@ def _check(
     spacing: str,
     spacings: tuple[str, ...],
     final: str,
-    steps_offset: int,
 ) -> None:
     if spacing not in spacings:
         raise SamplerError(f"unknown spacing {spacing!r}: choose one of {', '.join(spacings)}")
@@ -256,10 +241,6 @@ def _check(
         raise SamplerError(f"unknown final {final!r}: choose zero or sigma_min")
     if not 1 <= steps < schedule.num_train_timesteps:
         raise SamplerError(f"{steps} steps: choose from 1 to {schedule.num_train_timesteps - 1}")
-    if steps_offset and spacing != "leading":
-        raise SamplerError(
-            f"steps offset {steps_offset}: only spacing leading has one, not {spacing}"
-        )
 
 
 def _spaced(schedule: NoiseSchedule, spacing: str, count: int, steps_offset: int = 0) -> np.ndarray:
