@@ -103,7 +103,7 @@ def load_embedding(
     Raises CheckpointError, with the path, where the file is not one embedding or does not fit.
     """
     weights = open_weights(path)
-    tensors = dict(weights.read(weights.shapes))
+    tensors = {key: weights.tensor(key) for key in weights.shapes}
     if len(tensors) != 1:
         raise CheckpointError(
             f"{path}: holds {len(tensors)} tensors; an embedding of one token is one"

@@ -11,7 +11,6 @@
 | models by their hub id | `hub.py` |
 """
 
-from ldm import CheckpointError
 from ldm.checkpoints.checkpoint import (
     NETWORKS,
     PREDICTION_TYPES,
@@ -25,7 +24,6 @@ from ldm.checkpoints.checkpoint import (
 __all__ = [
     "NETWORKS",
     "PREDICTION_TYPES",
-    "CheckpointError",
     "Config",
     "Model",
     "load",

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import CLIPTextConfig
-
+from harness.files import json_text, write_text
 from ldm import CheckpointError
 from ldm.text import TextConfig
 from ldm.unet import UNetConfig
@@ -28,27 +27,20 @@ WEIGHTS = {
 }
 
 VARIANTS = ("", ".fp16", ".bf16")  # of a network's files, in the order of preference
-_FAMILIES = {  # how a pipeline's class is called -> what the model is
-    "StableDiffusionXL": "an SDXL",
-    "StableDiffusion3": "an SD 3",
-    "Flux": "a Flux",
-}
+# how the pipelines of other families are called
+_OTHERS = ("StableDiffusionXL", "StableDiffusion3", "Flux")
 
 # settings that leave no trace in the weights and that our networks and the noise schedule take for
 # granted
-_FIXED: dict[str, Json] = {
+_FIXED = {
     "unet": {
         "act_fn": "silu",
-        "center_input_sample": False,
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
-        "mid_block_scale_factor": 1,
-        "resnet_out_scale_factor": 1.0,
-        "resnet_skip_time_act": False,
         "time_embedding_type": "positional",
     },
-    "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None},
+    "vae": {"act_fn": "silu", "shift_factor": None},
     "text_encoder": {"layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_end": 0.012,
@@ -67,14 +59,14 @@ _TEXT_IDS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
 class Config:
     """What a Stable Diffusion is, but for its weights and its tokenizer; the defaults are SD 1.5's.
 
-    prediction_type: what the U-Net returns, "epsilon" or "v_prediction"
+    prediction_type: what the U-Net returns, "epsilon" or "v_prediction"; None: to be probed
     sample_size: side of the latents that the U-Net was trained on
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     text_encoder: TextConfig = field(default_factory=TextConfig)
-    prediction_type: str = "epsilon"
+    prediction_type: str | None = "epsilon"
     sample_size: int = 64
 
 
@@ -83,29 +75,23 @@ def read_config(root: Path) -> Config:
     networks."""
     unet, vae, text = (_read(root / name / "config.json", _FIXED[name]) for name in WEIGHTS)
     scheduler = _read(root / "scheduler" / "scheduler_config.json", _FIXED["scheduler"])
-    down, up = _block_types(UNetConfig.attention)
-    down, up = unet.get("down_block_types", down), unet.get("up_block_types", up)
+    down, up = unet.get("down_block_types", []), unet.get("up_block_types")
     attention = tuple(name == "CrossAttnDownBlock2D" for name in down)
     if (down, up) != _block_types(attention):
         raise CheckpointError(
             f"{root}/unet/config.json: blocks {down} and {up}; only SD's, mirrored, are implemented"
         )
     heads = unet.get("attention_head_dim", 8)  # the number of heads, whatever it is called
-    # the marks' ids are not read here; CLIP's own lie beyond a small vocabulary, of which
-    # transformers would warn
-    marks = {f"{mark}_token_id": None for mark in ("bos", "eos", "pad")}
-    # fills in what transformers leaves out, its own defaults
-    clip = CLIPTextConfig(**_pick(text, TextConfig), **marks)
+    unet |= {
+        "attention": attention,
+        "num_heads": heads if isinstance(heads, list) else [heads] * len(attention),
+    }
     return Config(
-        unet=UNetConfig(
-            attention=attention,
-            num_heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(attention),
-            **_pick(unet, UNetConfig, but=("attention", "num_heads")),
-        ),
-        vae=VAEConfig(**_pick(vae, VAEConfig)),
-        text_encoder=TextConfig(**{f.name: getattr(clip, f.name) for f in fields(TextConfig)}),
-        prediction_type=scheduler.get("prediction_type", Config.prediction_type),
-        sample_size=unet.get("sample_size", Config.sample_size),
+        _fill(UNetConfig, unet),
+        _fill(VAEConfig, vae),
+        _fill(TextConfig, text),
+        scheduler.get("prediction_type", Config.prediction_type),
+        unet.get("sample_size", Config.sample_size),
     )
 
 
@@ -115,9 +101,8 @@ def write_config(root: Path, config: Config) -> None:
     attention, heads = unet.pop("attention"), unet.pop("num_heads")
     down, up = _block_types(attention)
     levels = len(vae["block_out_channels"])
-    _write(
-        root / "model_index.json",
-        {
+    contents = {
+        "model_index.json": {
             "_class_name": "StableDiffusionPipeline",
             "feature_extractor": [None, None],
             "requires_safety_checker": False,
@@ -128,56 +113,49 @@ def write_config(root: Path, config: Config) -> None:
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         },
-    )
-    _write(
-        root / "unet" / "config.json",
-        {"_class_name": "UNet2DConditionModel", "sample_size": config.sample_size}
-        | unet
-        | {"attention_head_dim": heads, "down_block_types": down, "up_block_types": up}
-        | _FIXED["unet"],
-    )
-    _write(
-        root / "vae" / "config.json",
-        {
+        "unet/config.json": {
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": config.sample_size,
+            **unet,
+            "attention_head_dim": heads,
+            "down_block_types": down,
+            "up_block_types": up,
+            **_FIXED["unet"],
+        },
+        "vae/config.json": {
             "_class_name": "AutoencoderKL",
             "sample_size": config.sample_size * config.vae.downsampling,
-        }
-        | vae
-        | {
+            **vae,
             "down_block_types": ["DownEncoderBlock2D"] * levels,
             "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
-        | _FIXED["vae"],
-    )
-    _write(
-        root / "text_encoder" / "config.json",
-        {
+            **_FIXED["vae"],
+        },
+        "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"],
             "model_type": "clip_text_model",
             "torch_dtype": "float32",
-        }
-        | text
-        | {"projection_dim": config.text_encoder.hidden_size}
-        | _TEXT_IDS
-        | _FIXED["text_encoder"],
-    )
-    _write(
-        root / "scheduler" / "scheduler_config.json",
-        {
+            **text,
+            "projection_dim": config.text_encoder.hidden_size,
+            **_TEXT_IDS,
+            **_FIXED["text_encoder"],
+        },
+        "scheduler/scheduler_config.json": {
             "_class_name": "PNDMScheduler",
             "clip_sample": False,
             "prediction_type": config.prediction_type,
             "set_alpha_to_one": False,
             "skip_prk_steps": True,
             "steps_offset": 1,
-        }
-        | _FIXED["scheduler"],
-    )
+            **_FIXED["scheduler"],
+        },
+    }
+    for name, values in contents.items():
+        write_text(root / name, json_text(values))
 
 
 def read_vae_config(folder: Path) -> VAEConfig:
     """The config of a VAE's own folder."""
-    return VAEConfig(**_pick(_read(folder / "config.json", _FIXED["vae"]), VAEConfig))
+    return _fill(VAEConfig, _read(folder / "config.json", _FIXED["vae"]))
 
 
 def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tuple[str, Path]]:
@@ -187,11 +165,8 @@ def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tupl
     """
     if (root / "model_index.json").is_file():
         pipeline = str(_read(root / "model_index.json", {}).get("_class_name"))
-        for mark, family in _FAMILIES.items():
-            if pipeline.startswith(mark):
-                raise CheckpointError(
-                    f"{root}: {family} model ({pipeline}); give one of SD 1 or SD 2"
-                )
+        if pipeline.startswith(_OTHERS):
+            raise CheckpointError(f"{root}: a {pipeline}; give a model of SD 1 or SD 2")
     for network in networks:
         yield from ((network, file) for file in network_files(root / network, WEIGHTS[network]))
 
@@ -199,33 +174,20 @@ def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tupl
 def network_files(folder: Path, stem: str) -> Iterator[Path]:
     """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and
     `.bf16`."""
-    whole = [f"{stem}{variant}.safetensors" for variant in VARIANTS]
-    names = [
-        name
-        for v, file in zip(VARIANTS, whole)
-        for name in (file, f"{stem}.safetensors.index{v}.json")
-    ]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
-        pickles = (
-            ", only a pickle; convert it to safetensors first" if list(folder.glob("*.bin")) else ""
-        )
-        remedy = "; give another by --vae" if folder.name == "vae" else ""
-        raise CheckpointError(
-            f"{folder}: no {' or '.join(whole)}, whole or in shards{pickles}{remedy}"
-        )
-    if found.suffix != ".json":
-        yield found
-        return
-    shards = _read(found, {}).get("weight_map")
-    # a shard lies beside its index: a path would reach out of the folder
-    if not isinstance(shards, dict) or not all(
-        isinstance(v, str) and Path(v).name == v for v in shards.values()
-    ):
-        raise CheckpointError(
-            f"{found}: no weight_map of tensors to shards beside it; fetch the index again"
-        )
-    yield from (folder / name for name in sorted(set(shards.values())))
+    for variant in VARIANTS:
+        whole = folder / f"{stem}{variant}.safetensors"
+        index = folder / f"{stem}.safetensors.index{variant}.json"
+        if whole.exists():
+            yield whole
+            return
+        if index.exists():
+            shards = _read(index, {}).get("weight_map", {})
+            yield from (folder / name for name in sorted(set(shards.values())))
+            return
+    raise CheckpointError(
+        f"{folder}: no {stem}[{'|'.join(VARIANTS)}].safetensors, whole or in shards; convert a"
+        " pickle (*.bin) first, give a VAE by --vae"
+    )
 
 
 def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
@@ -233,14 +195,11 @@ def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:
     return down, [name.replace("Down", "Up") for name in reversed(down)]
 
 
-def _pick(values: Json, config: type, but: tuple[str, ...] = ()) -> Json:
-    """The values that the config class has fields for, lists as tuples; a field that is absent
-    keeps its default."""
-    names = [f.name for f in fields(config) if f.name in values and f.name not in but]
-    return {
-        name: tuple(values[name]) if isinstance(values[name], list) else values[name]
-        for name in names
-    }
+def _fill(kind: type, values: Json) -> Any:
+    """A config of the values that it has fields for, lists as tuples; a field that is absent keeps
+    its default."""
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
 def _read(path: Path, fixed: Json) -> Json:
@@ -249,17 +208,10 @@ def _read(path: Path, fixed: Json) -> Json:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: no JSON object; fetch it again")
+        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from None
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise CheckpointError(
                 f"{path}: {name} is {values[name]!r}; only {value!r} is implemented"
             )
     return values
-
-
-def _write(path: Path, values: Json) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

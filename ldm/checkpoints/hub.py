@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -33,6 +32,7 @@ from ldm.checkpoints.folder import VARIANTS, WEIGHTS
 # what is taken of a repository -> files; weights may as well be in half precision or in shards
 _READS = {
     "model": (
+        "model_index.json",
         "scheduler/scheduler_config.json",
         "tokenizer/merges.txt",
         "tokenizer/vocab.json",
@@ -81,15 +81,15 @@ def resolve_model(source: str | Path, part: str = "model") -> Path:
         chosen, missing = _choose(part, names, name.file)
         if missing:
             raise CheckpointError(
-                f"{source}: the repository has no"
-                f" {', no '.join(missing)}{_single_files(name, names)}"
+                f"{source}: the repository has no {', no '.join(missing)}; if it has a single file,"
+                f" give it as {name.repository}/FILE.safetensors"
             )
         if "text_encoder_2/config.json" in names and part == "model":
             raise CheckpointError(f"{source}: an SDXL model; give one of SD 1 or SD 2")
         folder = Path(
             snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen)
         )
-        return folder / name.file if name.file else folder
+        return folder / (name.file or "")
     except (HTTPError, OSError) as error:
         raise CheckpointError(f"{source}: {_reason(error, name, part)}") from None
 
@@ -106,7 +106,7 @@ def find_model(source: str | Path, part: str = "model") -> Path | None:
     folder = _snapshot(name)
     if folder is None or _choose(part, _names(folder), name.file)[1]:
         return None
-    return folder / name.file if name.file else folder
+    return folder / (name.file or "")
 
 
 def _parse(source: str | Path) -> _Id:
@@ -141,7 +141,7 @@ def _choose(
     if file:
         return [file], [file] * (file not in names)
     prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
-    chosen, missing = [name for name in names if (part, name) == ("model", "model_index.json")], []
+    chosen, missing = [], []
     for name in (prefix + name for name in _READS[part]):
         found = _weights(name, names) if name.endswith(".safetensors") else [name] * (name in names)
         chosen += found
@@ -162,41 +162,25 @@ def _weights(name: str, names: Collection[str]) -> list[str]:
     return []
 
 
-def _single_files(name: _Id, names: Collection[str]) -> str:
-    """What to ask for in a repository that is no diffusers folder."""
-    files = sorted(file for file in names if file.endswith(".safetensors") and "/" not in file)
-    return f"; it has single files, give one: {name.repository}/{files[0]}" if files else ""
-
-
 def _reason(error: Exception, name: _Id, part: str) -> str:
     """Why nothing came from the hub, and what to do."""
     page = f"https://huggingface.co/{name.repository}"
-    if isinstance(error, GatedRepoError):
-        return f"gated; accept the licence on {page} and log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name.repository} has no branch, tag or commit {name.revision}; see {page}"
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         if successor := _SUCCESSORS.get(name.repository):
             return f"withdrawn from the hub; its copy is {successor}"
         return (
             "no such file or folder, and no such repository on the hub; a private one needs `hf"
             " auth login`"
         )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name.repository} has no branch, tag or commit {name.revision}; see {page}"
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"access refused; log in with `hf auth login` and ask for access on {page}"
+        return f"closed to you; accept its licence on {page} and log in with `hf auth login`"
     cached = _snapshot(name)
     missing = _choose(part, _names(cached) if cached else (), name.file)[1]
-    why = (
-        "HF_HUB_OFFLINE is set"
-        if isinstance(error, OfflineModeIsEnabled)
-        else f"fetching it fails ({_line(error)})"
-    )
+    why = next(iter(str(error).splitlines()), type(error).__name__)
     revision = f" --revision {name.revision}" if name.revision else ""
     return (
-        f"{'incomplete' if cached else 'not'} in the hub cache, and {why}; where there is a"
-        f" connection: hf download {name.repository} {' '.join(missing)}{revision}"
+        f"not whole in the hub cache, and fetching it fails ({why}); where there is a connection:"
+        f" hf download {name.repository} {' '.join(missing)}{revision}"
     )
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,7 +7,8 @@ predicts.
 """
 
 import re
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ldm import CheckpointError
 from ldm.checkpoints.folder import Config
 from ldm.checkpoints.keys import FUSED, SINGLE_FILE, SINGLE_FILE_2, inverse, rename, thirds
-from ldm.checkpoints.weights import Stored, Weights, locate, named
+from ldm.checkpoints.weights import Stored, Weights, locate, named, open_weights
 from ldm.text import TextConfig
 from ldm.unet import UNet, UNetConfig
 
@@ -54,77 +55,67 @@ _FAMILIES = {  # a mark in some tensor's name -> what the file is
 }
 
 
-def refuse_other_families(weights: Weights) -> None:
-    """CheckpointError where a single file's tensors are no checkpoint of SD 1 or SD 2, naming what
-    they are."""
-    names = list(weights.shapes)
+def locate_single_file(
+    path: Path, config: Config | None, ema: bool, prediction_type: str | None
+) -> tuple[Config, dict[str, Stored]]:
+    """The config of a file's model, and parameter -> where it lies in the file.
+
+    config: where the shapes do not tell; prediction_type: what the U-Net predicts, if it is known
+    ema: take the U-Net's running average
+    CheckpointError where the tensors are no checkpoint of SD 1 or SD 2, naming what they are, or
+    hold no average.
+    """
+    weights = open_weights(path)
     for mark, what in _FAMILIES.items():
-        if any(re.search(mark, name) for name in names):
-            raise CheckpointError(f"{weights.path}: {what}")
-    if not any(name.startswith("model.diffusion_model.") for name in names):
-        example = f", the first is {names[0]!r}" if names else ""
+        if any(re.search(mark, name) for name in weights.shapes):
+            raise CheckpointError(f"{path}: {what}")
+    if not any(name.startswith("model.diffusion_model.") for name in weights.shapes):
         raise CheckpointError(
-            f"{weights.path}: not a Stable Diffusion checkpoint: no tensor"
-            f" model.diffusion_model.*{example}; give one of SD 1 or SD 2"
+            f"{path}: not a Stable Diffusion checkpoint, no tensor model.diffusion_model.* but"
+            f" {named([*weights.shapes], 'other')}; give one of SD 1 or SD 2"
         )
-
-
-def locate_single_file(weights: Weights, ema: bool) -> dict[str, Stored]:
-    """Parameter -> where it lies in the file; with `ema` the U-Net's are those of its running
-    average."""
+    sd_2 = any(key.startswith("cond_stage_model.model.") for key in weights.shapes)
     networks = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
-    tensors = locate([("", weights)], SINGLE_FILE_2 if is_sd_2(weights) else SINGLE_FILE, networks)
-    if not ema:
-        return tensors
-    copies = {  # the average lies under the trained tensor's name without its dots
-        name: "model_ema." + stored.key.removeprefix("model.").replace(".", "")
-        for name, stored in tensors.items()
-        if name.startswith("unet.")
-    }
-    absent = [key for key in copies.values() if key not in weights.shapes]
-    if len(absent) == len(copies):
-        raise CheckpointError(
-            f"{weights.path}: no averaged U-Net (model_ema.*) inside; load it without --ema"
-        )
-    if absent:
-        raise CheckpointError(f"{weights.path}: {named(absent, 'missing')}; load it without --ema")
-    return tensors | {
-        name: Stored(weights, key, weights.shapes[key]) for name, key in copies.items()
-    }
+    tensors = locate([("", weights)], SINGLE_FILE_2 if sd_2 else SINGLE_FILE, networks)
+    if config is None:
+        stated = prediction_type or _stated_prediction(weights) or (None if sd_2 else "epsilon")
+        config = with_prediction(config_of(sd_2, tensors), stated)
+    else:
+        config = fit(config, tensors)
+    if ema:
+        # the average lies under the trained tensor's name without its dots
+        for name, at in tensors.items():
+            if name.startswith("unet."):
+                key = "model_ema." + at.key.removeprefix("model.").replace(".", "")
+                if key not in weights.shapes:
+                    raise CheckpointError(
+                        f"{path}: no averaged U-Net inside, or not whole ({key}); load it without"
+                        " --ema"
+                    )
+                tensors[name] = Stored(weights, key, weights.shapes[key])
+    return config, tensors
 
 
-def is_sd_2(weights: Weights) -> bool:
-    return any(key.startswith("cond_stage_model.model.") for key in weights.shapes)
-
-
-def stated_prediction(weights: Weights) -> str | None:
-    """What the U-Net predicts, as the file or webui's .yaml beside it says; None where an SD 2 file
-    leaves it open."""
+def _stated_prediction(weights: Weights) -> str | None:
+    """What the U-Net predicts, as webui's .yaml beside the file or else the file says; None where
+    neither does."""
     yaml = weights.path.with_suffix(".yaml")
     if yaml.is_file():
-        says_v = re.search(
-            r"""^\s*parameterization:\s*["']?v["']?\s*(#|$)""",
-            yaml.read_text("utf-8"),
-            re.MULTILINE,
-        )
+        v = r"""^\s*parameterization:\s*["']?v["']?\s*(#|$)"""
+        says_v = re.search(v, yaml.read_text("utf-8"), re.MULTILINE)
         return "v_prediction" if says_v else "epsilon"
-    stated = weights.metadata.get(
-        "modelspec.prediction_type", "v" if "v_pred" in weights.shapes else None
-    )
-    if stated is None:
-        return None if is_sd_2(weights) else "epsilon"
+    mark = "v" if "v_pred" in weights.shapes else None
+    stated = weights.metadata.get("modelspec.prediction_type", mark)
     return "v_prediction" if stated == "v" else stated
 
 
-def with_prediction(config: Config, prediction_type: str) -> Config:
+def with_prediction(config: Config, prediction_type: str | None) -> Config:
     """The family's config with what the U-Net predicts; SD 2's v-models were trained on latents of
     96."""
-    size = (
-        96
-        if config.unet.use_linear_projection and prediction_type == "v_prediction"
-        else config.sample_size
-    )
-    return replace(config, prediction_type=prediction_type, sample_size=size)
+    config = replace(config, prediction_type=prediction_type)
+    if config.unet.use_linear_projection and prediction_type == "v_prediction":
+        config = replace(config, sample_size=96)
+    return config
 
 
 def probe_prediction(unet: UNet, path: Path) -> str:
@@ -134,38 +125,28 @@ def probe_prediction(unet: UNet, path: Path) -> str:
     Raises CheckpointError where the network overflows, as SD 2.1's does in float16.
     """
     weight = unet.conv_in.weight
-    latents = torch.full(
-        (1, unet.config.in_channels, 8, 8), 0.5, device=weight.device, dtype=weight.dtype
-    )
-    context = torch.full(
-        (1, 2, unet.config.cross_attention_dim), 0.5, device=weight.device, dtype=weight.dtype
-    )
-    with torch.no_grad():
-        shift = (
-            (unet(latents, torch.tensor([999], device=weight.device), context) - latents)
-            .float()
-            .mean()
-        )
+    latents = weight.new_full((1, unet.config.in_channels, 8, 8), 0.5)
+    context = weight.new_full((1, 2, unet.config.cross_attention_dim), 0.5)
+    shift = (unet(latents, 999, context) - latents).float().mean()
     if not shift.isfinite():
-        kind = str(weight.dtype).removeprefix("torch.")
         raise CheckpointError(
-            f"{path}: the U-Net overflows in {kind}; give its --prediction-type, or --dtype fp32"
+            f"{path}: the U-Net overflows in {weight.dtype}; give its --prediction-type, or --dtype"
+            " fp32"
         )
     return "v_prediction" if shift < -1 else "epsilon"
 
 
-def config_of(sd_2: bool, shapes: dict[str, tuple[int, ...]]) -> Config:
+def config_of(sd_2: bool, tensors: Mapping[str, Stored | Tensor]) -> Config:
     """The config of a single file's model: the sizes from its shapes, the rest as the family has
     it."""
     if not sd_2:
-        return fit(Config(), shapes)
-    config = fit(SD_2, shapes)
+        return fit(Config(), tensors)
+    config = fit(SD_2, tensors)
     unet, text = config.unet, config.text_encoder
+    heads = tuple(width // _HEAD or 1 for width in unet.block_out_channels)
     return replace(
         config,
-        unet=replace(
-            unet, num_heads=tuple(width // _HEAD or 1 for width in unet.block_out_channels)
-        ),
+        unet=replace(unet, num_heads=heads),
         text_encoder=replace(text, num_attention_heads=text.hidden_size // _HEAD or 1),
     )
 
@@ -176,15 +157,13 @@ def single_file_tensors(config: Config, state: dict[str, Tensor]) -> dict[str, T
     Raises CheckpointError where every reader of the file would take the model for another one.
     """
     sd_2 = config.unet.use_linear_projection
-    read = config_of(sd_2, {name: tuple(value.shape) for name, value in state.items()})
+    read = config_of(sd_2, state)
     for network in ("unet", "vae", "text_encoder"):
-        has, seen = asdict(getattr(config, network)), asdict(getattr(read, network))
-        for name in has:
-            if has[name] != seen[name]:
-                raise CheckpointError(
-                    f"a single file would be read with {network} {name} {seen[name]}, the model has"
-                    f" {has[name]}; save it as a folder"
-                )
+        has, seen = getattr(config, network), getattr(read, network)
+        if has != seen:
+            raise CheckpointError(
+                f"a single file would be read as {seen}, the model has {has}; save it as a folder"
+            )
     table = inverse(SINGLE_FILE_2 if sd_2 else SINGLE_FILE)
     wholes = dict.fromkeys(
         re.sub(r"\b[qkv]_proj\b", FUSED, name) if sd_2 else name for name in state
@@ -198,54 +177,47 @@ def single_file_tensors(config: Config, state: dict[str, Tensor]) -> dict[str, T
     }
 
 
-def fit(config: Config, shapes: dict[str, tuple[int, ...]]) -> Config:
-    """The config with every size that the shapes tell; where a tensor is missing, its size stays as
-    it was."""
+_SIZES = {  # network, field of its config -> the tensor and the axis that tell it
+    "unet": {
+        "in_channels": ("conv_in.weight", 1),
+        "out_channels": ("conv_out.weight", 0),
+        "cross_attention_dim": (
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+            1,
+        ),
+    },
+    "vae": {"latent_channels": ("post_quant_conv.weight", 0)},
+    "text_encoder": {
+        "vocab_size": ("text_model.embeddings.token_embedding.weight", 0),
+        "hidden_size": ("text_model.embeddings.token_embedding.weight", 1),
+        "intermediate_size": ("text_model.encoder.layers.0.mlp.fc1.weight", 0),
+        "max_position_embeddings": ("text_model.embeddings.position_embedding.weight", 0),
+    },
+}
+_LEVELS = {"unet": "unet.down_blocks", "vae": "vae.encoder.down_blocks"}
 
-    def size(name: str, axis: int, default: int) -> int:
-        shape = shapes.get(name, ())
-        return shape[axis] if axis < len(shape) else default
 
-    def widths(prefix: str, defaults: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(
-            size(f"{prefix}.{n}.resnets.0.conv2.bias", 0, default)
-            for n, default in enumerate(defaults)
-        )
-
-    unet, vae, text = config.unet, config.vae, config.text_encoder
-    attention = "unet.down_blocks.0.attentions.0"
-    tower = "text_encoder.text_model"
-    layers = {name.split(".")[4] for name in shapes if name.startswith(f"{tower}.encoder.layers.")}
-    projection = shapes.get(f"{attention}.proj_in.weight")
+def fit(config: Config, tensors: Mapping[str, Stored | Tensor]) -> Config:
+    """The config with every size that the tensors' shapes tell; where one is missing, its size
+    stays as it was."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    for network, rows in _SIZES.items():
+        found = {
+            field: shapes[f"{network}.{key}"][axis]
+            for field, (key, axis) in rows.items()
+            if len(shapes.get(f"{network}.{key}", ())) > axis
+        }
+        if network in _LEVELS:
+            found["block_out_channels"] = tuple(
+                shapes.get(f"{_LEVELS[network]}.{n}.resnets.0.conv2.bias", (width,))[0]
+                for n, width in enumerate(getattr(config, network).block_out_channels)
+            )
+        config = replace(config, **{network: replace(getattr(config, network), **found)})
+    projection = shapes.get("unet.down_blocks.0.attentions.0.proj_in.weight", ())
+    tower = "text_encoder.text_model.encoder.layers."
+    layers = {name.split(".")[4] for name in shapes if name.startswith(tower)}
     return replace(
         config,
-        unet=replace(
-            unet,
-            in_channels=size("unet.conv_in.weight", 1, unet.in_channels),
-            out_channels=size("unet.conv_out.weight", 0, unet.out_channels),
-            block_out_channels=widths("unet.down_blocks", unet.block_out_channels),
-            cross_attention_dim=size(
-                f"{attention}.transformer_blocks.0.attn2.to_k.weight", 1, unet.cross_attention_dim
-            ),
-            use_linear_projection=(
-                len(projection) == 2 if projection else unet.use_linear_projection
-            ),
-        ),
-        vae=replace(
-            vae,
-            latent_channels=size("vae.post_quant_conv.weight", 0, vae.latent_channels),
-            block_out_channels=widths("vae.encoder.down_blocks", vae.block_out_channels),
-        ),
-        text_encoder=replace(
-            text,
-            vocab_size=size(f"{tower}.embeddings.token_embedding.weight", 0, text.vocab_size),
-            hidden_size=size(f"{tower}.embeddings.token_embedding.weight", 1, text.hidden_size),
-            intermediate_size=size(
-                f"{tower}.encoder.layers.0.mlp.fc1.weight", 0, text.intermediate_size
-            ),
-            num_hidden_layers=len(layers) or text.num_hidden_layers,
-            max_position_embeddings=size(
-                f"{tower}.embeddings.position_embedding.weight", 0, text.max_position_embeddings
-            ),
-        ),
+        unet=replace(config.unet, use_linear_projection=len(projection) == 2),
+        text_encoder=replace(config.text_encoder, num_hidden_layers=len(layers)),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
 
+from harness.files import json_text, write_text
 from ldm import CheckpointError
 from ldm.text import TextConfig, padding_id
 
@@ -37,26 +38,21 @@ def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokeniz
     folder = Path(folder)
     if (folder / "tokenizer").is_dir():
         folder = folder / "tokenizer"
-    files = {"vocab": folder / "vocab.json", "merges": folder / "merges.txt"}
-    absent = [path.name for path in files.values() if not path.is_file()]
-    if absent and (folder / "tokenizer.json").is_file():
-        words = _read_whole(folder / "tokenizer.json")
-    elif absent:
-        raise CheckpointError(
-            f"{folder}: no {' and no '.join(absent)}; put those of {CLIP_REPOSITORY} there, or give"
-            " another --tokenizer"
-        )
-    else:
-        words = {name: str(path) for name, path in files.items()}
     try:
+        words, added = _words(folder)
         tokenizer = CLIPTokenizer(**words, model_max_length=config.max_position_embeddings)
+        tokenizer.add_tokens([added[n] for n in sorted(added) if n >= len(tokenizer)])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder}: no vocab.json and merges.txt; put those of {CLIP_REPOSITORY} there, or give"
+            " another --tokenizer"
+        ) from None
     # whatever transformers and tokenizers make of files that are damaged
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{folder}: no tokenizer of CLIP's kind ({reason}); fetch it again"
         ) from None
-    tokenizer.add_tokens(_added_tokens(folder, len(tokenizer)))
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             f"{folder}: {len(tokenizer)} tokens, the text encoder knows {config.vocab_size}; give"
@@ -65,42 +61,20 @@ def load_tokenizer(folder: Path | str | None, config: TextConfig) -> CLIPTokeniz
     return tokenizer
 
 
-def _read_whole(path: Path) -> dict[str, object]:
-    """Vocabulary and merges of a tokenizer.json."""
-    try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
-        merges = [
-            tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair)
-            for pair in model["merges"]
-        ]
-        return {"vocab": model["vocab"], "merges": merges}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not as transformers writes it ({error}); fetch it again"
-        ) from None
-
-
-def _added_tokens(folder: Path, known: int) -> list[str]:
-    """Tokens beyond the vocabulary, by their numbers, as learned ones are, however transformers
-    stored them."""
-    added: dict[int, str] = {}
-    try:
-        if (path := folder / "added_tokens.json").is_file():
-            added |= {
-                number: token
-                for token, number in json.loads(path.read_text(encoding="utf-8")).items()
-            }
-        if (path := folder / "tokenizer.json").is_file():
-            tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", [])
-            added |= {int(token["id"]): token["content"] for token in tokens}
-        if (path := folder / "tokenizer_config.json").is_file():
-            tokens = json.loads(path.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
-            added |= {int(number): token["content"] for number, token in tokens.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: not as transformers writes it ({error}); fetch it again"
-        ) from None
-    return [added[number] for number in sorted(added) if number >= known]
+def _words(folder: Path) -> tuple[dict[str, object], dict[int, str]]:
+    """What CLIPTokenizer is made of, and the tokens that were added, by their numbers: transformers
+    4 writes vocab.json, merges.txt and added_tokens.json, transformers 5 tokenizer.json alone."""
+    files = {"vocab": folder / "vocab.json", "merges": folder / "merges.txt"}
+    added, whole = folder / "added_tokens.json", folder / "tokenizer.json"
+    if all(path.is_file() for path in files.values()):
+        words = json.loads(added.read_text(encoding="utf-8")) if added.is_file() else {}
+        return {name: str(path) for name, path in files.items()}, {n: t for t, n in words.items()}
+    stored = json.loads(whole.read_text(encoding="utf-8"))
+    merges = [tuple(pair) for pair in stored["model"]["merges"]]
+    return (
+        {"vocab": stored["model"]["vocab"], "merges": merges},
+        {token["id"]: token["content"] for token in stored["added_tokens"]},
+    )
 
 
 def tokenizer_hash(tokenizer: CLIPTokenizer) -> str:
@@ -130,4 +104,4 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path, config: TextConfig) -
     }:
         contents["added_tokens.json"] = added
     for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / name, json_text(content))
