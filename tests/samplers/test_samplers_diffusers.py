@@ -13,7 +13,6 @@ pytestmark = pytest.mark.slow
 
 SCHEDULE = NoiseSchedule()
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-CONTEXT = torch.zeros(2, 1, 1)
 
 
 def network(x_vp, t, context=None):
@@ -22,116 +21,49 @@ def network(x_vp, t, context=None):
     return u * x_vp + 0.3 * torch.tanh(2 * x_vp.roll(1, -1) + torch.cos(6 * u))
 
 
-def by_diffusers(scheduler, steps, start):
-    """The result of the scheduler's own loop, from unit noise."""
-    scheduler.set_timesteps(steps)
-    x = start * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        prediction = network(scheduler.scale_model_input(x, t), t)
-        x = scheduler.step(prediction, t, x).prev_sample
-    return x
-
-
-def assert_near(x, reference):
-    assert (x - reference).abs().max() < 1e-4 * reference.abs().max()
-
-
 @pytest.fixture(scope="module")
 def diffusers():
     return pytest.importorskip("diffusers")
 
 
-@pytest.fixture
-def unit():
-    return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras"])
-@pytest.mark.parametrize("steps", [5, 20])
-def test_euler_is_diffusers_euler_discrete_scheduler(
-    diffusers, unit, spacing, prediction_type, steps
-):
-    karras = spacing == "karras"
-    theirs = diffusers.EulerDiscreteScheduler(
-        **BETAS,
-        timestep_spacing="linspace" if karras else spacing,
-        use_karras_sigmas=karras,
-        prediction_type=prediction_type,
-    )
-    nodes = euler_nodes(SCHEDULE, steps, spacing)
-    denoise = Denoiser(network, nodes, CONTEXT, prediction_type=prediction_type)
-    assert_near(
-        sample_euler(denoise, nodes.init_scale * unit, nodes.sigmas),
-        by_diffusers(theirs, steps, unit),
-    )
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("spacing", "final", "variant"),
+    ("sampler", "settings"),
     [
-        ("linspace", "sigma_min", "bh1"),  # diffusers' bh1 is NaN at a final sigma of zero
-        ("linspace", "sigma_min", "bh2"),
-        ("linspace", "zero", "bh2"),
-        ("leading", "zero", "bh2"),
-        ("trailing", "zero", "bh2"),
-        ("karras", "zero", "bh2"),
+        ("Euler", {"timestep_spacing": "linspace"}),
+        # the web UI's, but for its fractional times
+        ("UniPC", {"solver_order": 3, "solver_type": "bh1", "final_sigmas_type": "sigma_min"}),
     ],
 )
-@pytest.mark.parametrize("steps", [5, 20])
-def test_unipc_is_diffusers_unipc_multistep_scheduler(
-    diffusers, unit, spacing, final, order, variant, steps
-):
-    karras = spacing == "karras"
-    theirs = diffusers.UniPCMultistepScheduler(
-        **BETAS,
-        solver_order=order,
-        solver_type=variant,
-        timestep_spacing="linspace" if karras else spacing,
-        use_karras_sigmas=karras,
-        final_sigmas_type=final,
-    )
-    nodes = unipc_nodes(SCHEDULE, steps, spacing, final=final)
-    x = sample_unipc(
-        Denoiser(network, nodes, CONTEXT), nodes.init_scale * unit, nodes.sigmas, order, variant
-    )
-    assert_near(x / math.hypot(1, nodes.sigmas[-1]), by_diffusers(theirs, steps, unit))
-
-
-def test_the_web_uis_unipc_is_diffusers_of_order_3_bh1_and_final_sigma_min_but_for_its_fractional_times(
-    diffusers, unit
-):
-    theirs = diffusers.UniPCMultistepScheduler(
-        **BETAS,
-        solver_order=3,
-        solver_type="bh1",
-        timestep_spacing="linspace",
-        final_sigmas_type="sigma_min",
-    )
-    nodes = unipc_nodes(SCHEDULE)
-    x = sample_unipc(Denoiser(network, nodes, CONTEXT), nodes.init_scale * unit, nodes.sigmas)
-    assert_near(x / math.hypot(1, nodes.sigmas[-1]), by_diffusers(theirs, 20, unit))
+def test_the_samplers_are_diffusers_schedulers(diffusers, sampler, settings, prediction_type):
+    name = {"Euler": "EulerDiscreteScheduler", "UniPC": "UniPCMultistepScheduler"}[sampler]
+    theirs = getattr(diffusers, name)(**BETAS, prediction_type=prediction_type, **settings)
+    theirs.set_timesteps(20)
+    unit = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(3))
+    expected = unit * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        prediction = network(theirs.scale_model_input(expected, t), t)
+        expected = theirs.step(prediction, t, expected).prev_sample
+    nodes, sample = {
+        "Euler": (euler_nodes(SCHEDULE), sample_euler),
+        "UniPC": (unipc_nodes(SCHEDULE, spacing="linspace"), sample_unipc),
+    }[sampler]
+    denoise = Denoiser(network, nodes, torch.zeros(2, 1, 1), prediction_type=prediction_type)
+    x = sample(denoise, nodes.init_scale * unit, nodes.sigmas)
+    x = x / math.hypot(1, nodes.sigmas[-1])  # 1 where the last is 0
+    assert (x - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
-    t = torch.arange(0, 1000, 7)
-    latents, noise = (
-        torch.randn(len(t), 2, 3, 3, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 2)
-    )
-    theirs = diffusers.DDPMScheduler(**BETAS)
-    tolerance = {"rtol": 0, "atol": 2e-6}
-    torch.testing.assert_close(
-        SCHEDULE.add_noise(latents, noise, t), theirs.add_noise(latents, noise, t), **tolerance
-    )
-    torch.testing.assert_close(
-        SCHEDULE.velocity(latents, noise, t), theirs.get_velocity(latents, noise, t), **tolerance
-    )
+    t, theirs = torch.arange(0, 1000, 7), diffusers.DDPMScheduler(**BETAS)
+    x, eps = torch.randn(2, len(t), 2, 3, 3, generator=torch.Generator().manual_seed(1))
+    near = {"rtol": 0, "atol": 2e-6}
+    torch.testing.assert_close(SCHEDULE.add_noise(x, eps, t), theirs.add_noise(x, eps, t), **near)
+    torch.testing.assert_close(SCHEDULE.velocity(x, eps, t), theirs.get_velocity(x, eps, t), **near)
     np.testing.assert_allclose(SCHEDULE.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+@pytest.mark.parametrize("sampler", ["Euler", "UniPC"])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_times_are_those_of_diffusers_at_every_number_of_steps(diffusers, sampler, spacing):
     """What is rounded hangs on its last bit, and so on the way of counting.
@@ -139,14 +71,12 @@ def test_times_are_those_of_diffusers_at_every_number_of_steps(diffusers, sample
     Euler's only step of linspace is diffusers' t = 0, from which no image can come, and
     k-diffusion's 999.
     """
-    scheduler = {
-        "euler": diffusers.EulerDiscreteScheduler,
-        "unipc": diffusers.UniPCMultistepScheduler,
+    scheduler, nodes = {
+        "Euler": (diffusers.EulerDiscreteScheduler, euler_nodes),
+        "UniPC": (diffusers.UniPCMultistepScheduler, unipc_nodes),
     }[sampler]
-    nodes = {"euler": euler_nodes, "unipc": unipc_nodes}[sampler]
-    theirs = scheduler(**BETAS, timestep_spacing=spacing)
-    off = []
-    for steps in range(2 if (sampler, spacing) == ("euler", "linspace") else 1, 1000):
+    theirs, off = scheduler(**BETAS, timestep_spacing=spacing), []
+    for steps in range(2 if (sampler, spacing) == ("Euler", "linspace") else 1, 1000, 3):
         theirs.set_timesteps(steps)
         own = np.float32(nodes(SCHEDULE, steps, spacing).timesteps)
         if not np.allclose(own, theirs.timesteps.numpy()[:steps], rtol=0, atol=1e-3):
