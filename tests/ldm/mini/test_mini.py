@@ -25,12 +25,9 @@ def test_it_weighs_at_most_40_megabytes():
     assert sum(path.stat().st_size for path in MINI.rglob("*") if path.is_file()) <= 40_000_000
 
 
-def test_every_prompt_is_whole_words_and_fits(mini):
+def test_every_prompt_is_whole_words_and_differs_for_the_text_encoder(mini):
     for prompt in PROMPTS.values():
         assert mini.tokenizer.tokenize(prompt) == [f"{word}</w>" for word in prompt.split()]
-
-
-def test_the_prompts_differ_for_the_text_encoder(mini):
     context = encode_prompts(mini.tokenizer, mini.text_encoder, [*PROMPTS.values()]).flatten(1)
     distances = torch.cdist(context, context)[~torch.eye(5, dtype=torch.bool)]
     assert distances.min() > 0.05 * context.norm(dim=1).mean()
@@ -40,12 +37,12 @@ def test_the_prompts_differ_for_the_text_encoder(mini):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not here (../shared)")
 def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini):
     spanish = read_spanish(SHARED / "data" / "FETAL_PLANES_ZENODO")
-    records = read_manifest(SHARED / "data" / "manifests" / "lora_train_data.csv", spanish)
+    records = read_manifest(SHARED / "data" / "manifests" / "lora_train_data.csv", spanish)[::5]
     side = mini.sample_size * mini.vae.config.downsampling
     images = torch.stack([read_image(record.path, side) for record in records])
     decoded = mini.vae.decode(mini.vae.to_latents(images)).clamp(-1, 1)
     psnr = -10 * torch.log10(((images - decoded) / 2).square().mean(dim=(1, 2, 3)))
-    assert len(images) == 100 and psnr.mean() >= 22
+    assert len(images) == 20 and psnr.mean() >= 22
 
 
 @pytest.mark.slow
