@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from ldm import MINI, CheckpointError
+from ldm import MINI
 from ldm.checkpoints.tokenizer import load_tokenizer
 from ldm.embedding import add_token, word_embedding
 from ldm.text import TextConfig, TextEncoder, encode_prompts, padding_id
@@ -25,14 +25,10 @@ def random_encoder(positions, hidden_act="quick_gelu"):
         max_position_embeddings=positions,
         hidden_act=hidden_act,
     )
-    encoder, generator = (
-        TextEncoder(config).eval().requires_grad_(False),
-        torch.Generator().manual_seed(0),
-    )
-    for (
-        parameter
-        # also the norms', else the mean of what they put out is nothing but rounding
-    ) in encoder.parameters():
+    encoder = TextEncoder(config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    # also the norms', else the mean of what they put out is nothing but rounding
+    for parameter in encoder.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     encoder.text_model.final_layer_norm.bias += 0.5
     return encoder
@@ -56,64 +52,40 @@ def tokenizer(encoder):
     [
         # plain text
         ("", [("", 1)]),
-        ("  ", [("  ", 1)]),
-        ("fetal brain, ultrasound", [("fetal brain, ultrasound", 1)]),
         ("scale: 1.3", [("scale: 1.3", 1)]),
         ("a\n(b)\nc", [("a\n", 1), ("b", 1.1), ("\nc", 1)]),
         # brackets
         ("a (b) c", [("a ", 1), ("b", 1.1), (" c", 1)]),
-        ("a [b] c", [("a ", 1), ("b", 1 / 1.1), (" c", 1)]),
         ("(b:1.3)", [("b", 1.3)]),
-        ("((b))", [("b", 1.1 * 1.1)]),
         ("((b:1.3))", [("b", 1.3 * 1.1)]),
         ("(a (b:1.5) c:2)", [("a ", 2), ("b", 3), (" c", 2)]),
-        ("[(b)]", [("b", 1.1 * (1 / 1.1))]),
         ("(a [b) c]", [("a ", 1.1), ("b", 1.1 / 1.1), (" c", 1 / 1.1)]),
         # weights
         ("(b:.5)(c:2.)(d:+3)", [("b", 0.5), ("c", 2), ("d", 3)]),
-        ("(b:-1)", [("b", -1)]),
         ("(b:0)", [("b", 0)]),
         ("(b: 1.3 ) c", [("b", 1.3), (" c", 1)]),
-        ("(b :1.3)", [("b ", 1.3)]),
         ("(a:b:1.3)", [("a:b", 1.3)]),
         ("(:1.3)", [("", 1)]),
         # what is no weight is text
         ("(b:)", [("b:", 1.1)]),
-        ("(b:x)", [("b:x", 1.1)]),
         ("(b:1,3)", [("b:1,3", 1.1)]),
-        ("(b:1.2.3)", [("b:1.2.3", 1.1)]),
-        ("(b:.)", [("b:.", 1.1)]),
-        ("(b:1e3)", [("b:1e3", 1.1)]),
         ("[b:1.3]", [("b:1.3", 1 / 1.1)]),
         ("b:1.3)", [("b:1.3)", 1)]),
-        ("[b:1.3)", [("b:1.3)", 1 / 1.1)]),
         # never opened, never closed
         ("a) b]", [("a) b]", 1)]),
-        ("(a] b)", [("a] b", 1.1)]),
         ("a (b [c", [("a ", 1), ("b ", 1.1), ("c", 1.1 * (1 / 1.1))]),
-        ("((a) b", [("a", 1.1 * 1.1), (" b", 1.1)]),
         ("((a:1.3) b", [("a", 1.3 * 1.1), (" b", 1.1)]),
-        ("()", [("", 1)]),
-        ("(", [("", 1)]),
-        (")", [(")", 1)]),
         # escapes
         (r"\(a\) \[b\] \\", [("(a) [b] \\", 1)]),
         (r"(a \(b\):1.3)", [("a (b)", 1.3)]),
-        (r"(a\)", [("a)", 1.1)]),
         (r"(a:1.3\)", [("a:1.3)", 1.1)]),
         (r"a\b\:\ ", [("ab: ", 1)]),
-        ("a\\", [("a", 1)]),
         ("(a)\\", [("a", 1.1), ("", 1)]),
         # one weight, one piece
-        ("(a)(b)", [("ab", 1.1)]),
         ("(a)((b:1))", [("ab", 1.1)]),
-        ("(a:1) b", [("a b", 1)]),
         # BREAK
-        ("a BREAK b", [("a", 1), BREAK, ("b", 1)]),
-        ("aBREAK b", [("aBREAK b", 1)]),
         ("BREAKFAST break", [("BREAKFAST break", 1)]),
         ("BREAK", [("", 1), BREAK, ("", 1)]),
-        ("a BREAK BREAK\nb", [("a", 1), BREAK, ("", 1), BREAK, ("b", 1)]),
         ("(a) BREAK (b)", [("a", 1.1), ("", 1), BREAK, ("", 1), ("b", 1.1)]),
         ("(a BREAK b:1.5)", [("a", 1.5), ("BREAK", -1.5), ("b", 1.5)]),
         ("(BREAK:-1)", [("", -1), ("BREAK", 1), ("", -1)]),
@@ -146,20 +118,23 @@ def words(number, word="fetal"):
 
 
 @pytest.mark.parametrize(
-    ("number", "sizes"),
+    ("prompt", "sizes"),
     [
-        (0, [0]),
-        (1, [1]),
-        (74, [74]),
-        (75, [75]),
-        (76, [75, 1]),
-        (150, [75, 75]),
-        (151, [75, 75, 1]),
+        ("", [0]),
+        (words(75), [75]),
+        (words(76), [75, 1]),
+        (words(151), [75, 75, 1]),
+        ("fetal BREAK fetal fetal", [1, 2]),
+        ("fetal BREAK BREAK fetal", [1, 0, 1]),
+        ("BREAK fetal", [0, 1]),
+        ("fetal BREAK", [1]),
+        ("BREAK", [0]),
+        (f"{words(75)} BREAK fetal", [75, 1]),
     ],
 )
-def test_a_chunk_is_75_tokens(tokenizer, encoder, number, sizes):
-    assert [len(chunk) for chunk in chunks(tokenizer, words(number))] == sizes
-    assert encode_weighted(tokenizer, encoder, words(number)).shape == (1, 77 * len(sizes), 16)
+def test_a_chunk_is_75_tokens_or_ends_at_a_break(tokenizer, encoder, prompt, sizes):
+    assert [len(chunk) for chunk in chunks(tokenizer, prompt)] == sizes
+    assert encode_weighted(tokenizer, encoder, prompt).shape == (1, 77 * len(sizes), 16)
 
 
 @pytest.mark.parametrize(
@@ -180,32 +155,17 @@ def test_a_full_chunk_ends_behind_a_comma_in_its_last_20_tokens(tokenizer, befor
 
 
 def test_it_is_the_last_comma_and_none_where_the_next_token_is_one(tokenizer):
-    split = chunks(tokenizer, f"{words(58)}, {words(5)}, {words(20)}")
-    assert [len(chunk) for chunk in split] == [58 + 1 + 5 + 1, 20]
-    split = chunks(tokenizer, f"{words(60)}, {words(14)}, {words(20)}")
-    assert [len(chunk) for chunk in split] == [75, 21] and split[1][0] == ",</w>"
+    for prompt, sizes in (
+        (f"{words(58)}, {words(5)}, {words(20)}", [58 + 1 + 5 + 1, 20]),
+        (f"{words(60)}, {words(14)}, {words(20)}", [75, 21]),
+    ):
+        assert [len(chunk) for chunk in chunks(tokenizer, prompt)] == sizes
 
 
 def test_weights_move_with_their_tokens_behind_the_comma(tokenizer):
     first, second = split_chunks(tokenizer, f"(({words(70)}:1.5), {words(2)} {words(10)}:2)", 75)
     assert [weight for _, weight in first] == 70 * [3.0] + [2.0]
     assert [weight for _, weight in second] == 12 * [2.0]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "sizes"),
-    [
-        ("fetal BREAK fetal fetal", [1, 2]),
-        ("fetal BREAK BREAK fetal", [1, 0, 1]),
-        ("BREAK fetal", [0, 1]),
-        ("fetal BREAK", [1]),
-        ("BREAK", [0]),
-        (f"{words(75)} BREAK fetal", [75, 1]),
-        (f"{words(76)} BREAK fetal", [75, 1, 1]),
-    ],
-)
-def test_break_ends_a_chunk_and_none_at_the_prompts_end_is_empty(tokenizer, prompt, sizes):
-    assert [len(chunk) for chunk in chunks(tokenizer, prompt)] == sizes
 
 
 def test_break_within_brackets_is_a_word_as_in_webui(tokenizer):
@@ -273,15 +233,11 @@ def test_without_weights_and_in_one_chunk_the_bits_are_those_of_encode_prompts(
     assert torch.equal(encode_weighted(tokenizer, encoder, prompt, clip_skip), expected)
 
 
-def test_each_chunk_has_the_bits_of_its_text_alone(tokenizer, encoder):
+def test_each_chunk_without_weights_has_the_bits_of_its_text_alone(tokenizer, encoder):
     parts = [words(75), words(75, "brain"), "femur"]
     alone = torch.cat([encode_prompts(tokenizer, encoder, [part]) for part in parts], dim=1)
-    assert torch.equal(encode_weighted(tokenizer, encoder, " ".join(parts)), alone)
-
-
-def test_a_chunk_without_weights_stays_as_it_is_beside_one_with(tokenizer, encoder):
-    actual = encode_weighted(tokenizer, encoder, "fetal BREAK (brain:1.4)")
-    assert torch.equal(actual[:, :77], encode_prompts(tokenizer, encoder, ["fetal"]))
+    actual = encode_weighted(tokenizer, encoder, f"{' '.join(parts)} BREAK (brain:1.4)")
+    assert torch.equal(actual[:, :231], alone)
 
 
 def test_a_chunk_without_weights_needs_no_mean(tokenizer, encoder):
@@ -300,14 +256,7 @@ def test_a_long_prompt_draws_no_warning(tokenizer, caplog, monkeypatch):
     assert caplog.text == ""
 
 
-def test_chunks_are_as_long_as_the_text_encoder_allows(tokenizer):
-    small = random_encoder(32)
-    actual = encode_weighted(tokenizer, small, f"{words(30)} (brain:1.4)")
-    expected = by_hand(tokenizer, small, [(words(30), 1)], [("brain", 1.4)])
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_does_not_swallow_an_exclamation_mark(
+def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_swallows_no_exclamation_mark(
     tokenizer,
 ):
     encoder = random_encoder(77, hidden_act="gelu")
@@ -345,13 +294,8 @@ def test_a_half_precision_encoder_is_weighted_in_float32(tokenizer, encoder):
     assert torch.equal(encode_weighted(tokenizer, half, "fetal (brain:1.4)"), expected)
 
 
-def test_a_layer_the_encoder_does_not_have_is_one_clear_line(tokenizer, encoder):
-    with pytest.raises(CheckpointError, match="clip skip 4: this text encoder has layers 1 to 3"):
-        encode_weighted(tokenizer, encoder, "(fetal)", clip_skip=4)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [40, 75, 76, 151])
+@pytest.mark.parametrize("number", [40, 151])
 def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
     """Without commas and weights, to 1e-5: compel ends chunks at other places and weights by
     another formula, away from the empty prompt's embeddings."""
@@ -364,6 +308,5 @@ def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
         model_max_length=77,
     )
     prompt = words(number // 2) + " " + words(number - number // 2, "brain")
-    torch.testing.assert_close(
-        encode_weighted(tokenizer, encoder, prompt), theirs(prompt), rtol=0, atol=1e-5
-    )
+    actual = encode_weighted(tokenizer, encoder, prompt)
+    torch.testing.assert_close(actual, theirs(prompt), rtol=0, atol=1e-5)
