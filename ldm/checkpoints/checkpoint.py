@@ -276,7 +276,7 @@ def _empty_networks(root: Path, config: Config) -> dict[str, nn.Module]:
     if channels != config.vae.latent_channels:
         raise CheckpointError(
             f"{root}: a U-Net with {channels} input channels (inpainting has 9,"
-            " instruct-pix2pix 8, depth-to-image 5); give a text-to-image model"
+            " instruct-pix2pix 8, upscaling 7, depth-to-image 5); give a text-to-image model"
         )
     try:
         with torch.device("meta"):

@@ -92,7 +92,7 @@ def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
         images, captions = zip(*pairs)
         images = torch.from_numpy(np.stack(images))
         write_state(path, {"images": images, "captions": list(captions)})
-    scenes = torch.load(path)
+    scenes = torch.load(path, weights_only=True)
     return scenes["images"], scenes["captions"]
 
 

@@ -55,18 +55,18 @@ def single(**shapes):
 BASES = {
     "git-LFS pointer": (
         LFS,
-        "a git-LFS pointer, not the weights (4265146304 bytes); run `git lfs pull`",
+        "a git-LFS pointer, not the weights; run `git lfs pull`",
     ),
-    "web page": (PAGE, "a web page titled 'Sign in', not the weights; fetch it again"),
+    "web page": (PAGE, "a web page, not the weights ("),
     "empty": (b"", "empty, 0 bytes; fetch it again"),
     "truncated": (
         ONE[:-6],
-        f"cut short, {len(ONE) - 6} bytes where its header says {len(ONE)}; fetch it again",
+        f"{len(ONE) - 6} bytes, cut short or damaged",
     ),
-    "truncated header": (ONE[:20], "cut short, 20 bytes where its header ends at"),
+    "truncated header": (ONE[:20], "20 bytes, cut short or damaged"),
     "trailing bytes": (
         ONE + b"more",
-        f"too long, {len(ONE) + 4} bytes where its header says {len(ONE)}; fetch it",
+        f"{len(ONE) + 4} bytes, cut short or damaged",
     ),
     "unsafe pickle": (
         pickle.dumps(Payload()),
@@ -110,7 +110,7 @@ BASES = {
     ),
     "something else": (
         single(x=2),
-        "no tensor model.diffusion_model.*, the first is 'x'; give one of SD 1 or SD 2",
+        "no tensor model.diffusion_model.* but 1 other tensor: x; give one of SD 1 or SD 2",
     ),
     "leftover keys": (
         single(**{f"{UNET}mine.{n}": 2 for n in range(7)}),
@@ -153,12 +153,12 @@ STEM = [
 CHANGES = {
     "missing keys": (
         drop("conv_in.bias", "conv_out.bias"),
-        "2 of 626 unet tensors missing: unet.conv_in.bias, unet.co",
+        "2 missing tensors: unet.conv_in.bias, unet.co",
     ),
     "many missing keys": (
         drop(*STEM),
         (
-            f"6 of 626 unet tensors missing: {', '.join(f'unet.{name}' for name in STEM[:5])}, ..;"
+            f"6 missing tensors: {', '.join(f'unet.{name}' for name in STEM[:5])}, ..;"
             " fetch it again"
         ),
     ),
@@ -232,8 +232,8 @@ def test_activations_that_leave_half_precision_are_told_with_the_step_and_the_re
     ]
     half = refused("sample", [*flags, "--dtype", "fp16"], tmp_path / "out", monkeypatch, capsys)
     assert half.startswith(
-        "what the model predicts at t = 999 is not finite in float16: take bf16 or fp32"
-        " (--dtype), or "
+        "what the model predicts at t = 999 is not finite in float16: take a wider"
+        " --dtype, another model"
     )
     sample = runpy.run_path(str(ROOT / "sample.py"), run_name="sample")
     flags += ["--dtype", "bf16", "--device", "cpu", "--out", tmp_path / "bf16"]
@@ -264,12 +264,8 @@ def test_a_guidance_scale_that_is_no_number_is_refused(scale, tmp_path, monkeypa
     assert line == f"guidance scale {scale}: must be a finite number"
 
 
-@pytest.mark.parametrize(
-    ("channels", "kind"), [(9, "an inpainting"), (8, "an instruct-pix2pix"), (7, "an upscaling")]
-)
-def test_a_unet_that_takes_more_than_latents_is_named(
-    channels, kind, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("channels", [9, 8, 7])
+def test_a_unet_that_takes_more_than_latents_is_named(channels, tmp_path, monkeypatch, capsys):
     def widen(tensors):
         weight = tensors["conv_in.weight"]
         tensors["conv_in.weight"] = torch.zeros(weight.shape[0], channels, 3, 3)
@@ -279,7 +275,7 @@ def test_a_unet_that_takes_more_than_latents_is_named(
     config.unlink()
     config.write_text(json.dumps(settings))
     line = refused("sample", ["--model", tmp_path / "model"], tmp_path / "out", monkeypatch, capsys)
-    assert f"{kind} U-Net ({channels} input channels); give a text-to-image model" in line
+    assert f"a U-Net with {channels} input channels (inpainting has 9, instruct-pix2pix 8," in line
 
 
 def test_the_training_script_says_the_same(tmp_path, monkeypatch, capsys):
@@ -358,7 +354,7 @@ def test_a_tokenizer_that_is_not_the_models_is_named(tmp_path, monkeypatch, caps
     (tmp_path / "words" / "merges.txt").unlink()
     line = refused("sample", flags, tmp_path / "out", monkeypatch, capsys)
     assert line.startswith(
-        f"{tmp_path / 'words'}: no merges.txt; put those of openai/clip-vit-large-patch14 there"
+        f"{tmp_path / 'words'}: no vocab.json and merges.txt; put those of openai/clip-vit-large-"
     )
 
 
