@@ -281,5 +281,7 @@ def _empty_networks(root: Path, config: Config) -> dict[str, nn.Module]:
     try:
         with torch.device("meta"):
             return {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
-    except ValueError as error:  # widths that do not divide into groups or heads
-        raise CheckpointError(f"{root}: {error}; {OTHER_KIND}") from None
+    # whatever torch and transformers make of widths that do not divide into groups or heads
+    except Exception as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{root}: {reason}; {OTHER_KIND}") from None

@@ -485,6 +485,7 @@ FOLDER_ERRORS = [
     (says("unet/config.json", norm_num_groups=7), "divisible .*; a model of another kind"),
     (says("vae/config.json", shift_factor=0.1), "shift_factor is 0.1; only None is implemented"),
     (says("text_encoder/config.json", layer_norm_eps=1e-6), "layer_norm_eps is 1e-06"),
+    (says("text_encoder/config.json", num_attention_heads=5), r"\(5\).*; a model of another kind"),
     (says("scheduler/scheduler_config.json", beta_schedule="linear"), "beta_schedule is 'linear'"),
     (says("scheduler/scheduler_config.json", prediction_type="x0"), "'x0' is not one of epsilon"),
     (holds(b"{", "scheduler/scheduler_config.json"), r"scheduler_config\.json: not JSON"),
