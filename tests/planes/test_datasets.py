@@ -78,6 +78,9 @@ def test_a_row_becomes_a_record_and_the_cervix_is_left_out(tmp_path):
         Record(egypt / "a.png", Plane.THORAX, "africa/Egypt/1", True, "africa", "Egypt"),
         Record(egypt / other, Plane.OTHER, "africa/Egypt/2", True, "africa", "Egypt"),
     ]
+    african(tmp_path, f"{AFRICAN}3,Fetal thorax,1,Egypt,a\n")  # in one country only once
+    with pytest.raises(DatasetError, match="line 5: Egypt/a is listed twice"):
+        read_african(tmp_path)
 
 
 @pytest.mark.parametrize(
