@@ -56,7 +56,7 @@ def script(name, monkeypatch):
 
 
 def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
-    tmp_path, monkeypatch, capsys
+    tiny_model, tmp_path, monkeypatch, capsys
 ):
     spanish, african = tmp_path / "FETAL_PLANES_ZENODO", tmp_path / "Zenodo_dataset"
     write_spanish_layout(spanish, train=1, test=0, seed=0)
@@ -68,7 +68,7 @@ def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
     small = {"count": 1, "steps": 1, "repeats": 1, "passes": 10, "size": 64, "seeds": 0}
     flags = ["--spanish", spanish, "--african", african, "--manifest", tmp_path / "list.csv"]
     flags += ["--weights", tmp_path / "weights.pth", "--out", tmp_path / "out"]
-    flags += ["--data", "ES", "HB-styles+DA"]
+    flags += ["--model", tiny_model, "--data", "ES", "HB-styles+DA"]
     flags += [word for name, number in small.items() for word in (f"--{name}", number)]
     for _ in "ab":  # the second time all is there
         real["main"](real["parse_args"]([str(flag) for flag in flags]))
