@@ -1,9 +1,15 @@
-"""LoRA files: kohya's keys spelled out, exact round trips, all that is refused, and diffusers as a
-second reader."""
+"""LoRA files: the layouts read to the same numbers, put into weights, written, converted; all that
+is refused; diffusers as a second reader."""
 
 import copy
-import hashlib
+import json
 import pickle
+import runpy
+import sys
+import warnings
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,382 +18,307 @@ from safetensors.torch import load_file, save_file
 
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
-from lora import LoRAError, inject, load_lora, lora_layers, lora_parameters, remove, save_lora
+from lora import LoRAError, convert, inject, load_loras, lora_layers, save_lora
+from lora.files.__main__ import main
+from lora.files.formats import dotted, kohya_name, read
+from lora.files.metadata import metadata, trained_otherwise
 
 # ours and diffusers' alike
-LEVEL = dict(block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=12)
-MID = "mid_block.attentions.0"
-TO_K = f"lora_unet_{MID}.transformer_blocks.0.attn2.to_k".replace(".", "_")
-PROJ_IN = f"lora_unet_{MID}.proj_in".replace(".", "_")
-Q_PROJ = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+SIZES = {"block_out_channels": (8, 16), "layers_per_block": 1, "cross_attention_dim": 12}
+SIZES |= {"norm_num_groups": 4}
+TEXT = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1}
+TEXT |= {"num_attention_heads": 2}
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
+TO_K, TO_OUT = f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn1.to_out.0"
+Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
+K = f"lora_unet_{TO_K}".replace(".", "_")
+IN = "lora_unet_mid_block_attentions_0_proj_in"
+DOWN, UP, ALPHA = f"{K}.lora_down.weight", f"{K}.lora_up.weight", f"{K}.alpha"
+IN_DOWN, IN_UP = f"{IN}.lora_down.weight", f"{IN}.lora_up.weight"
 
 
 @pytest.fixture
 def models():
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(**LEVEL, attention=(True, False), num_heads=(4, 4)))
-    text = TextConfig(
-        vocab_size=20,
-        hidden_size=12,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return {"lora_unet": unet, "lora_te": TextEncoder(text)}
+    unet = UNet(UNetConfig(**SIZES, attention=(True, False), num_heads=(2, 2)))
+    return {"lora_unet": unet, "lora_te": TextEncoder(TextConfig(**TEXT))}
+
+
+def train(models, *targets):
+    """Copies with LoRAs of (prefix, rank, alpha, target), and B as if trained."""
+    models = copy.deepcopy(models)
+    for prefix, rank, alpha, target in targets:
+        inject(models[prefix], rank, alpha, target)
+    for model in models.values():
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.B.weight, std=0.3)
+    return models
 
 
 @pytest.fixture
 def trained(models):
-    """The models with LoRAs of two ranks, B as if trained."""
-    trained = copy.deepcopy(models)
-    inject(trained["lora_unet"], 4, 2, "transformer")
-    inject(trained["lora_te"], 2, 3, "text-encoder", init="kaiming")
-    for model in trained.values():
-        for layer in lora_layers(model).values():
-            torch.nn.init.normal_(layer.B, std=0.3)
-    return trained
+    return train(models, ("lora_unet", 4, 2, "locon"), ("lora_te", 2, 3, "text-encoder"))
 
 
-@pytest.fixture
-def file(trained, tmp_path):
-    """Rewrites a good file: file(change) lets `change` alter its dict of tensors; returns the
-    path."""
-    save_lora(tmp_path / "good.safetensors", trained, dtype=torch.float32)
-
-    def write(change=lambda tensors: None, metadata=None):
-        tensors = load_file(tmp_path / "good.safetensors")
-        change(tensors)
-        save_file(tensors, tmp_path / "changed.safetensors", metadata)
-        return tmp_path / "changed.safetensors"
-
-    return write
+def weights_of(models):
+    return [tensor.clone() for model in models.values() for tensor in model.state_dict().values()]
 
 
-def outputs(models):
-    latents, context = (
-        torch.linspace(-1, 1, 64).view(1, 4, 4, 4),
-        torch.linspace(-2, 2, 36).view(1, 3, 12),
-    )
-    with torch.no_grad():
-        return models["lora_unet"](latents, torch.tensor([10]), context), models["lora_te"](
-            torch.tensor([[1, 5, 9]])
-        )
+ones = torch.ones
+GOOD = {DOWN: ones(4, 12), UP: ones(16, 4), ALPHA: torch.tensor(2.0)}
+GOOD |= {IN_DOWN: ones(4, 16, 1, 1), IN_UP: ones(16, 4, 1, 1)}
+
+# into weights
 
 
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_what_is_saved_and_loaded_is_w0_plus_alpha_by_r_b_a(models, trained, tmp_path, layout):
+    save_lora(tmp_path / "a", trained, dtype=torch.float32, layout=layout)
+    (file,) = load_loras([(tmp_path / "a", -0.7)], models)
+    assert len(file.pairs) == 85 and file.dtype == torch.float32
+    for prefix, model in trained.items():
+        for path, layer in lora_layers(model).items():
+            BA = layer.B.weight.flatten(1) @ layer.A.weight.flatten(1)
+            W = layer.base.weight + -0.7 * layer.alpha / layer.rank * BA.view_as(layer.base.weight)
+            loaded = models[prefix].get_submodule(path).weight
+            torch.testing.assert_close(loaded, W, atol=1e-6, rtol=0)
 
 
-def test_the_keys_shapes_and_metadata_are_kohyas(trained, tmp_path):
-    save_lora(
-        tmp_path / "a.safetensors",
-        trained,
-        {"ss_v2": False, "ss_base_model_version": "sd_v1", "note": "x"},
-    )
-    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
-        metadata = stored.metadata()
-    tensors = load_file(tmp_path / "a.safetensors")
-    digest = metadata.pop("sshs_model_hash")
-    data = (tmp_path / "a.safetensors").read_bytes()
-    assert digest == hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
-    assert metadata == {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": "Dynamic",
-        "ss_network_alpha": "Dynamic",
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
-        "note": "x",
+def test_several_files_are_summed_in_float32_whatever_their_order(models, trained, tmp_path):
+    models = {prefix: model.half() for prefix, model in models.items()}
+    before, results = weights_of(models), []
+    for name in "abc":
+        save_lora(tmp_path / name, trained)
+        torch.nn.init.normal_(next(iter(lora_layers(trained["lora_unet"]).values())).B.weight)
+    strengths = {"a": 0.1, "b": 1.0, "c": -3.0}
+    for order in ("abc", "cab", "bca"):
+        loaded = copy.deepcopy(models)
+        load_loras([(tmp_path / name, strengths[name]) for name in order], loaded)
+        results.append(weights_of(loaded))
+        assert all(map(torch.equal, results[0], results[-1]))
+    assert not all(map(torch.equal, results[0], before))
+    load_loras([(tmp_path / "a", 0), (tmp_path / "b", 0.0)], models)
+    assert all(map(torch.equal, weights_of(models), before))
+
+
+# layouts
+
+LAYOUTS = {
+    "kohya": ("lora_unet_{flat}.lora_{part}.weight", "lora_te_{flat}.lora_{part}.weight"),
+    "kohya, te1": ("lora_unet_{flat}.lora_{part}.weight", "lora_te1_{flat}.lora_{part}.weight"),
+    "kohya, flat CLIP": (
+        "lora_unet_{flat}.lora_{part}.weight",
+        "lora_te_{bare_flat}.lora_{part}.weight",
+    ),
+    "dots": ("lora_unet.{path}.lora_{part}.weight", "lora_te.{path}.lora_{part}.weight"),
+    "kohya's parts": ("unet.{path}.lora_{part}.weight", "text_encoder.{path}.lora_{part}.weight"),
+    "PEFT": ("unet.{path}.lora_{X}.weight", "text_encoder.{bare}.lora_{X}.weight"),
+    "PEFT's own": ("{path}.lora_{X}.default.weight", "{bare}.lora_{X}.default.weight"),
+    "PEFT, folder": ("base_model.model.{path}.lora_{X}.weight",) * 2,
+    "diffusers": (
+        "unet.{path}.lora.{part}.weight",
+        "text_encoder.{path}.lora_linear_layer.{part}.weight",
+    ),
+    "processors": ("{old}_lora.{part}.weight", "text_encoder.{old}_lora.{part}.weight"),
+}
+MATRICES = {
+    path: (torch.randn(4, 12), torch.randn(16, 4)) for path in (TO_K, TO_OUT, Q_PROJ)
+}  # (down, up)
+
+
+def write(path, layout, metadata=None):
+    tensors = {}
+    for layer, matrices in MATRICES.items():
+        bare = layer.removeprefix("text_model.")
+        old = layer.replace("attn2.", "attn2.processor.").replace("attn1.", "attn1.processor.")
+        old = old.replace("to_out.0", "to_out").replace("q_proj", "to_q")
+        names = {"path": layer, "flat": layer.replace(".", "_"), "bare": bare, "old": old}
+        names["bare_flat"] = bare.replace(".", "_")
+        for part, X, matrix in zip(("down", "up"), "AB", matrices):
+            tensors[LAYOUTS[layout][layer == Q_PROJ].format(part=part, X=X, **names)] = matrix
+    path.mkdir()
+    config = json.dumps(metadata or {})
+    save_file(tensors, path / "adapter_model.safetensors", {"lora_adapter_metadata": config})
+    (path / "adapter_config.json").write_text(config)
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read_to_the_same_pairs(tmp_path, layout):
+    file = read(write(tmp_path / "lora", layout))
+    expected = {
+        kohya_name("lora_te" if path == Q_PROJ else "lora_unet", path): pair
+        for path, pair in MATRICES.items()
     }
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert len(tensors) == 3 * (4 * 12 + 6)
-    block = "lora_unet_up_blocks_1_attentions_1"
-    shapes = {
-        f"{block}_proj_in": ((4, 32, 1, 1), (32, 4, 1, 1)),
-        f"{block}_proj_out": ((4, 32, 1, 1), (32, 4, 1, 1)),
-        f"{block}_transformer_blocks_0_attn1_to_q": ((4, 32), (32, 4)),
-        f"{block}_transformer_blocks_0_attn2_to_k": ((4, 12), (32, 4)),
-        f"{block}_transformer_blocks_0_attn2_to_out_0": ((4, 32), (32, 4)),
-        f"{block}_transformer_blocks_0_ff_net_0_proj": ((4, 32), (256, 4)),
-        f"{block}_transformer_blocks_0_ff_net_2": ((4, 128), (32, 4)),
-        "lora_te_text_model_encoder_layers_0_self_attn_out_proj": ((2, 12), (12, 2)),
-        "lora_te_text_model_encoder_layers_0_mlp_fc1": ((2, 12), (24, 2)),
-    }
-    for name, (down, up) in shapes.items():
-        assert tensors[f"{name}.lora_down.weight"].shape == down
-        assert tensors[f"{name}.lora_up.weight"].shape == up
-        assert tensors[f"{name}.alpha"].shape == () and tensors[f"{name}.alpha"] == (
-            3 if "_te_" in name else 2
-        )
-
-    save_lora(
-        tmp_path / "a.safetensors", {"lora_unet": trained["lora_unet"]}, {"ss_network_dim": "wrong"}
-    )
-    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
-        metadata = stored.metadata()
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert file.pairs.keys() == expected.keys() and all(map(len, file.keys.values()))
+    for name, (down, up, alpha) in file.pairs.items():
+        assert torch.equal(down, expected[name][0]) and torch.equal(up, expected[name][1])
+        assert alpha == 4
 
 
-def test_convolutions_are_written_as_kohyas_with_conv_dim(models, tmp_path):
-    inject(models["lora_unet"], 4, 2, "locon")
-    save_lora(tmp_path / "a.safetensors", {"lora_unet": models["lora_unet"]})
-    tensors, shapes = load_file(tmp_path / "a.safetensors"), {}
-    for name in (
-        "resnets_0_conv1",
-        "resnets_0_conv_shortcut",
-        "resnets_0_time_emb_proj",
-        "upsamplers_0_conv",
-    ):
-        parts = (
-            tensors[f"lora_unet_up_blocks_0_{name}.lora_{part}.weight"] for part in ("down", "up")
-        )
-        shapes[name] = [tuple(part.shape) for part in parts]
-    assert shapes == {
-        "resnets_0_conv1": [(4, 128, 3, 3), (64, 4, 1, 1)],
-        "resnets_0_conv_shortcut": [(4, 128, 1, 1), (64, 4, 1, 1)],
-        "resnets_0_time_emb_proj": [(4, 128), (64, 4)],
-        "upsamplers_0_conv": [(4, 64, 3, 3), (64, 4, 1, 1)],
-    }
-    with safe_open(tmp_path / "a.safetensors", "pt") as stored:
-        assert stored.metadata()["ss_network_args"] == '{"conv_dim": "4", "conv_alpha": "2.0"}'
-
-
-def test_saved_in_float32_and_loaded_is_bit_equal_and_can_be_trained_on(models, trained, tmp_path):
-    save_lora(tmp_path / "a.safetensors", trained, {"ss_v2": False}, dtype=torch.float32)
-    base = copy.deepcopy([model.state_dict() for model in models.values()])
-    summary = load_lora(tmp_path / "a.safetensors", models)
-    assert summary.layers == {"lora_unet": 48, "lora_te": 6} and summary.dtype == torch.float32
-    assert summary.ranks == {(4, 2.0): 48, (2, 3.0): 6} and summary.metadata["ss_v2"] == "False"
-    for prefix in models:
-        assert same_bits(models[prefix].state_dict(), trained[prefix].state_dict())
-        trainable = {
-            id(parameter) for parameter in models[prefix].parameters() if parameter.requires_grad
-        }
-        assert trainable == {id(parameter) for parameter in lora_parameters(models[prefix])}
-    assert all(torch.equal(a, b) for a, b in zip(outputs(models), outputs(trained)))
-    for model, weights in zip(models.values(), base):
-        remove(model)
-        assert same_bits(model.state_dict(), weights)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_round_the_weights_once(models, trained, tmp_path, dtype):
-    save_lora(tmp_path / "a.safetensors", trained, dtype=dtype)
-    assert load_lora(tmp_path / "a.safetensors", models).dtype == dtype
-    for loaded, kept in zip(
-        lora_parameters(models["lora_unet"]), lora_parameters(trained["lora_unet"])
-    ):
-        assert loaded.dtype == torch.float32 and torch.equal(loaded, kept.to(dtype).float())
+@pytest.mark.parametrize(
+    ("config", "alphas"),
+    [
+        ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2}, [8, 8, 2]),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, [16, 16, 4]),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_out.0": 3, "q_pro.": 1}}, [8, 3, 1]),
+        ({"unet.init_lora_weights": "gaussian", "unet.lora_alpha": 1.5}, [1.5, 1.5, 4]),
+    ],
+)
+def test_alpha_is_read_from_pefts_configuration(tmp_path, config, alphas):
+    file = read(write(tmp_path / "lora", "PEFT", config))
+    names = [kohya_name("lora_unet", TO_K), kohya_name("lora_unet", TO_OUT)]
+    names.append(kohya_name("lora_te", Q_PROJ))
+    assert [file.pairs[name].alpha for name in names] == alphas
 
 
 @pytest.mark.parametrize(
     ("alpha", "expected"),
     [
-        (None, 4.0),
-        (torch.tensor(8), 8.0),
+        (None, 4),
+        (torch.tensor(8), 8),
         (torch.tensor([1.5]), 1.5),
         (torch.tensor(0.5, dtype=torch.bfloat16), 0.5),
+        (torch.tensor(2.0).to(torch.float8_e4m3fn), 2),
+        (torch.tensor(0.0), 4),
     ],
+    ids=str,
 )
-def test_alpha_is_the_rank_where_absent_and_may_have_any_type(models, file, alpha, expected):
-    def change(tensors):
-        del tensors[f"{TO_K}.alpha"]
-        if alpha is not None:
-            tensors[f"{TO_K}.alpha"] = alpha
-
-    load_lora(file(change), models)
-    assert (
-        lora_layers(models["lora_unet"])[f"{MID}.transformer_blocks.0.attn2.to_k"].alpha == expected
-    )
-
-
-def test_alpha_zero_is_read_as_the_rank_with_a_warning(models, file):
-    with pytest.warns(UserWarning, match="alpha 0 of 1 layers is read as their rank"):
-        load_lora(file(lambda tensors: tensors[f"{TO_K}.alpha"].zero_()), models)
-    assert lora_layers(models["lora_unet"])[f"{MID}.transformer_blocks.0.attn2.to_k"].alpha == 4
-
-
-def test_matrices_without_the_convolutions_ones_are_read_alike(models, trained, file):
-    def change(tensors):
-        for part in ("down", "up"):
-            tensors[f"{PROJ_IN}.lora_{part}.weight"] = tensors[
-                f"{PROJ_IN}.lora_{part}.weight"
-            ].flatten(1)
-
-    load_lora(file(change), models)
-    assert torch.equal(outputs(models)[0], outputs(trained)[0])
-
-
-@pytest.mark.parametrize(
-    "start", ["lora_te_encoder", "lora_te1_text_model_encoder", "lora_te1_encoder"]
-)
-def test_other_names_of_a_single_text_encoder_are_read(models, trained, file, start):
-    def change(tensors):
-        for key in [key for key in tensors if key.startswith("lora_te_")]:
-            tensors[key.replace("lora_te_text_model_encoder", start)] = tensors.pop(key)
-
-    assert load_lora(file(change), models).layers["lora_te"] == 6
-    assert torch.equal(outputs(models)[1], outputs(trained)[1])
-
-
-def test_the_level_text_model_is_written_whether_or_not_the_module_has_it(
-    models, trained, tmp_path
+def test_alpha_may_be_of_any_type_and_where_it_is_absent_or_zero_is_the_rank(
+    tmp_path, alpha, expected
 ):
-    bare, bare_trained = models["lora_te"].text_model, trained["lora_te"].text_model
-    assert not any(path.startswith("text_model") for path in lora_layers(bare_trained))
-    save_lora(tmp_path / "bare.safetensors", {"lora_te": bare_trained}, dtype=torch.float32)
-    save_lora(tmp_path / "level.safetensors", {"lora_te": trained["lora_te"]}, dtype=torch.float32)
-    tensors = load_file(tmp_path / "bare.safetensors")
-    assert (
-        same_bits(tensors, load_file(tmp_path / "level.safetensors"))
-        and f"{Q_PROJ}.alpha" in tensors
-    )
-    load_lora(tmp_path / "level.safetensors", {"lora_te": bare})
-    assert same_bits(bare.state_dict(), bare_trained.state_dict())
+    tensors = GOOD | {ALPHA: alpha} if alpha is not None else {DOWN: GOOD[DOWN], UP: GOOD[UP]}
+    save_file(tensors, tmp_path / "a")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        file = read(tmp_path / "a")
+    assert file.pairs[K].alpha == expected
+    zero = ["alpha 0 of 1 layers is read as their rank"] * (expected == 4 and alpha is not None)
+    assert [str(warning.message).split(": ")[1].split(",")[0] for warning in caught] == zero
 
 
-def _set(name, value):
-    return lambda tensors: tensors.__setitem__(name, value)
+def test_matrices_without_a_convolutions_ones_are_read_alike(models, tmp_path):
+    flat = {key: tensor.flatten(1) if tensor.ndim else tensor for key, tensor in GOOD.items()}
+    twin = copy.deepcopy(models)
+    save_file(GOOD, tmp_path / "a")
+    save_file(flat, tmp_path / "b")
+    load_loras([(tmp_path / "a", 1.0)], models)
+    load_loras([(tmp_path / "b", 1.0)], twin)
+    assert all(map(torch.equal, weights_of(models), weights_of(twin)))
 
 
-def _drop(name):
-    return lambda tensors: tensors.pop(name)
+def test_sd_15s_names_are_known_with_underscores_and_in_compvis_numbers(tmp_path):
+    with torch.device("meta"):
+        unet, text = UNet(), TextEncoder(TextConfig())
+    paths = [f"lora_unet.{path}" for path in inject(unet, 1, 1, r".*(attentions|resnets).*|time.*")]
+    paths += [f"lora_te.{path}" for path in inject(text, 1, 1, "text-encoder")]
+    assert len(paths) == 346 and [dotted(path.replace(".", "_")) for path in paths] == paths
+    assert dotted("lora_unet_mid_block_x") is None and dotted("lora_other_ff") is None
+
+    blocks = [f"input_blocks_{n}_1" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_1"]
+    blocks += [f"output_blocks_{n}_1" for n in range(3, 12)]
+    names = [path.replace(".", "_") for path in paths if path.endswith("proj_in")]
+    for block, name in zip(blocks, names, strict=True):
+        key = f"lora_unet_{block}_proj_in.lora"
+        save_file({f"{key}_{x}.weight": torch.ones(1, 1) for x in ("down", "up")}, tmp_path / "a")
+        assert list(read(tmp_path / "a").pairs) == [name]
 
 
-BAD_FILES = {
-    "no up": (_drop(f"{TO_K}.lora_up.weight"), rf"{TO_K}: lora_up is missing"),
-    "no down": (_drop(f"{TO_K}.lora_down.weight"), "attn2_to_k: lora_down is missing"),
+# what is refused
+
+
+def peft(key):
+    return {f"{key}.lora_A.weight": ones(2, 64), f"{key}.lora_B.weight": ones(64, 2)}
+
+
+BAD = {
+    "no up": ({UP: None}, rf"{K}: lora_up is missing"),
+    "no down": ({DOWN: None}, rf"{K}: lora_down is missing"),
     "unknown layers": (
-        lambda tensors: tensors.update(
-            {
-                f"lora_unet_x{i}.lora_{part}.weight": torch.ones(2, 2)
-                for i in range(3)
-                for part in ("down", "up")
-            }
-        ),
-        (
-            "6 of 168 keys have no place in lora_unet, lora_te, such as"
-            " lora_unet_x0.lora_down.weight, lora_unet_x0.lora_up.weight, .*,"
-            " lora_unet_x2.lora_down.weight: pass the models"
-        ),
+        {f"lora_unet_x{n}.lora_{x}.weight": ones(2, 2) for n in range(3) for x in ("down", "up")},
+        r"6 of 11 keys have no place in lora_unet, lora_te, such as lora_unet_x0\.lora_down\.w"
+        r"eight, .*, lora_unet_x2\.lora_down\.weight: pass the models",
     ),
-    "unknown part": (
-        _set(f"{TO_K}.bias", torch.ones(3)),
-        "1 of 163 keys have no place in a LoRA's layers.*bias",
-    ),
+    "unknown part": ({f"{K}.bias": ones(3)}, "1 of 6 keys have no place in a LoRA's layers.*bias"),
     "one layer twice": (
-        _set(Q_PROJ.replace("text_model_", "") + ".alpha", torch.ones(())),
-        "1 of 163 keys have no place",
+        {f"unet.{TO_K}.lora_A.weight": ones(4, 12)},
+        "1 of 6 keys have no place in a LoRA's layers",
     ),
     "other width": (
-        _set(f"{TO_K}.lora_down.weight", torch.zeros(4, 16)),
-        r"lora_down \[4, 16\] and lora_up \[64, 4\] for a weight \[64, 12\]: made for another base"
-        r" model "
-        r"\(its metadata says sd_v2\)",
+        {DOWN: ones(4, 16)},
+        r"lora_down \[4, 16\] and lora_up \[16, 4\] for a weight \[16, 12\]: made for another base "
+        r"model \(its metadata says sd_v2\): load it into that one",
     ),
-    "other rank": (
-        _set(f"{TO_K}.lora_up.weight", torch.zeros(64, 3)),
-        r"lora_up \[64, 3\].*ranks differ",
-    ),
+    "other rank": ({UP: ones(16, 3)}, r"lora_up \[16, 3\].*ranks differ"),
     "rank 0": (
-        lambda tensors: tensors.update(
-            {
-                f"{TO_K}.lora_up.weight": torch.zeros(64, 0),
-                f"{TO_K}.lora_down.weight": torch.zeros(0, 12),
-            }
-        ),
+        {UP: ones(16, 0), DOWN: ones(0, 12)},
         "ranks differ or are 0",
     ),
     "3x3 for 1x1": (
-        _set(f"{PROJ_IN}.lora_down.weight", torch.zeros(4, 64, 3, 3)),
-        r"\[4, 64, 3, 3\].*for a weight \[64, 64, 1, 1\]: made for another base model",
+        {IN_DOWN: ones(4, 16, 3, 3)},
+        r"\[4, 16, 3, 3\].*for a weight \[16, 16, 1, 1\]: made for another base model",
     ),
-    "3x3 up": (
-        _set(f"{PROJ_IN}.lora_up.weight", torch.zeros(64, 4, 3, 3)),
-        r"\[64, 4, 3, 3\]: lora_up must be 1x1",
-    ),
-    "vector": (
-        _set(f"{PROJ_IN}.lora_up.weight", torch.zeros(64)),
-        r"\[64\]: neither matrices nor convolutions",
-    ),
-    "1x1 for 3x3": (
-        lambda tensors: tensors.update(
-            {
-                "lora_unet_conv_in.lora_down.weight": torch.zeros(4, 4),
-                "lora_unet_conv_in.lora_up.weight": torch.zeros(32, 4),
-            }
-        ),
-        (
-            r"lora_down \[4, 4\] and lora_up \[32, 4\] for a weight \[32, 4, 3, 3\]: made for"
-            r" another base model"
-        ),
-    ),
-    "nan": (
-        lambda tensors: tensors[f"{TO_K}.lora_up.weight"][3].fill_(torch.nan),
-        r"to_k: a value is not finite",
-    ),
-    "infinite alpha": (lambda tensors: tensors[f"{TO_K}.alpha"].fill_(torch.inf), "not finite"),
-    "negative alpha": (
-        lambda tensors: tensors[f"{TO_K}.alpha"].fill_(-1),
-        "alpha of shape.*not negative",
-    ),
-    "alpha of two": (
-        _set(f"{TO_K}.alpha", torch.ones(2)),
-        r"alpha of shape \[2\] must be one number",
-    ),
-    "integers": (
-        _set(f"{TO_K}.lora_up.weight", torch.zeros(64, 4, dtype=torch.int8)),
-        "weights of torch.int8",
-    ),
-    "LoHa": (_set(f"{TO_K}.hada_w1_a", torch.ones(3)), "a LoHa"),
-    "LoKr": (_set(f"{TO_K}.lokr_w1", torch.ones(3)), "a LoKr"),
-    "DoRA": (_set(f"{TO_K}.dora_scale", torch.ones(3)), "a DoRA"),
-    "core tensor": (_set(f"{TO_K}.lora_mid.weight", torch.ones(3)), "a LoCon with a core tensor"),
-    "SDXL": (_set(Q_PROJ.replace("te", "te2", 1) + ".alpha", torch.ones(())), "SDXL"),
-    "PEFT's DoRA": (_set("unet.conv_in.lora_magnitude_vector", torch.ones(3)), "a DoRA"),
+    "other outputs": ({UP: ones(8, 4)}, r"lora_up \[8, 4\] for a weight"),
+    "3x3 up": ({IN_UP: ones(16, 4, 3, 3)}, "lora_up must be 1x1"),
+    "vector": ({IN_UP: ones(16)}, r"\[16\]: neither matrices nor convolutions"),
+    "nan": ({UP: torch.nan * ones(16, 4)}, "to_k: a value is not finite"),
+    "infinite alpha": ({ALPHA: torch.inf * ones(())}, "not finite"),
+    "negative alpha": ({ALPHA: -ones(())}, "alpha of shape.*not negative"),
+    "two alphas": ({ALPHA: ones(2)}, r"alpha of shape \[2\] must be one number"),
+    "integers": ({UP: ones(16, 4).char()}, "weights of torch.int8: convert"),
+    "LoHa": ({f"{K}.hada_w1_a": ones(3)}, "a LoHa"),
+    "LoKr": ({f"{K}.lokr_w1": ones(3)}, "a LoKr"),
+    "DoRA": ({f"{K}.dora_scale": ones(3)}, "a DoRA"),
+    "PEFT's DoRA": ({"unet.conv_in.lora_magnitude_vector": ones(3)}, "a DoRA"),
+    "core tensor": ({f"{K}.lora_mid.weight": ones(3)}, "a LoCon with a core tensor"),
+    "SDXL": ({"lora_te2_x.alpha": ones(())}, "for SDXL, with two text encoders"),
+    "diffusers' SDXL": (peft("text_encoder_2.x"), "for SDXL"),
+    "cloneofsimo": ({"unet:0:up": ones(2)}, "in the format of cloneofsimo's lora"),
+    "embedding": ({"emb_params": ones(2)}, "a textual inversion, no LoRA"),
+    "ComfyUI": (peft("diffusion_model.input_blocks.1.1.proj_in"), "in ComfyUI's names"),
+    "Flux": (peft("transformer.single_transformer_blocks.0.attn.to_q"), "a diffusion transformer"),
+    "nowhere": (peft("unet.nowhere"), "2 of 7 keys .* such as unet.nowhere.lora_A.weight, unet"),
+    "no config": (peft("base_model.model.conv_in"), "adapter_config.json: missing, it holds alpha"),
 }
+CONFIGS = {
+    '{"unet.use_dora": true}': r"a DoRA \(use_dora\)",
+    "[1, 2]": "not a JSON object",
+    "{": "not a JSON object",
+    '{"unet.lora_alpha": "x"}': "no readable alpha",
+    '{"unet.lora_alpha": 0}': "alpha 0.0: it must be a positive number",
+    '{"unet.alpha_pattern": {"(": 1}}': "no readable alpha",
+    '{"init_lora_weights": "olora"}': "made for weights that init_lora_weights 'olora' changed",
+}
+for init in ("pissa", "pissa_niter_16", "corda", "loftq", "lora_ga", "next_year"):
+    CONFIGS[json.dumps({"unet.init_lora_weights": init})] = f"init_lora_weights '{init}' changed"
+for config, message in CONFIGS.items():
+    BAD[config] = (peft("unet.conv_out"), message)
 
 
-@pytest.mark.parametrize("problem", BAD_FILES)
-def test_a_bad_file_is_refused_in_one_line_and_changes_nothing(models, file, problem):
-    change, message = BAD_FILES[problem]
-    weights = copy.deepcopy([model.state_dict() for model in models.values()])
-    path = file(change, {"ss_base_model_version": "sd_v2"})
+@pytest.mark.parametrize("problem", BAD)
+def test_a_bad_file_is_refused_in_one_line_and_no_file_changes_anything(models, tmp_path, problem):
+    changes, message = BAD[problem]
+    tensors = {key: tensor for key, tensor in (GOOD | changes).items() if tensor is not None}
+    said = {"ss_base_model_version": "sd_v2"}
+    said["lora_adapter_metadata"] = problem if problem in CONFIGS else "{}"
+    save_file(GOOD, tmp_path / "a")
+    save_file(tensors, tmp_path / "b", said)
+    before = weights_of(models)
     with pytest.raises(LoRAError, match=message) as error:
-        load_lora(path, models)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-    for model, before in zip(models.values(), weights):
-        assert same_bits(model.state_dict(), before)
-        assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("unet:0:up", "unet:0:up: in the format of cloneofsimo's lora: convert it to kohya's"),
-        ("emb_params", "emb_params: a textual inversion, no LoRA: load it as an embedding"),
-        ("lora_te2_x.alpha", "for SDXL, with two text encoders: use one for SD 1 or SD 2"),
-        (
-            "model.diffusion_model.out.2.bias",
-            "no LoRA among its 1 keys, such as model.diffusion_model.out.2.bias",
-        ),
-    ],
-)
-def test_other_kinds_of_files_are_named(models, tmp_path, key, message):
-    save_file({key: torch.ones(2, 2)}, tmp_path / "other.safetensors")
-    with pytest.raises(LoRAError, match=message):
-        load_lora(tmp_path / "other.safetensors", models)
+        load_loras([(tmp_path / "a", 1.0), (tmp_path / "b", 1.0)], models)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+    assert all(map(torch.equal, weights_of(models), before))
 
 
 @pytest.mark.parametrize(("width", "family"), [(768, "SD 1"), (1024, "SD 2"), (2048, "SDXL")])
 def test_a_file_without_metadata_tells_its_base_by_the_width_of_its_text(
-    models, file, width, family
+    models, tmp_path, width, family
 ):
-    path = file(_set(f"{TO_K}.lora_down.weight", torch.zeros(4, width)))
-    save_file(load_file(path), path)
-    with pytest.raises(
-        LoRAError, match=rf"another base model \(by its shapes {family}\): load it into that one"
-    ):
-        load_lora(path, models)
+    save_file(GOOD | {DOWN: ones(4, width)}, tmp_path / "a")
+    with pytest.raises(LoRAError, match=rf"another base model \(by its shapes {family}\): load"):
+        load_loras([(tmp_path / "a", 1.0)], models)
+    with pytest.raises(LoRAError, match=rf"5 of 5 .* lora_te.*made for \(by its shapes {family}\)"):
+        load_loras([(tmp_path / "a", 1.0)], {"lora_te": models["lora_te"]})
 
 
 class _Payload:
@@ -398,103 +329,327 @@ class _Payload:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty, 0 bytes: download"),
-        (b"<!DOCTYPE html><html></html>", "a web page, not the weights: download"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-            "git-LFS pointer.*git lfs pull",
-        ),
-        (pickle.dumps(_Payload()), "a pickle.*convert it to safetensors"),
-        (b"\xff" * 100, "not a whole safetensors file: download"),
-        (None, "not a whole safetensors file: download"),
+        (b"", "begins with b'': download"),
+        (b"<!DOCTYPE html><html></html>", "begins with b'<!DOCTYPE html"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", r"b'version https://git-lfs"),
+        (pickle.dumps(_Payload()), "no whole safetensors file"),
+        (b"\xff" * 100, "no whole safetensors file"),
+        ("cut", "no whole safetensors file"),
+        ("no keys", "no LoRA among its 0 keys"),
+        ("model", r"no LoRA among its 1 keys, such as model\.diffusion_model\.out"),
+        ("folder", "adapter_model.safetensors: no such file"),
+        (None, "a: no such file"),
     ],
-    ids=["empty", "html", "git-LFS", "pickle", "huge header", "truncated"],
 )
-def test_what_is_no_whole_safetensors_file_is_named(models, file, content, message):
-    path = file()
-    path.write_bytes(path.read_bytes()[:-7] if content is None else content)
-    with pytest.raises(LoRAError, match=message):
-        load_lora(path, models)
+def test_what_is_no_lora_file_is_told_in_one_line(models, tmp_path, content, message):
+    path = tmp_path / "a"
+    if content in ("no keys", "model"):
+        save_file({"model.diffusion_model.out": ones(2)} if content == "model" else {}, path)
+    elif content == "folder":
+        path.mkdir()
+    elif content is not None:
+        save_file(GOOD, path)
+        path.write_bytes(path.read_bytes()[:-7] if content == "cut" else content)
+    with pytest.raises(LoRAError, match=message) as error:
+        load_loras([(path, 1.0)], models)
+    assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_an_empty_one_and_a_second_lora_are_refused(models, trained, file, tmp_path):
-    with pytest.raises(LoRAError, match="no such file"):
-        load_lora(tmp_path / "none.safetensors", models)
-    save_file({}, tmp_path / "no_keys.safetensors")
-    with pytest.raises(LoRAError, match="no LoRA among its 0 keys"):
-        load_lora(tmp_path / "no_keys.safetensors", models)
-    with pytest.raises(
-        LoRAError, match="the lora_unet model has a LoRA named 'lora' already: remove it, or name"
-    ):
-        load_lora(file(), trained)
-    with pytest.raises(
-        LoRAError, match="18 of 162 keys have no place in lora_unet, such as lora_te"
-    ):
-        load_lora(file(), {"lora_unet": models["lora_unet"]})
+def test_a_strength_that_is_not_finite_and_a_layer_that_has_a_lora_are_refused(
+    models, trained, tmp_path
+):
+    save_file(GOOD, tmp_path / "a")
+    for strength in (float("nan"), float("-inf")):
+        with pytest.raises(LoRAError, match=f"strength {strength}: must be a finite number"):
+            load_loras([(tmp_path / "a", strength)], models)
+    with pytest.raises(LoRAError, match="has a LoRA already"):
+        load_loras([(tmp_path / "a", 1.0)], trained)
+
+
+# written
+
+
+def header(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_the_keys_shapes_metadata_and_bytes_of_kohyas_layout(models, tmp_path):
+    unet, path = models["lora_unet"], tmp_path / "a"
+    inject(unet, 4, 2, r"mid_block\.(resnets\.1\.conv2|.*attn2\.to_k)")
+    inject(models["lora_te"].text_model, 2, 3, r".*fc1")
+    for model in models.values():
+        for layer in lora_layers(model).values():
+            for matrix in (layer.A.weight, layer.B.weight):
+                matrix.data = torch.arange(matrix.numel()).view_as(matrix) / 64
+    models["lora_te"] = models["lora_te"].text_model  # as transformers 5.6 has it
+    save_lora(path, models, {"note": "x", "ss_network_dim": "wrong", "sshs_model_hash": "stale"})
+    conv, fc1 = "lora_unet_mid_block_resnets_1_conv2", "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors, data = load_file(path), path.read_bytes()
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert tensors.keys() == {f"{name}.{part}" for name in (K, conv, fc1) for part in parts}
+    assert tensors[f"{conv}.lora_down.weight"].shape == (4, 16, 3, 3)
+    assert tensors[f"{conv}.lora_up.weight"].shape == (16, 4, 1, 1)
+    assert tensors[ALPHA] == 2 and tensors[ALPHA].dtype == torch.float16
+    assert header(path) == {
+        "note": "x",
+        "ss_network_args": '{"conv_dim": "4", "conv_alpha": "2.0"}',
+        "ss_network_alpha": "Dynamic",
+        "ss_network_dim": "Dynamic",
+        "ss_network_module": "networks.lora",
+        "sshs_model_hash": sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),
+    }
+    save_lora(path, models, {"z": 1, "a": None}, torch.float32, "peft")
+    # the same bytes for the same arguments, today and later
+    hashes = [sha256(content).hexdigest()[:16] for content in (data, path.read_bytes())]
+    assert hashes == ["5ca008e46d5841f7", "ef8013cd0f5f4bfd"]
+    save_lora(path, {"lora_unet": unet})
+    assert (header(path)["ss_network_dim"], header(path)["ss_network_alpha"]) == ("4", "2.0")
+
+
+def test_a_file_in_pefts_layout_has_diffusers_keys_and_configuration(models, tmp_path):
+    targets = [("lora_unet", 4, 4, r"mid_block.*attn2\.to_[qk]"), ("lora_te", 2, 2, ".*fc1")]
+    models = train(models, *targets, ("lora_unet", 2, 4, "mid_block.*proj_in"))
+    save_lora(tmp_path / "a", models, {"ss_v2": False}, torch.float32, "peft")
+    proj_in, to_q = "mid_block.attentions.0.proj_in", TO_K.replace("to_k", "to_q")
+    tensors, metadata = load_file(tmp_path / "a"), header(tmp_path / "a")
+    layers = [f"unet.{path}" for path in (proj_in, TO_K, to_q)]
+    layers.append("text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    assert tensors.keys() == {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
+    B = lora_layers(models["lora_unet"])[proj_in].B.weight
+    assert torch.equal(tensors[f"unet.{proj_in}.lora_B.weight"], 2 * B)
+    assert metadata["format"] == "pt" and metadata["ss_v2"] == "False"
+    assert json.loads(metadata["lora_adapter_metadata"]) == {
+        "unet.r": 4,
+        "unet.lora_alpha": 4,
+        "unet.rank_pattern": {proj_in: 2},
+        "unet.alpha_pattern": {proj_in: 2},
+        "unet.target_modules": [proj_in, TO_K, to_q],
+        "text_encoder.r": 2,
+        "text_encoder.lora_alpha": 2,
+        "text_encoder.rank_pattern": {},
+        "text_encoder.alpha_pattern": {},
+        "text_encoder.target_modules": ["encoder.layers.0.mlp.fc1"],
+    }
 
 
 def test_a_failed_save_leaves_the_older_file_and_nothing_else(
     models, trained, tmp_path, monkeypatch
 ):
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "a"
     save_lora(path, trained)
     older = path.read_bytes()
 
-    layer = next(iter(lora_layers(trained["lora_unet"]).values()))
-    layer.B.data[0, 0] = 1e5
-    with pytest.raises(
-        LoRAError, match=r"lora_up.weight is not finite in torch.float16: .* save as float32"
-    ):
-        save_lora(path, trained)
-    with pytest.raises(LoRAError, match="nothing to save"):
-        save_lora(path, models)
-    with pytest.raises(LoRAError, match="its folder does not exist"):
-        save_lora(tmp_path / "no" / "a.safetensors", trained, dtype=torch.float32)
+    def refused(message, path=path, models=trained, dtype=torch.float32, layout="kohya"):
+        with pytest.raises(LoRAError, match=message):
+            save_lora(path, models, {}, dtype, layout)
 
-    def full(*_):
-        raise OSError("no space left")
+    refused("nothing to save", models=models)
+    refused("its folder does not exist", path=tmp_path / "no" / "a")
+    refused("layout 'old': must be 'kohya' or 'peft'", layout="old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    refused(r"cannot be written.*no space left")
+    next(iter(lora_layers(trained["lora_unet"]).values())).B.weight.data[0, 0] = 1e5
+    refused(r"lora_up.weight is not finite in torch.float16: .* as float32", dtype=torch.float16)
+    assert path.read_bytes() == older and list(tmp_path.iterdir()) == [path]
 
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(LoRAError, match=r"cannot be written.*no space left"):
-        save_lora(path, trained, dtype=torch.float32)
-    assert path.read_bytes() == older and [entry.name for entry in tmp_path.iterdir()] == [
-        "a.safetensors"
+
+# converted
+
+
+@pytest.mark.parametrize(
+    ("alpha", "layout", "dtype"),
+    [
+        (4, "peft", torch.float16),
+        (3, "peft", torch.float32),  # 3 / 4 goes into B
+        (3, "kohya", torch.float16),
+        (0.1, "kohya", torch.float32),  # which float16 would round
+    ],
+)
+def test_conversion_keeps_bits_or_is_in_float32(models, tmp_path, alpha, layout, dtype):
+    before = train(models, ("lora_unet", 4, 4, "cross-attention"), ("lora_te", 4, 4, ".*fc."))
+    save_lora(tmp_path / "0", before, {"ss_output_name": "fetal"})
+    tensors = load_file(tmp_path / "0")
+    for key in tensors:
+        tensors[key] = torch.tensor(alpha) if key.endswith("alpha") else tensors[key]
+    save_file(tensors, tmp_path / "in", header(tmp_path / "0"))
+    convert(tmp_path / "in", tmp_path / "out", layout)
+    out, source = read(tmp_path / "out"), read(tmp_path / "in")
+    assert out.dtype == dtype and out.pairs.keys() == source.pairs.keys() and len(out.pairs) == 18
+    for name, (down, up, scale) in source.pairs.items():
+        factor = scale / 4 if layout == "peft" else 1
+        assert torch.equal(out.pairs[name].down, down.to(dtype))
+        assert torch.equal(out.pairs[name].up, (up.float() * factor).to(dtype))
+        assert out.pairs[name].alpha == (4 if layout == "peft" else pytest.approx(alpha))
+    convert(tmp_path / "out", tmp_path / "back", "kohya")
+    assert header(tmp_path / "back")["ss_output_name"] == "fetal"
+    assert "lora_adapter_metadata" not in header(tmp_path / "back")  # refused beside alphas
+
+
+@pytest.mark.parametrize(
+    ("width", "base"), [(768, ["sd_v1", "False"]), (1024, ["sd_v2", "True"]), (12, [None, None])]
+)
+def test_the_command_converts_says_nothing_and_names_the_base(
+    tmp_path, monkeypatch, capsys, width, base
+):
+    save_file(GOOD | {DOWN: ones(4, width)}, tmp_path / "in")
+    command = ["lora.files", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "kohya"]
+    monkeypatch.setattr(sys, "argv", command)
+    # as in a process of its own, which has not imported it
+    monkeypatch.delitem(sys.modules, "lora.files.__main__")
+    runpy.run_module("lora.files", run_name="__main__")
+    said = header(tmp_path / "out")
+    assert [said.get(key) for key in ("ss_base_model_version", "ss_v2")] == base
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "message"),
+    [
+        ("lora_unet_mid_block_x", "out", "lora_unet_mid_block_x is no layer of Stable Diffusion"),
+        (IN, "no/out", "its folder does not exist"),
+        (None, "out", "no such file"),
+    ],
+)
+def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(
+    tmp_path, capsys, name, out, message
+):
+    if name:
+        save_file({f"{name}.lora_{x}.weight": ones(2, 2) for x in ("down", "up")}, tmp_path / "in")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "in"), str(tmp_path / out), "--to", "peft"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# what a file says of its training
+
+
+METADATA = """\
+modelspec.architecture = stable-diffusion-v1/lora
+modelspec.encoder_layer = 2
+modelspec.implementation = diffusers
+modelspec.prediction_type = epsilon
+modelspec.resolution = 512x512
+modelspec.sai_model_spec = 1.0.0
+modelspec.title = lora
+ss_bucket_no_upscale = True
+ss_cache_latents = True
+ss_clip_skip = 2
+ss_dataset_dirs = {"3_brain": {"n_repeats": 3, "img_count": 2}}
+ss_debiased_estimation = False
+ss_enable_bucket = True
+ss_epoch = 2
+ss_gradient_accumulation_steps = 1
+ss_gradient_checkpointing = False
+ss_learning_rate = 0.0001
+ss_lr_scheduler = cosine
+ss_max_grad_norm = 1.0
+ss_max_train_steps = 60
+ss_mixed_precision = fp16
+ss_num_batches_per_epoch = 30
+ss_num_epochs = 2
+ss_num_train_images = 6
+ss_optimizer = torch.optim.adamw.AdamW
+ss_output_name = lora
+ss_resolution = (512, 512)
+ss_sd_model_name = v1-5.safetensors
+ss_seed = 3
+ss_steps = 60
+ss_tag_frequency = {"3_brain": {"fetal brain": 2}}
+ss_text_encoder_lr = 5e-05
+ss_unet_lr = 0.0001"""
+
+
+def test_the_metadata_of_a_training_are_kohyas(tmp_path):
+    settings = {"model": "models/v1-5.safetensors", "size": 512, "prediction": "epsilon"}
+    settings |= {"bucket": True, "clip_skip": 2, "batches": 30, "lr": 1e-4, "seed": 3}
+    settings |= {"text_encoder_lr": 5e-5, "train_text_encoder": True, "schedule": "cosine"}
+    settings |= {"debiased_estimation_loss": False, "epochs": 2, "steps": 60, "accumulate": 1}
+    settings |= {"gradient_checkpointing": False, "dtype": "fp16"}
+    images = [
+        SimpleNamespace(path=Path(f"data/3_brain/{n}.png"), caption="fetal brain, ", repeats=3)
+        for n in range(2)
     ]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(ones(1))])
+    keys = metadata(settings, images, optimizer, 768)
+    assert "\n".join(f"{key} = {keys[key]}" for key in sorted(keys)) == METADATA
+    settings |= {"prediction": "v_prediction", "train_text_encoder": False, "dtype": "fp32"}
+    other = metadata(settings, images, optimizer, 1024)
+    assert {key: value for key, value in other.items() if value != keys[key]} == {
+        "modelspec.architecture": "stable-diffusion-v2-768-v/lora",
+        "modelspec.prediction_type": "v",
+        "ss_text_encoder_lr": None,
+        "ss_mixed_precision": "no",
+    }
+    assert "modelspec.architecture" not in metadata(settings, images, optimizer, 12)
+
+
+@pytest.mark.parametrize(
+    ("said", "prediction", "told"),
+    [
+        ({"ss_clip_skip": "2"}, "epsilon", "was trained with clip skip 2, this is --clip-skip 1"),
+        ({"ss_clip_skip": "None", "ss_v_parameterization": "False"}, "epsilon", None),
+        ({"ss_clip_skip": "1", "modelspec.prediction_type": "v"}, "v_prediction", None),
+        (
+            {"ss_v_parameterization": "True"},
+            "epsilon",
+            "was trained on a model that predicts v, this one predicts epsilon",
+        ),
+        (
+            {"modelspec.prediction_type": "epsilon"},
+            "v_prediction",
+            "was trained on a model that predicts epsilon, this one predicts v",
+        ),
+    ],
+)
+def test_what_a_file_was_trained_for_otherwise_is_told(said, prediction, told):
+    assert trained_otherwise(said, 1, prediction) == [told] * bool(told)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["transformer", "locon"])
-def test_diffusers_reads_our_file_to_the_same_weights_and_output(models, tmp_path, target):
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    inject((trained := copy.deepcopy(models))["lora_unet"], 4, 2, target)
-    for layer in lora_layers(trained["lora_unet"]).values():
-        torch.nn.init.normal_(layer.B, std=0.1)
-    theirs = diffusers.UNet2DConditionModel(
-        **LEVEL,
-        attention_head_dim=4,
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    # a rank for each network, and in PEFT's layout a second one, whose alpha diffusers misreads in
+    # kohya's
+    targets = [("lora_unet", 4, 2, "locon"), ("lora_te", 2, 3, "text-encoder")]
+    if layout == "peft":
+        targets.append(("lora_unet", 3, 1, "conv_in|conv_out|time_embedding.*"))
+    trained = train(models, *targets)
+    save_lora(tmp_path / "ours.safetensors", trained, dtype=torch.float32, layout=layout)
+
+    unet = diffusers.UNet2DConditionModel(
+        **SIZES,
+        attention_head_dim=2,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
-    theirs.load_state_dict(models["lora_unet"].state_dict())
-    save_lora(
-        tmp_path / "ours.safetensors", {"lora_unet": trained["lora_unet"]}, dtype=torch.float32
+    unet.load_state_dict(models["lora_unet"].state_dict())
+    text = CLIPTextModel(CLIPTextConfig(**TEXT)).eval()
+    getattr(text, "text_model", text).load_state_dict(models["lora_te"].text_model.state_dict())
+    parts = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
+    scheduler = diffusers.DDIMScheduler()
+    pipe = diffusers.StableDiffusionPipeline(
+        text_encoder=text, unet=unet, scheduler=scheduler, **parts
     )
+    pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
 
-    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
-    state, alphas = loader.lora_state_dict(
-        tmp_path, weight_name="ours.safetensors", local_files_only=True
-    )
-    loader.load_lora_into_unet(state, alphas, theirs)
-    for path, layer in lora_layers(trained["lora_unet"]).items():
-        peer = theirs.get_submodule(path)
-        assert torch.equal(peer.lora_A["default_0"].weight.flatten(1), layer.A)
-        assert torch.equal(peer.lora_B["default_0"].weight.flatten(1), layer.B)
-        assert peer.scaling["default_0"] == layer.alpha / layer.rank
-    latents, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    for model, prefix in ((unet, "lora_unet"), (text, "lora_te")):
+        placed = {path for path, module in model.named_modules() if hasattr(module, "lora_A")}
+        assert {kohya_name(prefix, path) for path in placed} == {
+            kohya_name(prefix, path) for path in lora_layers(trained[prefix])
+        }
+    ids, latents, t = torch.tensor([[1, 5, 9, 2]]), torch.randn(2, 4, 8, 8), torch.tensor([17, 801])
     with torch.no_grad():
-        ours = trained["lora_unet"](latents, torch.tensor([17, 801]), context)
-        peer = theirs(latents, torch.tensor([17, 801]), context).sample
-        plain = models["lora_unet"](latents, torch.tensor([17, 801]), context)
-    torch.testing.assert_close(ours, peer, atol=1e-5, rtol=0)
-    assert (ours - plain).abs().max() > 0.05
+        context = trained["lora_te"](ids)
+        torch.testing.assert_close(context, text(ids).last_hidden_state, atol=1e-5, rtol=0)
+        context = context.expand(2, -1, -1)
+        eps = trained["lora_unet"](latents, t, context)
+        torch.testing.assert_close(eps, unet(latents, t, context).sample, atol=1e-5, rtol=0)
+        assert (eps - models["lora_unet"](latents, t, context)).abs().max() > 0.05

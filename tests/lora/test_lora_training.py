@@ -1,234 +1,107 @@
-"""LoRA against sd-scripts: the outputs of three of its files, and three of its training steps, on a
-small SD 1.5.
+"""What a training step sees, what its errors count, the held-out loss, the optimizer: numbers that
+must never move, since runs are repeated by their seeds."""
 
-The references were computed by sd-scripts' own modules in float32 on the CPU; eps has a standard
-deviation of 0.5 and a LoRA changes it by 0.8 to 1.5.
-"""
-
-import copy
-from pathlib import Path
+import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch import nn
 
-from ldm.checkpoints.keys import SINGLE_FILE, rename
-from ldm.text import TextConfig, TextEncoder
-from ldm.unet import UNet, UNetConfig
-from lora import (
-    inject,
-    load_lora,
-    lora_layers,
-    lora_parameters,
-    merge,
-    remove,
-    save_lora,
-    set_strength,
+from lora.training import Draws, held_out_loss, loss_weights, make_optimizer
+from samplers import NoiseSchedule
+
+LATENTS = [torch.full((4, 2, 2 + n % 2), float(n)) for n in range(5)]  # a to e, of two shapes
+REPEATS = [3, 1, 2, 1, 2]
+SCHEDULE = NoiseSchedule()
+
+
+def draws(batch_size=2, accumulate=2, seed=3, **settings):
+    return Draws(LATENTS, "abcde", REPEATS, batch_size, accumulate, seed, **settings)
+
+
+def shown(draws, steps):
+    return [["".join(batch.captions) for batch in draws(step)] for step in steps]
+
+
+def test_each_epoch_shows_each_image_so_often_in_batches_of_one_shape():
+    every = draws()
+    assert (every.batches_per_epoch, every.steps_per_epoch) == (5, 3)
+    for epoch in range(4):
+        passes = "".join(map("".join, shown(every, range(3 * epoch, 3 * epoch + 3))))
+        assert Counter(passes) == dict(zip("abcde", REPEATS))
+    for batch in (batch for step in range(12) for batch in every(step)):
+        of_caption = torch.stack([LATENTS["abcde".index(caption)] for caption in batch.captions])
+        assert torch.equal(batch.latents, of_caption) and batch.noise.shape == of_caption.shape
+    one_shape = Draws(LATENTS[::2], "ace", [1, 1, 1], 1, 1, seed=3)
+    assert shown(one_shape, range(6)) == [["e"], ["a"], ["c"], ["a"], ["c"], ["e"]]
+
+
+def test_what_a_step_sees_is_these_numbers_whatever_was_asked_before():
+    expected = [["a", "ac"], ["ee", "ca"], ["db"], ["ca", "db"], ["a", "ce"], ["ae"], ["db", "ac"]]
+    assert shown(draws(), range(7)) == expected
+    first, second = draws()(4)  # as a run that goes on there
+    assert first.captions == ["a"] and second.captions == ["c", "e"] and first.of == second.of == 3
+    generator = torch.Generator().manual_seed(3 * 1_000_003 + 500_009 + 4)
+    noise = [torch.randn(LATENTS[n].shape, generator=generator) for n in (0, 2, 4)]
+    assert torch.equal(torch.cat([first.noise, second.noise]), torch.stack(noise))
+    assert torch.equal(torch.cat([first.t, second.t]), torch.tensor([536, 245, 901]))
+    assert (
+        max(t for step in range(50) for b in draws(num_train_timesteps=3)(step) for t in b.t) == 2
+    )
+
+
+def test_the_shares_of_several_processes_are_the_whole():
+    for step in range(6):
+        shares = [list(draws(batch_size=3, share=slice(rank, None, 2))(step)) for rank in (0, 1)]
+        for part in ("latents", "noise", "t"):
+            whole = [batch for b in draws(batch_size=3)(step) for batch in getattr(b, part)]
+            found = [x for share in shares for b in share for x in getattr(b, part)]
+            assert sorted(map(str, found)) == sorted(map(str, whole))
+        assert len({batch.of for share in shares for batch in share}) == 1
+
+
+def test_errors_count_1_or_with_debiased_the_root_of_the_noise_to_signal_ratio():
+    abar = SCHEDULE.alphas_cumprod
+    assert torch.equal(loss_weights(abar, "epsilon", False), torch.ones(1000))
+    for prediction_type, expected in {
+        "epsilon": [1000**-0.5, 0.04131441, 1.61827886, 14.6146412],  # an SNR of 1000 at most
+        "v_prediction": [1 / 1001, 0.00170397, 0.72366732, 0.99533993],
+    }.items():
+        weights = loss_weights(abar, prediction_type, True)
+        expected = torch.tensor(expected)
+        torch.testing.assert_close(weights[[0, 1, 500, 999]], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "expected"), [("epsilon", 0.467102), ("v_prediction", 0.743497)]
 )
+def test_the_held_out_loss_is_at_the_same_noise_and_times_at_every_look(prediction_type, expected):
+    seen, state = [], torch.get_rng_state()
 
-REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "reference" / "lora"
-pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference files in {REFERENCE}")
+    def predict(x_t, t, captions):
+        seen.append((t.tolist(), captions))
+        return x_t / 2
 
-FILES = {
-    "kohya_default_r4a2_fp32": ({"lora_unet": 192, "lora_te": 24}, {(4, 2.0): 216}, torch.float32),
-    "kohya_noalpha_r8_fp16": ({"lora_unet": 192, "lora_te": 24}, {(8, 8.0): 216}, torch.float16),
-    "kohya_unetonly_r4a1_bf16": ({"lora_unet": 192, "lora_te": 0}, {(4, 1.0): 192}, torch.bfloat16),
-}
-
-
-@pytest.fixture(scope="module")
-def base():
-    """The small base in float32: a U-Net and a text encoder of four layers."""
-    networks = {
-        "unet": UNet(UNetConfig(block_out_channels=(32, 64, 128, 128), cross_attention_dim=64)),
-        "text_encoder": TextEncoder(
-            TextConfig(
-                vocab_size=1000,
-                hidden_size=64,
-                intermediate_size=256,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-            )
-        ),
-    }
-    weights = {"unet": {}, "vae": {}, "text_encoder": {}}
-    for key, tensor in load_file(REFERENCE / "base_small.safetensors").items():
-        if name := rename(key, SINGLE_FILE):
-            network, _, parameter = name.partition(".")
-            weights[network][parameter] = tensor.float()
-    for network, module in networks.items():
-        module.load_state_dict(weights[network])
-    return networks["unet"].eval(), networks["text_encoder"].eval()
+    for _ in range(2):
+        loss = held_out_loss(predict, LATENTS[:2], "ab", SCHEDULE, prediction_type, seed=3)
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert seen[0] == ([104, 131, 360, 476, 541, 721, 847, 944], ["a"] * 8) == seen[2]
+    assert seen[1][1] == ["b"] * 8 and seen[1][0] != seen[0][0]
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.fixture
-def networks(base):
-    return copy.deepcopy(base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
-@torch.no_grad()
-def test_a_kohya_file_gives_sd_scripts_outputs(networks, name):
-    unet, text_encoder = networks
-    reference, inputs = (
-        load_file(REFERENCE / f"ref_{name}.safetensors"),
-        load_file(REFERENCE / "inputs.safetensors"),
-    )
-    x, t, ids = inputs["x"], inputs["t"], inputs["input_ids"]
-
-    def check(output, key, atol=5e-5):
-        torch.testing.assert_close(output, reference[key], atol=atol, rtol=0)
-
-    base_outputs = text_encoder(ids), unet(x, t, reference["ctx_base_cs1"])
-    check(base_outputs[0], "ctx_base_cs1")
-    check(base_outputs[1], "eps_base")
-
-    summary = load_lora(
-        REFERENCE / f"{name}.safetensors", {"lora_unet": unet, "lora_te": text_encoder}
-    )
-    assert (summary.layers, summary.ranks, summary.dtype) == FILES[name]
-    for suffix, strength in {"m1": 1, "m05": 0.5, "mneg1": -1}.items():
-        set_strength(unet, strength)
-        set_strength(text_encoder, strength)
-        check(unet(x, t, reference["ctx_base_cs1"]), f"eps_unetonly_{suffix}")
-        check(text_encoder(ids), f"ctx_lora_cs1_{suffix}")
-        check(text_encoder(ids, clip_skip=2), f"ctx_lora_cs2_{suffix}")
-        check(unet(x, t, text_encoder(ids)), f"eps_full_{suffix}")
-
-    merge(unet, 1)
-    merge(text_encoder, 1)
-    check(unet(x, t, text_encoder(ids)), "eps_merged_m1", atol=1e-5)
-    check(unet(x, t, text_encoder(ids)), "eps_full_m1", atol=1e-5)
-    merged = [key for key in reference if key.startswith("merged/")]
-    assert len(merged) == 3
-    for key in merged:
-        path = rename(f"model.diffusion_model.{key.removeprefix('merged/')}", SINGLE_FILE)
-        layer = lora_layers(unet)[path.removeprefix("unet.").removesuffix(".weight")]
-        check(layer.base.weight, key, atol=1e-6)
-
-    remove(unet)
-    remove(text_encoder)
-    assert torch.equal(text_encoder(ids), base_outputs[0])
-    assert torch.equal(unet(x, t, reference["ctx_base_cs1"]), base_outputs[1])
-
-
-def train_three_steps(unet, text_encoder, weight_decay=0.01):
-    """Eq. 2's A and B by AdamW on the noise prediction error, as sd-scripts does it; losses, norms,
-    first gradients."""
-    batches = load_file(REFERENCE / "train_batches.safetensors")
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    alphas_cumprod = (1 - betas).cumprod(0)
-    groups = [
-        {"params": lora_parameters(text_encoder), "lr": 5e-5},
-        {"params": lora_parameters(unet), "lr": 1e-4},
-    ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    losses, norms, gradients = [], [], {}
-    for i in range(3):
-        latents, noise, t, ids = (
-            batches[f"{part}_{i}"] for part in ("latents", "noise", "t", "ids")
-        )
-        abar = alphas_cumprod[t]
-        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-        loss = (unet(noisy, t, text_encoder(ids)) - noise).square().mean()
-        loss.backward()
-        norms.append(
-            torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-        )
-        losses.append(loss.detach())
-        if i == 0:
-            for prefix, model in (("lora_unet", unet), ("lora_te", text_encoder)):
-                for path, layer in lora_layers(model).items():
-                    name = f"{prefix}_{path}".replace(".", "_")
-                    gradients[f"grad0/{name}.lora_up.weight"] = layer.B.grad.clone()
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, norms, gradients
-
-
-def distance_from_reference(path):
-    """norm(final - reference) / norm(reference - start), per network and matrix, of the file at
-    `path`."""
-    final, reference, start = (
-        load_file(file)
-        for file in (
-            path,
-            REFERENCE / "train_final_cs1.safetensors",
-            REFERENCE / "train_init_r4a2.safetensors",
-        )
-    )
-    assert final.keys() == reference.keys()
-
-    def difference(a, b, *marks):
-        return torch.cat(
-            [(a[key] - b[key]).flatten() for key in a if all(mark in key for mark in marks)]
-        ).norm()
-
-    return {
-        marks: (difference(final, reference, *marks) / difference(reference, start, *marks)).item()
-        for marks in (
-            (network, matrix)
-            for network in ("lora_unet", "lora_te")
-            for matrix in ("lora_down", "lora_up")
-        )
-    }
-
-
-def test_three_training_steps_are_sd_scripts_steps(networks, tmp_path):
-    unet, text_encoder = networks
-    models = {"lora_unet": unet, "lora_te": text_encoder}
-    load_lora(REFERENCE / "train_init_r4a2.safetensors", models)
-    losses, norms, gradients = train_three_steps(unet, text_encoder)
-
-    reference = load_file(REFERENCE / "ref_train_cs1.safetensors")
-    for i in range(3):
-        torch.testing.assert_close(losses[i], reference[f"loss_{i}"].squeeze(), rtol=1e-6, atol=0)
-        torch.testing.assert_close(
-            norms[i], reference[f"gradnorm_{i}"].squeeze(), rtol=1e-5, atol=0
-        )
-    stored = {key for key in reference if key.startswith("grad0/")}
-    assert len(stored) == 17
-    for key in stored:
-        torch.testing.assert_close(
-            gradients[key], reference[key].view_as(gradients[key]), rtol=1e-3, atol=1e-7
-        )
-
-    # Adam amplifies rounding in gradients near zero; measured 3e-5, and a forgotten weight decay is
-    # 1.7e-3
-    save_lora(tmp_path / "final.safetensors", models, dtype=torch.float32)
-    for marks, distance in distance_from_reference(tmp_path / "final.safetensors").items():
-        assert distance < 5e-4, marks
-
-
-def test_the_reference_steps_have_weight_decay(networks, tmp_path):
-    models = dict(zip(("lora_unet", "lora_te"), networks))
-    load_lora(REFERENCE / "train_init_r4a2.safetensors", models)
-    train_three_steps(*networks, weight_decay=0.0)
-    save_lora(tmp_path / "final.safetensors", models, dtype=torch.float32)
-    assert distance_from_reference(tmp_path / "final.safetensors")["lora_unet", "lora_down"] > 1e-3
-
-
-def test_injected_layers_are_the_ones_that_sd_scripts_trains(networks, tmp_path):
-    unet, text_encoder = networks
-    inject(unet, 4, 2, "transformer", init="kaiming")
-    inject(text_encoder, 4, 2, "text-encoder", init="kaiming")
-    save_lora(
-        tmp_path / "ours.safetensors",
-        {"lora_unet": unet, "lora_te": text_encoder},
-        dtype=torch.float32,
-    )
-    ours, theirs = (
-        load_file(tmp_path / "ours.safetensors"),
-        load_file(REFERENCE / "train_init_r4a2.safetensors"),
-    )
-    assert {key: tensor.shape for key, tensor in ours.items()} == {
-        key: tensor.shape for key, tensor in theirs.items()
-    }
-    # the same law of A: uniform within 1 / sqrt(in), B = 0
-    for key, tensor in ours.items():
-        if key.endswith("lora_up.weight"):
-            assert not tensor.any() and not theirs[key].any()
-        if key.endswith("lora_down.weight"):
-            bound = tensor.shape[1] ** -0.5
-            assert tensor.abs().max() <= bound and theirs[key].abs().max() <= bound
+def test_the_optimizer_is_adamw_and_8_bit_without_a_gpu_is_torchs_with_a_warning(monkeypatch):
+    groups = [{"params": [nn.Parameter(torch.ones(2))], "lr": rate} for rate in (0.1, 0.2)]
+    with pytest.warns(UserWarning, match=r"torch's AdamW in place .* \(no CUDA device\)") as caught:
+        optimizer = make_optimizer(groups, 0.02, eight_bit=True)
+    assert type(optimizer) is torch.optim.AdamW and caught[0].filename == __file__
+    settings = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.02}
+    for group, rate in zip(optimizer.param_groups, (0.1, 0.2)):
+        assert group.items() >= (settings | {"lr": rate, "fused": False}).items()
+    fake = SimpleNamespace(AdamW8bit=lambda groups, **settings: (groups, settings))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", fake)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(optim=fake))
+    groups = [{"params": [SimpleNamespace(is_cuda=True)], "lr": 0.1}]
+    assert make_optimizer(groups, 0.02, eight_bit=True) == (groups, settings)
