@@ -130,7 +130,7 @@ def read(path: str | Path) -> LoRAFile:
             raise LoRAError(f"{path}: {key}: {what}")
     configs = _read_configs(path, tensors, metadata)
 
-    parts, keys, settings, leftover = defaultdict(dict), defaultdict(list), {}, []
+    parts, keys, paths, leftover = defaultdict(dict), defaultdict(list), {}, []
     for key, tensor in tensors.items():
         layer, part = _layer_of(key) or ("", "")
         prefix, _, module = layer.partition(".")
@@ -141,7 +141,7 @@ def read(path: str | Path) -> LoRAFile:
         parts[name][part] = tensor
         keys[name].append(key)
         if module and prefix in configs:
-            settings[name] = (configs[prefix], module)
+            paths[name] = (configs[prefix], module)
     if not keys:
         example = f", such as {min(tensors)}" if tensors else ""
         raise LoRAError(
@@ -154,12 +154,10 @@ def read(path: str | Path) -> LoRAFile:
         )
     pairs = {}
     for name in keys:
-        pair = _checked(f"{path}: {name}", parts[name])
-        if name in settings and "alpha" not in parts[name]:
-            pair = pair._replace(
-                alpha=_config_alpha(f"{path}: {name}", *settings[name], rank=len(pair.down))
-            )
-        pairs[name] = pair
+        pairs[name] = pair = _checked(f"{path}: {name}", parts[name])
+        if name in paths and "alpha" not in parts[name]:
+            alpha = _config_alpha(f"{path}: {name}", *paths[name], rank=len(pair.down))
+            pairs[name] = pair._replace(alpha=alpha)
     if zeros := sum(bool((part["alpha"] == 0).all()) for part in parts.values() if "alpha" in part):
         warnings.warn(
             f"{path}: alpha 0 of {zeros} layers is read as their rank, as kohya does", stacklevel=3
@@ -184,14 +182,10 @@ def dotted(name: str) -> str | None:
     prefix = next((prefix for prefix in NETWORKS.values() if name.startswith(f"{prefix}_")), None)
     if prefix is None:
         return None
-    path = re.sub(
-        rf"(?<![^_])({WORDS})(?![^_])|_", lambda m: m[1] or ".", name.removeprefix(f"{prefix}_")
-    )
-    return (
-        f"{prefix}.{path}"
-        if all(re.fullmatch(PIECES, piece) for piece in path.split("."))
-        else None
-    )
+    flat = name.removeprefix(f"{prefix}_")
+    path = re.sub(rf"(?<![^_])({WORDS})(?![^_])|_", lambda match: match[1] or ".", flat)
+    known = all(re.fullmatch(PIECES, piece) for piece in path.split("."))
+    return f"{prefix}.{path}" if known else None
 
 
 def _layer_of(key: str) -> tuple[str, str] | None:
@@ -313,37 +307,22 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
         if part not in parts:
             raise LoRAError(f"{where}: lora_{part} is missing: the file is damaged, get it again")
     down, up = parts["down"], parts["up"]
-    shapes = f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
-    parts = {name: tensor.float() if name == "alpha" else tensor for name, tensor in parts.items()}
-    for tensor in (down, up):
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise LoRAError(
-                f"{where}: weights of {tensor.dtype}: convert the file to float16, bfloat16 or"
-                " float32"
-            )
-        if tensor.ndim not in (2, 4):
-            raise LoRAError(
-                f"{where}: {shapes}: neither matrices nor convolutions: the file is damaged, get it"
-                " again"
-            )
-    for tensor in parts.values():
-        if not tensor.isfinite().all():
-            raise LoRAError(
-                f"{where}: a value is not finite ({shapes}): training diverged, use an earlier file"
-            )
-    if up.shape[2:].numel() != 1:
-        raise LoRAError(
-            f"{where}: {shapes}: lora_up must be 1x1: use a LoCon as kohya and LyCORIS write it"
-        )
-    rank = len(down)
-    if rank != up.shape[1] or rank == 0:
-        raise LoRAError(
-            f"{where}: {shapes}: the ranks differ or are 0: the file is damaged, get it again"
-        )
-    alpha = parts.get("alpha", torch.tensor(rank))
-    if alpha.numel() != 1 or alpha < 0:
-        raise LoRAError(
-            f"{where}: alpha of shape {list(alpha.shape)} must be one number, not negative: mend"
-            " the file"
-        )
-    return Pair(down, up, float(alpha) or float(rank))
+    rank, shapes = len(down), f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
+    alpha = parts.get("alpha", torch.tensor(rank)).float()
+    if not {down.dtype, up.dtype} <= {torch.float16, torch.bfloat16, torch.float32}:
+        kinds = f"{down.dtype} and {up.dtype}"
+        reason = f"weights of {kinds}: convert the file to float16, bfloat16 or float32"
+    elif not {down.ndim, up.ndim} <= {2, 4}:
+        reason = f"{shapes}: neither matrices nor convolutions: the file is damaged, get it again"
+    elif not all(tensor.isfinite().all() for tensor in (down, up, alpha)):
+        reason = f"a value is not finite ({shapes}): training diverged, use an earlier file"
+    elif up.shape[2:].numel() != 1:
+        reason = f"{shapes}: lora_up must be 1x1: use a LoCon as kohya and LyCORIS write it"
+    elif rank != up.shape[1] or rank == 0:
+        reason = f"{shapes}: the ranks differ or are 0: the file is damaged, get it again"
+    elif alpha.numel() != 1 or alpha < 0:
+        shape = list(alpha.shape)
+        reason = f"alpha of shape {shape} must be one number, not negative: mend the file"
+    else:
+        return Pair(down, up, float(alpha) or float(rank))
+    raise LoRAError(f"{where}: {reason}")

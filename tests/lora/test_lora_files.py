@@ -29,9 +29,9 @@ SIZES |= {"norm_num_groups": 4}
 TEXT = {"vocab_size": 20, "hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1}
 TEXT |= {"num_attention_heads": 2}
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-TO_K, TO_OUT = f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn1.to_out.0"
-Q_PROJ = "text_model.encoder.layers.0.self_attn.q_proj"
-K = f"lora_unet_{TO_K}".replace(".", "_")
+TO_K, FLAT = f"{BLOCK}.attn2.to_k", "encoder.layers.0.self_attn.q_proj"
+Q_PROJ = f"text_model.{FLAT}"
+K, Q = (kohya_name(f"lora_{x}", path) for x, path in (("unet", TO_K), ("te", Q_PROJ)))
 IN = "lora_unet_mid_block_attentions_0_proj_in"
 DOWN, UP, ALPHA = f"{K}.lora_down.weight", f"{K}.lora_up.weight", f"{K}.alpha"
 IN_DOWN, IN_UP = f"{IN}.lora_down.weight", f"{IN}.lora_up.weight"
@@ -104,72 +104,62 @@ def test_several_files_are_summed_in_float32_whatever_their_order(models, traine
 # layouts
 
 LAYOUTS = {
-    "kohya": ("lora_unet_{flat}.lora_{part}.weight", "lora_te_{flat}.lora_{part}.weight"),
-    "kohya, te1": ("lora_unet_{flat}.lora_{part}.weight", "lora_te1_{flat}.lora_{part}.weight"),
-    "kohya, flat CLIP": (
-        "lora_unet_{flat}.lora_{part}.weight",
-        "lora_te_{bare_flat}.lora_{part}.weight",
-    ),
-    "dots": ("lora_unet.{path}.lora_{part}.weight", "lora_te.{path}.lora_{part}.weight"),
-    "kohya's parts": ("unet.{path}.lora_{part}.weight", "text_encoder.{path}.lora_{part}.weight"),
-    "PEFT": ("unet.{path}.lora_{X}.weight", "text_encoder.{bare}.lora_{X}.weight"),
-    "PEFT's own": ("{path}.lora_{X}.default.weight", "{bare}.lora_{X}.default.weight"),
-    "PEFT, folder": ("base_model.model.{path}.lora_{X}.weight",) * 2,
+    "kohya": (DOWN, f"{Q}.lora_down.weight"),
+    "kohya, one of several encoders": (DOWN, f"{Q.replace('te', 'te1', 1)}.lora_down.weight"),
+    "kohya, flat CLIP": (DOWN, f"{Q.replace('text_model_', '')}.lora_down.weight"),
+    "with dots": (f"lora_unet.{TO_K}.lora_down.weight", f"lora_te.{Q_PROJ}.lora_down.weight"),
+    "kohya's parts": (f"unet.{TO_K}.lora_down.weight", f"text_encoder.{Q_PROJ}.lora_down.weight"),
+    "PEFT": (f"unet.{TO_K}.lora_A.weight", f"text_encoder.{FLAT}.lora_A.weight"),
+    "one network's": (f"{TO_K}.lora_A.default.weight", f"{FLAT}.lora_A.default.weight"),
+    "PEFT's folder": tuple(f"base_model.model.{path}.lora_A.weight" for path in (TO_K, Q_PROJ)),
     "diffusers": (
-        "unet.{path}.lora.{part}.weight",
-        "text_encoder.{path}.lora_linear_layer.{part}.weight",
+        f"unet.{TO_K}.lora.down.weight",
+        f"text_encoder.{Q_PROJ}.lora_linear_layer.down.weight",
     ),
-    "processors": ("{old}_lora.{part}.weight", "text_encoder.{old}_lora.{part}.weight"),
+    "diffusers to 0.17": (
+        f"{BLOCK}.attn2.processor.to_k_lora.down.weight",
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_q_lora.down.weight",
+    ),
 }
-MATRICES = {
-    path: (torch.randn(4, 12), torch.randn(16, 4)) for path in (TO_K, TO_OUT, Q_PROJ)
-}  # (down, up)
+"""Layout -> the keys of A of two layers."""
 
 
-def write(path, layout, metadata=None):
-    tensors = {}
-    for layer, matrices in MATRICES.items():
-        bare = layer.removeprefix("text_model.")
-        old = layer.replace("attn2.", "attn2.processor.").replace("attn1.", "attn1.processor.")
-        old = old.replace("to_out.0", "to_out").replace("q_proj", "to_q")
-        names = {"path": layer, "flat": layer.replace(".", "_"), "bare": bare, "old": old}
-        names["bare_flat"] = bare.replace(".", "_")
-        for part, X, matrix in zip(("down", "up"), "AB", matrices):
-            tensors[LAYOUTS[layout][layer == Q_PROJ].format(part=part, X=X, **names)] = matrix
+def write(path, layout, config):
+    """A file or, if it is PEFT's, a folder."""
     path.mkdir()
-    config = json.dumps(metadata or {})
-    save_file(tensors, path / "adapter_model.safetensors", {"lora_adapter_metadata": config})
-    (path / "adapter_config.json").write_text(config)
+    tensors = {}
+    for n, key in enumerate(LAYOUTS[layout]):
+        tensors[key] = n + ones(4, 12)
+        tensors[key.replace("down", "up").replace("lora_A", "lora_B")] = n + ones(16, 4)
+    said = {"lora_adapter_metadata": json.dumps(config)}
+    save_file(tensors, path / "adapter_model.safetensors", said)
+    (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_read_to_the_same_pairs(tmp_path, layout):
-    file = read(write(tmp_path / "lora", layout))
-    expected = {
-        kohya_name("lora_te" if path == Q_PROJ else "lora_unet", path): pair
-        for path, pair in MATRICES.items()
-    }
-    assert file.pairs.keys() == expected.keys() and all(map(len, file.keys.values()))
-    for name, (down, up, alpha) in file.pairs.items():
-        assert torch.equal(down, expected[name][0]) and torch.equal(up, expected[name][1])
+    pairs = read(write(tmp_path / "lora", layout, {})).pairs
+    assert pairs.keys() == {K, Q}
+    for n, name in enumerate((K, Q)):
+        down, up, alpha = pairs[name]
+        assert torch.equal(down, n + ones(4, 12)) and torch.equal(up, n + ones(16, 4))
         assert alpha == 4
 
 
 @pytest.mark.parametrize(
     ("config", "alphas"),
     [
-        ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2}, [8, 8, 2]),
-        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, [16, 16, 4]),
-        ({"lora_alpha": 8, "alpha_pattern": {"attn1.to_out.0": 3, "q_pro.": 1}}, [8, 3, 1]),
-        ({"unet.init_lora_weights": "gaussian", "unet.lora_alpha": 1.5}, [1.5, 1.5, 4]),
+        ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2}, [8, 2]),
+        ({"unet.lora_alpha": 8, "unet.use_rslora": True}, [16, 4]),
+        ({"lora_alpha": 8, "alpha_pattern": {"attn2.to_k": 3, "q_pro.": 1}}, [3, 1]),
+        ({"lora_alpha": 8, "alpha_pattern": {"to_": 3}}, [8, 8]),
+        ({"unet.init_lora_weights": "gaussian", "unet.lora_alpha": 1.5}, [1.5, 4]),
     ],
 )
 def test_alpha_is_read_from_pefts_configuration(tmp_path, config, alphas):
-    file = read(write(tmp_path / "lora", "PEFT", config))
-    names = [kohya_name("lora_unet", TO_K), kohya_name("lora_unet", TO_OUT)]
-    names.append(kohya_name("lora_te", Q_PROJ))
-    assert [file.pairs[name].alpha for name in names] == alphas
+    pairs = read(write(tmp_path / "lora", "PEFT", config)).pairs
+    assert [pairs[name].alpha for name in (K, Q)] == alphas
 
 
 @pytest.mark.parametrize(
