@@ -57,8 +57,8 @@ def inject(
     if not bases:
         example = next((f" such as {path}" for path, _ in adaptable(model)), "")
         raise LoRAError(
-            f"target {target!r} matches no layer of {type(model).__name__}: use one of {names} or a "
-            f"regular expression for a whole path{example}"
+            f"target {target!r} matches no layer of {type(model).__name__}: use one of {names} or"
+            f" a regular expression for a whole path{example}"
         )
     for path, base in bases.items():
         if reason := unfit(base):

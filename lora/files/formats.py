@@ -1,11 +1,11 @@
 """LoRA files without a model: the layouts that are met, read into one form.
 
-| layout | key of a layer's A; r is the rank | alpha |
+| layout | key of the A of `mid_block.attentions.0.proj_in`; r is the rank | alpha |
 |---|---|---|
-| kohya, AUTOMATIC1111, ComfyUI | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
-| the same with dots | `lora_unet.mid_block.attentions.0.proj_in.lora_down.weight` | `.alpha`, or r |
-| PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | header, as JSON, or r |
-| PEFT alone, a folder | `base_model.model.mid_block.attentions.0.proj_in.lora_A.weight` | `adapter_config.json` |
+| kohya, webui, ComfyUI | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
+| the same with dots | `lora_unet.mid_block.attentions.0.proj_in.lora_down.weight` | the same |
+| PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | JSON in header, or r |
+| PEFT alone, a folder | `base_model.model.mid_block...proj_in.lora_A.weight` | adapter_config.json |
 | diffusers' scripts | `unet.mid_block.attentions.0.proj_in.lora.down.weight` | r |
 | the same, text encoder | `text_encoder.text_model...q_proj.lora_linear_layer.down.weight` | r |
 | diffusers to 0.17 | `mid_block...attn2.processor.to_k_lora.down.weight` | r |
@@ -69,10 +69,14 @@ from it what A and B begin with (`tuners/lora/layer.py` of PEFT 0.21): behind th
 counts twice. What is unknown may too."""
 
 WORDS = (
-    r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|text_model|self_attn|[qkv]_proj"
-    r"|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut|time_embedding|linear_[12]"
+    r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out"
+    r"|text_model|self_attn|[qkv]_proj|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut"
+    r"|time_embedding|linear_[12]"
 )
-PIECES = rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|mlp|fc[12]|conv[12]?|(down|up)samplers"
+PIECES = (
+    rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|mlp|fc[12]|conv[12]?"
+    r"|(down|up)samplers"
+)
 """The names in SD's networks that have underscores of their own, and all of them."""
 
 

@@ -255,7 +255,7 @@ BAD = {
     "infinite alpha": ({ALPHA: torch.inf * ones(())}, "not finite"),
     "negative alpha": ({ALPHA: -ones(())}, "alpha of shape.*not negative"),
     "two alphas": ({ALPHA: ones(2)}, r"alpha of shape \[2\] must be one number"),
-    "integers": ({UP: ones(16, 4).char()}, "weights of torch.int8: convert"),
+    "integers": ({UP: ones(16, 4).char()}, "and torch.int8: convert the file"),
     "LoHa": ({f"{K}.hada_w1_a": ones(3)}, "a LoHa"),
     "LoKr": ({f"{K}.lokr_w1": ones(3)}, "a LoKr"),
     "DoRA": ({f"{K}.dora_scale": ones(3)}, "a DoRA"),
