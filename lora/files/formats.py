@@ -2,10 +2,10 @@
 
 | layout | key of the A of `mid_block.attentions.0.proj_in`; r is the rank | alpha |
 |---|---|---|
-| kohya, webui, ComfyUI | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
+| kohya, webui | `lora_unet_mid_block_attentions_0_proj_in.lora_down.weight` | `.alpha`, or r |
 | the same with dots | `lora_unet.mid_block.attentions.0.proj_in.lora_down.weight` | the same |
-| PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | JSON in header, or r |
-| PEFT alone, a folder | `base_model.model.mid_block...proj_in.lora_A.weight` | adapter_config.json |
+| PEFT through diffusers | `unet.mid_block.attentions.0.proj_in.lora_A.weight` | header, or r |
+| PEFT alone, a folder | `base_model.model.mid_block...proj_in.lora_A.weight` | config beside |
 | diffusers' scripts | `unet.mid_block.attentions.0.proj_in.lora.down.weight` | r |
 | the same, text encoder | `text_encoder.text_model...q_proj.lora_linear_layer.down.weight` | r |
 | diffusers to 0.17 | `mid_block...attn2.processor.to_k_lora.down.weight` | r |

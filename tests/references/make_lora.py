@@ -13,9 +13,9 @@ compute with them.
 - sd_scripts_*: three layers cut out of files by sd-scripts, and what it merged them to
 """
 
-import argparse
 import copy
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -104,11 +104,7 @@ def train(networks, ids) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("shared", type=Path, help="folder of the larger set")
-    shared = parser.parse_args().shared
+    shared = Path(sys.argv[1])  # the larger set
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SIZES, attention_head_dim=2)
     text = CLIPTextModel(CLIPTextConfig(**TEXT, bos_token_id=48, eos_token_id=49))
