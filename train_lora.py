@@ -188,7 +188,7 @@ def mixed_precision(args: argparse.Namespace) -> tuple[partial, torch.amp.GradSc
 
 
 def read_contexts(
-    args: argparse.Namespace, model: Model, images: list[Captioned], held_out: list[Captioned]
+    args, model: Model, autocast: partial, images: list[Captioned], held_out: list[Captioned]
 ) -> Contexts:
     """The text embeddings of all captions and of "", computed once unless CLIP is trained too."""
     texts = [text for group in (images, held_out) for text in sorted({i.caption for i in group})]
@@ -197,7 +197,8 @@ def read_contexts(
     if cut := [text for text in texts if len(tokens(text).input_ids) > limit]:
         print(f"{len(cut)} captions are cut behind {limit - 2} tokens, such as {cut[0][:40]!r}..")
     settings = args.clip_skip, DTYPES[args.dtype], args.train_text_encoder
-    contexts = Contexts(model.tokenizer, model.text_encoder, texts, *settings)
+    with autocast(enabled=args.train_text_encoder and args.dtype != "fp32"):  # its A, B: float32
+        contexts = Contexts(model.tokenizer, model.text_encoder, texts, *settings)
     if not args.train_text_encoder:
         model.text_encoder.to("cpu")
     return contexts
@@ -410,7 +411,7 @@ def main(args):
     ).to(args.device)
 
     # contexts and latents once; image passes -> batches of one shape each -> optimizer steps
-    contexts = read_contexts(args, model, images, held_out)
+    contexts = read_contexts(args, model, autocast, images, held_out)
     latents = read_latents(args, model, [*images, *held_out])
     draws = make_draws(args, images, latents[: len(images)], model.vae.config.downsampling)
     steps = args.epochs * draws.steps_per_epoch
