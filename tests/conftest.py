@@ -20,47 +20,42 @@ def pytest_cmdline_main(config):
         options.loadscopereorder = False
 
 
-LONGEST = (
-    "test_reproduce.py",
-    "test_pretrain.py",
-    "test_processes.py",
-    "test_fuzz.py",
-    "test_use.py",
-)
+LONGEST = ("test_reproduce.py", "test_pretrain.py", "test_processes.py", "test_fuzz.py")
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first: at the end no process then waits for another that is
     minutes in one."""
-    items.sort(
-        key=lambda item: (
-            LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST)
-        )
-    )
+    rank = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """A diffusers folder: random weights, a U-Net and a VAE of two levels, a text tower with the
-    embedded model's vocabulary; images of 16 px in milliseconds."""
+    """A folder with a Stable Diffusion of random weights, every one of which counts: images of 64
+    px, latents of 8, U-Net of two levels, CLIP of three layers, the embedded model's tokenizer."""
     import torch
 
     from ldm import MINI
-    from ldm.checkpoints import NETWORKS, Model, save_folder
+    from ldm.checkpoints import Model, save_folder
     from ldm.checkpoints.tokenizer import load_tokenizer
-    from ldm.text import TextConfig
-    from ldm.unet import UNetConfig
-    from ldm.vae import VAEConfig
+    from ldm.text import TextConfig, TextEncoder
+    from ldm.unet import UNet, UNetConfig
+    from ldm.vae import AutoencoderKL, VAEConfig
 
-    text = TextConfig(760, 8, 16, 2, 2, 64)
-    vae = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4)
-    attention = {"attention": (True, True), "num_heads": (2, 2), "cross_attention_dim": 8}
-    unet = UNetConfig(block_out_channels=(8, 16), norm_num_groups=4, **attention)
-    torch.manual_seed(0)
-    networks = {
-        name: build(config).eval().requires_grad_(False)
-        for (name, build), config in zip(NETWORKS.items(), (unet, vae, text))
-    }
-    tokenizer, folder = load_tokenizer(MINI / "tokenizer", text), tmp_path_factory.mktemp("sd")
-    save_folder(Model(**networks, tokenizer=tokenizer, sample_size=8), folder / "tiny")
-    return folder / "tiny"
+    tokenizer = load_tokenizer(MINI / "tokenizer", TextConfig())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = (
+            UNet(UNetConfig(4, 4, (8, 16), (True, True), 1, (2, 2), 16, norm_num_groups=4)),
+            AutoencoderKL(VAEConfig(3, 3, 4, (4, 4, 4, 4), 1, 2)),
+            TextEncoder(TextConfig(len(tokenizer), 16, 32, 3, 2)),
+        )
+        for parameter in (p for network in networks for p in network.parameters()):
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+            else:  # norms and biases
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+    path = tmp_path_factory.mktemp("tiny") / "tiny_model"
+    save_folder(Model(*networks, tokenizer, sample_size=8), path)
+    return path
