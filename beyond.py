@@ -12,8 +12,6 @@ lora.safetensors, for sample.py --rare-token. Both write loss.csv and args.json.
 """
 
 import argparse
-import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,10 +30,10 @@ from lora.files import save_lora
 from lora.layer import LoRAError
 from lora.model import TARGETS, inject, lora_parameters
 from lora.training import Draws, loss_weights, make_optimizer
-from planes.captions import PROMPTS_FILE, prior_pairs, training_images, with_token
+from planes.captions import prior_pairs, with_token
 from planes.datasets import DatasetError
-from planes.sites import classes_of, prompts_of, read_site
 from samplers.schedule import NoiseSchedule
+from train_lora import add_data_arguments, mixed_precision, read_data, write_prompts
 
 
 def parse_args(argv=None):
@@ -43,39 +41,23 @@ def parse_args(argv=None):
     parser.usage = "%(prog)s METHOD [flags] --out OUT"
     parser.add_argument("method", choices=("inversion", "dreambooth"), metavar="METHOD")
     add_model_arguments(parser)
-    group = parser.add_argument_group("data")
-    add, site = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
-    site("--spanish", type=Path, help="the Spanish dataset, or phantoms in its layout")
-    site("--source", type=Path, help="any site, a folder of images for each class")
-    site("--images", type=Path, help="a folder of captioned images")
-    add(
-        "--manifest",
-        type=Path,
-        help="the list of images to take from --spanish, instead of drawing",
-    )
-    add("--per-plane", type=int, default=20, help="how many images of a plane or class to draw")
-    add("--prompt-template", default="an ultrasound image of {class}", help="captions of --source")
+    add = add_data_arguments(parser)
+    parser.set_defaults(style_words=False, validation=0, repeats=1)
     add("--token", type=plain_text, required=True, help="the new token, or the rare word")
     add("--init-word", type=plain_text, default="ultrasound", help="where a new token begins")
     add("--prior", type=Path, help="of dreambooth: the manifest.csv of the base model's images")
     add("--prior-weight", type=float, default=1.0, help="of the loss on prior images")
-    add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
     add = parser.add_argument_group("training").add_argument
     add("--rank", type=int, default=128, help="of dreambooth's LoRA; alpha is the rank")
     add("--target", default="cross-attention", help=f"of the same: {', '.join(TARGETS)}")
     add("--steps", type=int, default=5000, help="optimizer steps")
     add("--batch-size", type=int, default=2, help="images at once, and as many prior ones")
     add("--lr", type=float, help="learning rate (else: 5e-3 for a token, 1e-4 for LoRA)")
-    add("--debiased-estimation-loss", action="store_true", help="weigh errors by 1 / sqrt(SNR)")
+    add("--debiased-estimation-loss", action="store_true", help="errors count 1 / sqrt(SNR)")
     add("--seed", type=seed_number, default=0, help="of drawn images, A, batches, noise and times")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
-    add(
-        "--dtype",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="of the frozen base and of autocast",
-    )
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base and of autocast")
     add("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args(argv)
     args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
@@ -99,8 +81,7 @@ class Training:
         latents = [x0.to(args.device) for x0 in encode_images(model.vae, images, seed)]
         captions = [caption for _, caption in pairs]
         self.draws = Draws(latents, captions, [1] * len(pairs), args.batch_size, 1, seed)
-        device, half = args.device.split(":")[0], args.dtype != "fp32"
-        self.autocast = partial(torch.autocast, device, DTYPES[args.dtype], enabled=half)
+        self.autocast, _ = mixed_precision(args)
         debiased = args.debiased_estimation_loss
         weights = loss_weights(self.schedule.alphas_cumprod, self.kind, debiased)
         self.weights = weights.to(args.device)
@@ -167,20 +148,13 @@ def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
 
 @alone
 def main(args):
-    site = args.source, args.prompt_template
-    chosen = args.spanish, args.images, args.manifest, args.per_plane, args.seed, 0, *site
-    images, _ = training_images(*chosen)
+    images, _ = read_data(args)
     pairs = [(image.path, with_token(image.caption, args.token)) for image in images]
     model = load_model(args, device=args.device)
     losses = {"inversion": inversion, "dreambooth": dreambooth}[args.method](args, model, pairs)
     rows = [f"{step},{loss:.6f}\n" for step, loss in enumerate(losses, start=1)]
     write_text(args.out / "loss.csv", "step,loss\n" + "".join(rows))
-    if args.source:
-        classes = classes_of(read_site(args.source, "source", train=True))
-        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
-        write_text(
-            args.out / PROMPTS_FILE, json.dumps(prompts, indent=2, ensure_ascii=False) + "\n"
-        )
+    write_prompts(args)
     record_run(args.out, args, model.sha256() | {str(path): sha256(path) for path, _ in pairs})
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -79,22 +80,28 @@ SAME = (
 """Arguments that a run which goes on must have as they were."""
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.usage = "%(prog)s [flags] --out OUT"
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    count, cuda = {"type": int}, "cuda" if torch.cuda.is_available() else "cpu"
-    add_model_arguments(parser)
+def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
+    """The flags that choose images, for beyond.py too; returns what adds more to their group."""
     group = parser.add_argument_group("data")
     add, site = group.add_argument, group.add_mutually_exclusive_group(required=True).add_argument
     site("--spanish", type=Path, help="the Spanish dataset, or phantoms in its layout")
     site("--source", type=Path, help="any site, a folder of images for each class")
     site("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
     add("--manifest", type=Path, help="the list of images to take from --spanish, if not drawn")
-    add("--per-plane", **count, default=20, help="images of a plane or class to draw")
+    add("--per-plane", type=int, default=20, help="images of a plane or class to draw")
     add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
+    return add
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.usage = "%(prog)s [flags] --out OUT"
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    count, cuda = {"type": int}, "cuda" if torch.cuda.is_available() else "cpu"
+    add_model_arguments(parser)
+    add = add_data_arguments(parser)
     add("--style-words", action="store_true", help="captions also say brightness and contrast")
-    add("--size", **count, help="square side in px (else: the model's own, 512 for SD 1.5)")
     add("--resize", choices=("squash", "crop"), help="the frame, or its middle (else: squash)")
     add("--bucket", **switch, help="instead, images in their own shapes, of that area at most")
     add("--validation", **count, default=0, help="images held out, whose loss is shown")
@@ -372,6 +379,15 @@ def save_curves(args: argparse.Namespace, rows: list[tuple], window: int = 50) -
     save(loss_figure(curves, "step"), args.out / "loss.png")
 
 
+def write_prompts(args: argparse.Namespace) -> None:
+    """prompts.json: what the classes of --source are called, which sample.py then draws."""
+    if args.source:
+        classes = classes_of(read_site(args.source, "source", train=True))
+        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
+        text = json.dumps(prompts, indent=2, ensure_ascii=False)
+        write_text(args.out / PROMPTS_FILE, text + "\n")
+
+
 def write_outputs(
     args, model: Model, optimizer, images: list[Captioned], held_out: list[Captioned], draws: Draws
 ) -> None:
@@ -383,11 +399,7 @@ def write_outputs(
     said = metadata(vars(args) | facts, images, optimizer, model.unet.config.cross_attention_dim)
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
     save_lora(args.out / "lora.safetensors", networks, said, torch.float16)
-    if args.source:
-        classes = classes_of(read_site(args.source, "source", train=True))
-        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
-        text = json.dumps(prompts, indent=2, ensure_ascii=False)
-        write_text(args.out / PROMPTS_FILE, text + "\n")
+    write_prompts(args)
     paths = [image.path for image in (*images, *held_out)]
     files = {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
     record_run(args.out, args, model.sha256() | files)
