@@ -232,14 +232,14 @@ def test_nothing_but_a_and_b_moves(tiny_model, folder, tmp_path, changed_by):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "tolerance"),
-    [("--gradient-checkpointing", 1e-4), ("--dtype bf16", 0.06), ("--validation-every 1", 1e-6)],
+    [("--gradient-checkpointing", 1e-4), ("--dtype bf16", 0.03), ("--validation-every 1", 1e-6)],
 )
 def test_what_takes_other_memory_or_looks_more_often_trains_alike(
     trained, tiny_model, folder, tmp_path, flags, tolerance
 ):
     train(tiny_model, folder, tmp_path, f"{KOHYA} {flags}")
     for row, right in zip(rows(tmp_path), rows(trained), strict=True):
-        assert row[:5] == pytest.approx(right[:5], rel=tolerance)
+        assert row[:3] == pytest.approx(right[:3], rel=tolerance)
         assert row[5] or "every" not in flags
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["lora"]} == {torch.float32}
