@@ -1,6 +1,6 @@
 """LoRAs put into a base model for good, for the programs that want one file or folder.
 
-    python merge_lora.py v1-5-pruned.safetensors fetal.safetensors --strength 0.8 --out merged.safetensors
+    python merge_lora.py v1-5.safetensors fetal.safetensors --strength 0.8 --out out.safetensors
 
 W0 + strength * (alpha / r) * B A (the paper's eq. 2), summed in float32 and cast once.
 """

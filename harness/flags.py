@@ -12,8 +12,8 @@ LAST_SEED = 2**32 - 1
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The script's docstring as it stands, and behind each flag's help its default, where it has one
-    and does not tell it in words, as "(else: the model's own)"."""
+    """The script's docstring as it stands, and behind each flag's help its default, where it has
+    one and does not tell it in words, as "(else: the model's own)"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         none = action.default is False or action.default in (None, [])

@@ -4,7 +4,6 @@ go on from it."""
 import math
 import signal
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -32,14 +31,12 @@ class SaveTimes:
     SIGINT, from a person, and SIGTERM, from SLURM and others, no longer end the process where it
     stands: the step is finished, saved, and `leave_if_asked` exits with 130 or 143. They may come
     twice, since torchrun passes on to its processes what a scheduler sends to every one; SIGQUIT
-    ends at once. Only the main thread can listen to signals; elsewhere they stay what they were.
+    ends at once.
     """
 
     def __init__(self, every: int | None):
-        self.every, self.last, self.before = every, time.monotonic(), {}
-        self.asked, self.everywhere = 0, None
-        if threading.current_thread() is threading.main_thread():
-            self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        self.every, self.last, self.asked, self.everywhere = every, time.monotonic(), 0, None
+        self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number: int, frame: object) -> None:
         if not self.asked:
@@ -48,8 +45,8 @@ class SaveTimes:
 
     @property
     def stops(self) -> bool:
-        """Is this the last step? Several processes at one run say `everywhere`, how many of them were
-        asked, so that each stops at the same step."""
+        """Is this the last step? Several processes at one run say `everywhere`, how many of them
+        were asked, so that each stops at the same step."""
         return bool(self.asked if self.everywhere is None else self.everywhere)
 
     def due(self, step: int) -> bool:
@@ -73,26 +70,13 @@ class SaveTimes:
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
-    """torch.save, whole or not at all. Raises OSError.
-
-    Equal states are equal bytes, whether what is in them was made or read.
-    """
+    """torch.save, whole or not at all. Raises OSError."""
     try:
         with whole_file(path) as part:
-            torch.save(_plain(state), part)
+            torch.save(dict(state), part)
     except RuntimeError as error:  # torch's word for a disk that is full
         reason = str(error).splitlines()[0]
         raise OSError(f"{path}: cannot be written; is the disk full? ({reason})") from None
-
-
-def _plain(value: Any) -> Any:
-    """The same in containers of its own, equal texts one object: pickle writes down which objects
-    are the same one."""
-    if isinstance(value, str):
-        return sys.intern(value)
-    if isinstance(value, Mapping):
-        return {_plain(key): _plain(inner) for key, inner in value.items()}
-    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def read_state(
