@@ -54,23 +54,16 @@ PRESETS: dict[str, dict[str, object]] = {
     "paper": {},
     "kohya": {
         "target": "transformer",
-        "rank": 128,
         "init": "kaiming",
         "train_text_encoder": True,
-        "lr": 1e-4,
-        "text_encoder_lr": 5e-5,
-        "weight_decay": 0.01,
-        "optimizer": "adamw8bit",
         "clip_skip": 2,
         "bucket": True,
         "batch_size": 1,
-        "accumulate": 1,
-        "epochs": 1,
         "seed": 1234,
     },
 }
-"""Defaults by --preset: the script's own are the paper's; "kohya" is the configuration of kohya's
-script that the authors published, complete even where it equals ours. It names no repeats."""
+"""Defaults by --preset: the script's own are the paper's; "kohya" is what differs in the
+configuration of kohya's script that the authors published."""
 
 SAME = (
     *("rank", "alpha", "target", "init", "train_text_encoder", "style_words", "resize", "bucket"),

@@ -28,7 +28,9 @@ PACKAGES = (
 def record_run(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
     """Write folder/args.json. inputs: what was read -> its hash; no times in it, so equal runs
     leave equal files."""
-    _write_json(folder / "args.json", _describe(args, inputs))
+    write_text(
+        folder / "args.json", json.dumps(_describe(args, inputs), indent=2, default=str) + "\n"
+    )
 
 
 def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
@@ -39,35 +41,25 @@ def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str,
     """
     machine = {
         "system": platform.platform(),
-        "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
     code = code_version(Path(__file__).resolve().parents[1])
-    _write_json(
-        folder / "environment.json", _describe(args, inputs) | {"machine": machine, "code": code}
-    )
+    described = _describe(args, inputs) | {"machine": machine, "code": code}
+    write_text(folder / "environment.json", json.dumps(described, indent=2, default=str) + "\n")
 
 
-def code_version(checkout: Path) -> dict[str, str | bool] | None:
-    """The commit of a git checkout, and whether tracked files differ from it; None if it is
+def code_version(checkout: Path) -> str | None:
+    """The commit of a git checkout, "-dirty" behind it where tracked files differ; None where it is
     none."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(checkout), *command], check=True, capture_output=True, text=True
-        ).stdout.strip()
-
-    if not (checkout / ".git").exists():
+    if not (checkout / ".git").exists():  # a folder within somebody else's
         return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
-    # no git here, or a repository without a commit
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return None
+    return done.stdout.strip()
 
 
 def _describe(args: argparse.Namespace, inputs: dict[str, str]) -> dict:
@@ -77,22 +69,4 @@ def _describe(args: argparse.Namespace, inputs: dict[str, str]) -> dict:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
-    arguments = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in sorted(vars(args).items())
-    }
-    return {"arguments": arguments, "versions": versions, "inputs": inputs}
-
-
-def _write_json(path: Path, record: dict) -> None:
-    write_text(path, json.dumps(record, indent=2, default=str) + "\n")
-
-
-def _cpu_name() -> str:
-    """The processor's own name where Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return {"arguments": dict(sorted(vars(args).items())), "versions": versions, "inputs": inputs}
