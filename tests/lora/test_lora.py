@@ -157,7 +157,7 @@ def test_a_regular_expression_picks_layers_of_any_module_and_a_rank_beyond_full_
         ({"target": "(attn"}, "nor a regular expression"),
         ({"target": "1|.*base"}, "1: has a LoRA already"),
         ({"target": r"1\.(base|A)"}, "matches no layer"),
-        ({"target": ".|norm"}, "2: a convolution in 2 groups: only plain ones"),
+        ({"target": "2"}, "2: a convolution in 2 groups: only plain ones"),
         ({"target": "3"}, "3: a convolution padded with circular values"),
     ],
 )
@@ -168,8 +168,6 @@ def test_a_wrong_setting_is_one_line_and_changes_nothing(setting, message):
         nn.Conv2d(4, 4, 3, groups=2),
         nn.Conv2d(4, 4, 3, padding_mode="circular"),
     )
-    if setting.get("target") == ".|norm":
-        model[1] = nn.GroupNorm(2, 4)
     modules = list(model.modules())
     with pytest.raises(LoRAError, match=message) as error:
         inject(model, **{"rank": 4, "alpha": 4, "target": "0"} | setting)

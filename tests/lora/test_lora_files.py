@@ -6,7 +6,6 @@ import json
 import pickle
 import runpy
 import sys
-import warnings
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,26 +174,23 @@ def test_alpha_is_read_from_pefts_configuration(tmp_path, config, alphas):
     ids=str,
 )
 def test_alpha_may_be_of_any_type_and_where_it_is_absent_or_zero_is_the_rank(
-    tmp_path, alpha, expected
+    tmp_path, recwarn, alpha, expected
 ):
-    tensors = GOOD | {ALPHA: alpha} if alpha is not None else {DOWN: GOOD[DOWN], UP: GOOD[UP]}
+    tensors = {DOWN: ones(4, 12), UP: ones(16, 4)} | ({} if alpha is None else {ALPHA: alpha})
     save_file(tensors, tmp_path / "a")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        file = read(tmp_path / "a")
-    assert file.pairs[K].alpha == expected
-    zero = ["alpha 0 of 1 layers is read as their rank"] * (expected == 4 and alpha is not None)
-    assert [str(warning.message).split(": ")[1].split(",")[0] for warning in caught] == zero
+    assert read(tmp_path / "a").pairs[K].alpha == expected
+    told = [str(warning.message).partition(": ")[2] for warning in recwarn]
+    zero = alpha is not None and expected == 4
+    assert told == ["alpha 0 of 1 layers is read as their rank, as kohya does"] * zero
 
 
 def test_matrices_without_a_convolutions_ones_are_read_alike(models, tmp_path):
-    flat = {key: tensor.flatten(1) if tensor.ndim else tensor for key, tensor in GOOD.items()}
-    twin = copy.deepcopy(models)
+    before = weights_of(models)
     save_file(GOOD, tmp_path / "a")
+    flat = {key: tensor.flatten(1) if tensor.ndim else tensor for key, tensor in GOOD.items()}
     save_file(flat, tmp_path / "b")
-    load_loras([(tmp_path / "a", 1.0)], models)
-    load_loras([(tmp_path / "b", 1.0)], twin)
-    assert all(map(torch.equal, weights_of(models), weights_of(twin)))
+    load_loras([(tmp_path / "a", 1.0), (tmp_path / "b", -1.0)], models)
+    torch.testing.assert_close(weights_of(models), before, atol=1e-6, rtol=0)
 
 
 def test_sd_15s_names_are_known_with_underscores_and_in_compvis_numbers(tmp_path):
@@ -581,7 +577,7 @@ def test_what_a_file_was_trained_for_otherwise_is_told(said, prediction, told):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
-def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path, layout):
+def test_live_diffusers_gives_our_output_with_our_file(models, tmp_path, layout):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -610,11 +606,6 @@ def test_live_diffusers_places_every_layer_and_gives_our_output(models, tmp_path
     )
     pipe.load_lora_weights(tmp_path, weight_name="ours.safetensors", local_files_only=True)
 
-    for model, prefix in ((unet, "lora_unet"), (text, "lora_te")):
-        placed = {path for path, module in model.named_modules() if hasattr(module, "lora_A")}
-        assert {kohya_name(prefix, path) for path in placed} == {
-            kohya_name(prefix, path) for path in lora_layers(trained[prefix])
-        }
     ids, latents, t = torch.tensor([[1, 5, 9, 2]]), torch.randn(2, 4, 8, 8), torch.tensor([17, 801])
     with torch.no_grad():
         context = trained["lora_te"](ids)

@@ -60,7 +60,7 @@ def test_a_file_of_another_tool_gives_that_tools_outputs(models, name, ranks, st
     with torch.no_grad():
         context = models["lora_te"](inputs["ids"])
         eps = models["lora_unet"](inputs["x"], inputs["t"], context.expand(2, -1, -1))
-    for what, output in {"context": context, "eps": eps}.items():  # eps: 0.3, changed by 0.2
+    for what, output in {"context": context, "eps": eps}.items():  # a LoRA changes eps by 0.3
         assert torch.allclose(output, expected[f"{name}.{strength}.{what}"], atol=2e-6, rtol=0)
 
 
@@ -90,15 +90,11 @@ def test_three_training_steps_are_peers_steps(models, tmp_path):
         {"params": lora_parameters(model), "lr": lr}
         for model, lr in zip(models.values(), (1e-4, 5e-5))
     ]
-    optimizer, ids, schedule = (
-        make_optimizer(groups, 0.01, False),
-        stored("inputs")["ids"],
-        NoiseSchedule(),
-    )
+    optimizer, ids = make_optimizer(groups, 0.01, eight_bit=False), stored("inputs")["ids"]
     parameters = [parameter for group in groups for parameter in group["params"]]
     for step in range(3):
         x, noise, t = (reference[f"{part}_{step}"] for part in ("x", "noise", "t"))
-        x_t = schedule.add_noise(x, noise, t)
+        x_t = NoiseSchedule().add_noise(x, noise, t)
         prediction = models["lora_unet"](x_t, t, models["lora_te"](ids))
         loss = (prediction - noise).square().mean()
         optimizer.zero_grad()
