@@ -39,6 +39,8 @@ KEYS: dict[str, re.Pattern] = {
 }
 """Layout -> its keys, as (layer, part)."""
 
+COMPVIS = re.compile(r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_")
+
 PARTS = {"lora_down.weight": "down", "lora_A": "down", "lora_up.weight": "up", "lora_B": "up"}
 
 NETWORKS = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -195,9 +197,8 @@ def dotted(name: str) -> str | None:
 def _layer_of(key: str) -> tuple[str, str] | None:
     """The layer of a key, prefix and dotted path but in kohya's layout without dots, and its
     part."""
-    layout, match = next(
-        ((layout, m) for layout, p in KEYS.items() if (m := p.fullmatch(key))), (None, None)
-    )
+    found = ((layout, match) for layout, p in KEYS.items() if (match := p.fullmatch(key)))
+    layout, match = next(found, (None, None))
     if match is None:
         return None
     path, part = match[1], PARTS.get(match[2], match[2])
@@ -205,12 +206,7 @@ def _layer_of(key: str) -> tuple[str, str] | None:
         head, dot, rest = path.partition(".")
         path = f"{NETWORKS.get(head, head)}_{rest.replace('.', '_')}" if dot else path
         path = re.sub(r"^lora_te1?_(text_model_)?", "lora_te_text_model_", path)
-        return (
-            re.sub(
-                r"^lora_unet_(?:(input|output)_blocks_(\d+)_1|middle_block_1)_", _from_compvis, path
-            ),
-            part,
-        )
+        return COMPVIS.sub(_from_compvis, path), part
 
     path = path.removeprefix("base_model.model.")
     head, _, rest = path.partition(".")
@@ -256,17 +252,13 @@ def _read_configs(
     alone = any(key.startswith("base_model.model.") for key in tensors)
     if alone and not beside.is_file():
         raise LoRAError(f"{beside}: missing, it holds alpha: put PEFT's file beside {path.name}")
-    source, text = (
-        (beside, beside.read_text())
-        if alone
-        else (path, metadata.get("lora_adapter_metadata", "{}"))
-    )
+    source = beside if alone else path
     try:
+        text = beside.read_text() if alone else metadata.get("lora_adapter_metadata", "{}")
         flat = dict(json.loads(text))
     except (ValueError, TypeError) as error:
-        raise LoRAError(
-            f"{source}: PEFT's configuration is not a JSON object ({error}): get it again"
-        ) from None
+        what = f"PEFT's configuration is not a JSON object ({error})"
+        raise LoRAError(f"{source}: {what}: get it again") from None
     configs = defaultdict(dict)
     for key, value in flat.items():
         head, _, rest = key.partition(".")
@@ -289,20 +281,15 @@ def _read_configs(
 def _config_alpha(where: str, config: Mapping, module: str, rank: int) -> float:
     """A layer's alpha by PEFT's configuration, whose patterns match the end of a path."""
     try:
-        patterns = config.get("alpha_pattern") or {}
-        alpha = next(
-            (a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), None
-        )
-        alpha = float(config.get("lora_alpha", rank) if alpha is None else alpha)
+        patterns = (config.get("alpha_pattern") or {}).items()
+        found = (alpha for p, alpha in patterns if re.fullmatch(rf"(.*\.)?({p})", module))
+        alpha = float(next(found, config.get("lora_alpha", rank)))
     except (AttributeError, TypeError, ValueError, re.error) as error:
-        raise LoRAError(
-            f"{where}: PEFT's configuration has no readable alpha ({error}): mend it"
-        ) from None
+        reason = f"PEFT's configuration has no readable alpha ({error}): mend it"
+        raise LoRAError(f"{where}: {reason}") from None
     if not math.isfinite(alpha) or alpha <= 0:
-        raise LoRAError(
-            f"{where}: PEFT's configuration has alpha {alpha}: it must be a positive number:"
-            " mend it"
-        )
+        reason = f"PEFT's configuration has alpha {alpha}: it must be a positive number: mend it"
+        raise LoRAError(f"{where}: {reason}")
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 

@@ -111,4 +111,4 @@ def test_three_training_steps_are_peers_steps(models, tmp_path):
         torch.cat([(a[key] - b[key]).flatten() for key in end]).norm()
         for a, b in ((ours, end), (start, end))
     )
-    assert away < 2e-4 * way  # without weight decay it is 1e-3
+    assert away < 2e-4 * way  # without weight decay it is 2e-3
