@@ -60,8 +60,6 @@ def write(
             raise LoRAError(
                 f"{path}: {key} is not finite in {dtype}: training diverged, or save as float32"
             )
-    if not path.parent.is_dir():
-        raise LoRAError(f"{path}: its folder does not exist: make it first")
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_bytes(_serialize(tensors, header))
@@ -83,11 +81,8 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
         "ss_network_alpha": _one({pair.alpha for pair in pairs.values()}),
     }
     if kernels := [pair for pair in pairs.values() if pair.down.shape[2:].numel() > 1]:
-        settings = {"conv_dim": _one({len(pair.down) for pair in kernels})}
-        settings["conv_alpha"] = _one({pair.alpha for pair in kernels})
-        header["ss_network_args"] = json.dumps(
-            {name: str(value) for name, value in settings.items()}
-        )
+        rank, alpha = _one({len(pair.down) for pair in kernels}), _one({p.alpha for p in kernels})
+        header["ss_network_args"] = json.dumps({"conv_dim": str(rank), "conv_alpha": str(alpha)})
     return tensors, header
 
 

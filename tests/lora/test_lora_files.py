@@ -418,7 +418,7 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(
             save_lora(path, models, {}, dtype, layout)
 
     refused("nothing to save", models=models)
-    refused("its folder does not exist", path=tmp_path / "no" / "a")
+    refused("cannot be written", path=tmp_path / "no" / "a")
     refused("layout 'old': must be 'kohya' or 'peft'", layout="old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     refused(r"cannot be written.*no space left")
@@ -475,7 +475,7 @@ def test_the_command_converts_says_nothing_and_names_the_base(
     ("name", "out", "message"),
     [
         ("lora_unet_mid_block_x", "out", "lora_unet_mid_block_x is no layer of Stable Diffusion"),
-        (IN, "no/out", "its folder does not exist"),
+        (IN, "no/out", "cannot be written"),
     ],
 )
 def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(
