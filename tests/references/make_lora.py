@@ -142,10 +142,8 @@ def main() -> None:
     save_file(tensors, HERE / "kohya.safetensors", metadata)
 
     states = {name: list(map(get_peft_model_state_dict, made[name])) for name in list(made)[1:3]}
-    down, write = (
-        map(convert_state_dict_to_diffusers, states["lora_down"]),
-        StableDiffusionPipeline.save_lora_weights,
-    )
+    write = StableDiffusionPipeline.save_lora_weights
+    down = map(convert_state_dict_to_diffusers, states["lora_down"])
     write(HERE, *down, weight_name="lora_down.safetensors")
     configs = [network.peft_config["default"].to_dict() for network in made["lora_AB"]]
     said = dict(zip(("unet_lora_adapter_metadata", "text_encoder_lora_adapter_metadata"), configs))
