@@ -142,6 +142,9 @@ def test_a_regular_expression_picks_layers_of_any_module_and_a_rank_beyond_full_
     assert caught[0].filename == __file__ and not model[0].weight.requires_grad
     inject(model, 2, 1, "0")
     assert list(lora_layers(model)) == ["0", "1.0", "1.1"]
+    twin = nn.Sequential(nn.Linear(3, 4))
+    inject(twin, 2, 1, "0", seed=0)  # as where none is given
+    assert torch.equal(twin[0].A.weight, model[0].A.weight)
 
 
 @pytest.mark.parametrize(
