@@ -60,7 +60,7 @@ def refused(script, words, monkeypatch, capsys):
         ("sample", "--seeds 1 2 --count 3", "give --seeds, or --seed and --count, not both"),
         ("sample", "--seeds 1 2 1", "--seeds: one is there twice"),
         ("sample", "--seeds 5 4294967301", "--seeds: 4294967301: choose a whole number"),
-        ("sample", "--seed 4294967000", "--seed 4294967000: those of the last plane would lie"),
+        ("sample", "--seed 4293967296", "--seed 4293967296: those of the last plane would lie"),
         ("sample", "--count 0", "--count 0: at least 1"),
         ("sample", "--count 100001", "--count 100001: at most 100000"),
         ("sample", "--strength 0.5", "--strength 0.5: of an --init-image FILE"),

@@ -111,7 +111,7 @@ def test_an_image_is_what_the_flags_say_also_of_another_image(
     source, negative = folder / "2_fetal brain" / "1.png", "head " * 80  # of two chunks
     flags = ["--prompt", "a (femur:1.5)", "--negative-prompt", negative, "--samplers", sampler]
     flags += ["--lora", *loras, "--lora-weight", 0.5, "--seeds", 9, "--size", "64x48", *more]
-    flags += ["--init-image", source, "--strength", 0.8, "--steps", 5, "--guidance-scale", 2.5]
+    flags += ["--init-image", source, "--strength", 0.8, "--steps", 8, "--guidance-scale", 2.5]
     path = draw(tiny_model, tmp_path, *flags) / "prompt" / f"{sampler}_9.png"
 
     model = load(tiny_model)
@@ -124,7 +124,7 @@ def test_an_image_is_what_the_flags_say_also_of_another_image(
         ]
         init = model.vae.to_latents(read_image(source, (64, 48))[None])
     settings = {"order": 2, "spacing": "karras"} if more else {}
-    settings |= {"sampler": sampler, "steps": 5, "guidance_scale": 2.5, "strength": 0.8}
+    settings |= {"sampler": sampler, "steps": 8, "guidance_scale": 2.5, "strength": 0.8}
     latents = generate(model.unet, *contexts, [9], (6, 8), init_latents=init, **settings)
     assert np.array_equal(pixels(path), decode_images(model.vae, latents)[0])
     assert pixels(path).std() > 10

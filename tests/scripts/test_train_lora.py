@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from argparse import Namespace
 
 import pytest
 import torch
@@ -125,7 +126,9 @@ def test_a_run_that_is_stopped_twice_and_goes_on_ends_with_the_same_bits(
         with pytest.raises(SystemExit) as stop:
             train(tiny_model, folder, out, f"{KOHYA} --resume")
         assert stop.value.code == 128 + number and signal.getsignal(number) is before
-        assert f"{at + 1} steps are saved in {out}: --resume goes on" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert "4 images, 10 image passes, 4 optimizer steps" in said.out
+        assert f"{at + 1} steps are saved in {out}: --resume goes on" in said.err
         assert not (out / "lora.safetensors").exists()
     monkeypatch.setattr(Draws, "__call__", draw)
     train(tiny_model, folder, out, f"{KOHYA} --resume")
@@ -152,7 +155,7 @@ CHANGES = {
     "a weight": "unet/diffusion_pytorch_model.safetensors was",
     "a word": "--tokenizer was",
 }
-QUICK_CHANGES = ("--rank 4", "an image", "a weight")
+QUICK_CHANGES = ("--rank 4", "--epochs 3", "an image", "a weight")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +264,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tiny_model, folder, 
     # GradScaler, which looks for its scale, is given some steps
     table = [(n, 1, "nan", "1", 1e-4) for n in range(3)]
     train_lora.require_finite(None, [(0, 1, "1", "1", 1e-4), *table], patience=3)
+    with pytest.raises(LoRAError, match=r"^step 1: the loss or its gradient is not finite"):
+        train_lora.require_finite(Namespace(out=tmp_path), [(1, 1, "1", "inf", 1e-4)], patience=0)
 
 
 @pytest.mark.slow
