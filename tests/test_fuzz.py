@@ -111,7 +111,7 @@ def tensors(folder):
 
     def all_of(path):
         weights = open_weights(path)
-        return dict(weights.read(weights.shapes))
+        return {key: weights.tensor(key) for key in weights.shapes}
 
     return folder / "a.safetensors", all_of
 

@@ -253,6 +253,7 @@ def test_what_takes_other_memory_or_looks_more_often_trains_alike(
     assert {tensor.dtype for tensor in state["lora"]} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tiny_model, folder, tmp_path):
     flags = "--rank 2 --lr 1e30 --epochs 9"
     line = r"^step \d: the loss or its gradient is not finite; try a lower --lr, or --dtype bf16"
