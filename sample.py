@@ -37,7 +37,7 @@ from ldm.checkpoints.tokenizer import tokenizer_hash
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
-from ldm.images import decode_images, read_image
+from ldm.images import decode_images
 from ldm.webui import manifest, shots
 from ldm.webui.prompts import encode_weighted
 from lora.files import load_loras
@@ -91,8 +91,6 @@ def parse_args(argv=None):
     add("--order", type=int, help="UniPC's, 1 to 3 (else: 3)")
     add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance; 1: none")
     add("--size", type=image_size, help="in px, 512 or 576x384 (else: the model's own, 512)")
-    add("--init-image", type=Path, help="an image to vary: image-to-image")
-    add("--strength", type=float, help="of it, up to 1; int(steps * strength) steps (else: 0.75)")
     add = parser.add_argument_group("machine and output").add_argument
     add("--batch-size", type=int, default=8, help="images at once")
     add("--compile", action="store_true", help="faster on a GPU, but for a start of a minute")
@@ -105,8 +103,6 @@ def parse_args(argv=None):
         parser.error("give --prompt, or --prompts and --planes, not both")
     if args.seeds and args.count is not None:
         parser.error("give --seeds, or --seed and --count, not both")
-    if args.strength is not None and not args.init_image:
-        parser.error(f"--strength {args.strength:g}: of an --init-image FILE, which is not given")
     if args.embedding and args.rare_token:
         parser.error(
             "give --embedding FILE or --rare-token WORD, not both: a prompt names one token"
@@ -117,7 +113,6 @@ def parse_args(argv=None):
         parser.error(f"--token {args.token}: of an --embedding FILE, which is not given")
     args.prompts = args.prompts or "paper"
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
-    args.strength = 0.75 if args.init_image and args.strength is None else args.strength
     require_at_least(parser, args, 1, "steps", "batch_size", "count")
     if args.count > SEEDS_APART:
         parser.error(
@@ -195,8 +190,6 @@ def plan(
                     order=args.order if sampler == "unipc" else None,
                     loras=shots.tags(args.lora, args.lora_weight),
                     lora_hashes=shots.lora_hashes(args.lora),
-                    init_image=shots.image_hash(args.init_image),
-                    strength=args.strength,
                     model=Path(args.model).name.removesuffix(".safetensors"),
                     model_hash=shots.model_hash(hashes),
                     dtype=args.dtype,
@@ -242,30 +235,23 @@ def write_outputs(args, groups, others, hashes) -> None:
         first = [Image.open(args.out / shot.image) for shot in group[:4]]
         images[group[0].sampler][group[0].plane] = first
     save(first_images_figure(images), args.out / "contact_sheet.png")
-    files = [path for path in (*args.lora, args.init_image) if path and path.is_file()]
-    record_run(args.out, args, hashes | {path.name: sha256(path) for path in files})
+    files = {path.name: sha256(path) for path in args.lora if path.is_file()}
+    record_run(args.out, args, hashes | files)
 
 
 @alone_together
 def main(args):
     # what is wrong with samplers and prompts is told before the model is loaded
-    strength = 1.0 if args.strength is None else args.strength
     for name in args.samplers:
-        order = args.order if name == "unipc" else None
-        make_nodes(name, args.steps, args.spacing, order, strength)
+        make_nodes(name, args.steps, args.spacing, args.order if name == "unipc" else None)
     prompts = {"prompt": (args.prompt,)}
     if args.prompt is None:
         prompts = read_prompts(args.prompts, prompts_beside(args.lora))
 
-    # the model, with LoRAs in its weights and a learned token in its vocabulary; an image to vary
+    # the model, with LoRAs in its weights and a learned token in its vocabulary
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
     width, height = fitting_size(model, args.size)
     token, hashes = adapt(model, args)
-    init_latents = None
-    if args.init_image:
-        image = read_image(args.init_image, (width, height))[None].to(args.device)
-        with torch.no_grad():  # the mean: all that varies it is the sampler's noise
-            init_latents = model.vae.float().to_latents(image)
     arrange(model, args)
 
     # what is to be made, and the text embeddings for it
@@ -300,8 +286,6 @@ def main(args):
                 prediction_type=model.prediction_type,
                 spacing=args.spacing,
                 order=batch[0].order,
-                init_latents=init_latents,
-                strength=strength,
             )
             images = zip(batch, decode_images(model.vae, latents).numpy())
             made = [

@@ -6,7 +6,7 @@
 | the denoising U-Net eps(x_t, t, context) | `unet.py` |
 | the autoencoder between images and latents | `vae.py` |
 | prompts to context: CLIP's tokenizer and text tower, clip_skip | `text.py` |
-| noise and text to latents, with a sampler; variations of an image | `generate.py` |
+| noise and text to latents, with a sampler | `generate.py` |
 | image files in, images out | `images.py` |
 | images of any shape in buckets by aspect ratio | `buckets.py` |
 | Textual Inversion: one learned token and its file | `embedding.py` |

@@ -1,4 +1,4 @@
-"""Text to latents: noise from a seed, a sampler over the denoiser; and variations of an image."""
+"""Text to latents: noise from a seed, a sampler over the denoiser."""
 
 from collections.abc import Sequence
 
@@ -25,29 +25,18 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
 
 
 def make_nodes(
-    sampler: str,
-    steps: int,
-    spacing: str | None = None,
-    order: int | None = None,
-    strength: float = 1.0,
+    sampler: str, steps: int, spacing: str | None = None, order: int | None = None
 ) -> Nodes:
-    """The noise levels that a sampler of SAMPLERS visits: all, or for image-to-image the last
-    int(steps * strength).
+    """The noise levels that a sampler of SAMPLERS visits.
 
-    Raises SamplerError for a setting that the sampler does not have, or where no step is left.
+    Raises SamplerError for a setting that the sampler does not have.
     """
     if order is not None and sampler != "unipc":
         raise SamplerError(f"order {order}: UniPC has one, {sampler} does not")
     if order not in (None, 1, 2, 3):
         raise SamplerError(f"UniPC of order {order}: choose 1, 2 or 3")
-    if not 0 < strength <= 1:
-        raise SamplerError(f"strength {strength:g}: choose more than 0 and at most 1")
     settings = {} if spacing is None else {"spacing": spacing}
-    nodes = SAMPLERS[sampler][0](NoiseSchedule(), steps, **settings)
-    first = steps - int(steps * strength)
-    if first == steps:
-        raise SamplerError(f"strength {strength:g} of {steps} steps: no step is left; raise either")
-    return Nodes(nodes.timesteps[first:], nodes.sigmas[first:], nodes.init_scale)
+    return SAMPLERS[sampler][0](NoiseSchedule(), steps, **settings)
 
 
 @torch.no_grad()
@@ -64,8 +53,6 @@ def generate(
     prediction_type: str = "epsilon",
     spacing: str | None = None,
     order: int | None = None,
-    init_latents: Tensor | None = None,
-    strength: float = 1.0,
 ) -> Tensor:
     """Scaled latents (B, 4, H, W) float32 for text embeddings, by classifier-free guidance (Ho &
     Salimans 2022).
@@ -74,25 +61,16 @@ def generate(
         prompt
     seeds: B integers; size: (H, W) of the latents; sampler: a key of SAMPLERS
     spacing, order: the sampler's own where None; order is UniPC's alone
-    init_latents: (1 or B, 4, H, W) scaled latents of an image to vary (SDEdit, Meng et al. 2022,
-        arXiv 2108.01073): noise is added to them as it stands int(steps * strength) nodes before
-        the end, where sampling begins; diffusers counts like that too
-    strength: in (0, 1], of the variation
 
-    Raises SamplerError for a setting that the sampler does not have, where no step is left, or
-    where the network's prediction is not finite.
+    Raises SamplerError for a setting that the sampler does not have, or where the network's
+    prediction is not finite.
     """
-    strength = 1.0 if init_latents is None else strength
-    nodes = make_nodes(sampler, steps, spacing, order, strength)
+    nodes = make_nodes(sampler, steps, spacing, order)
     if negative_context is not None:
         negative_context = negative_context.expand(len(context), -1, -1)
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
-    if init_latents is None:
-        x = nodes.init_scale * noise
-    else:
-        x = init_latents.to(noise) + nodes.sigmas[0] * noise
     settings = {} if order is None else {"order": order}
-    latents = SAMPLERS[sampler][1](denoise, x, nodes.sigmas, **settings)
+    latents = SAMPLERS[sampler][1](denoise, nodes.init_scale * noise, nodes.sigmas, **settings)
     denoise.require_finite()
     return latents

@@ -1,4 +1,4 @@
-"""Image files as a person sees them: one way to open them for LoRA, image-to-image and the
+"""Image files as a person sees them: one way to open them for LoRA and the
 classifiers alike."""
 
 import logging

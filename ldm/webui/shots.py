@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from harness.files import sha256, whole_file
+from harness.files import whole_file
 from planes.pictures import require_sums
 
 OWN_CHUNK = "fu-lora"  # beside the webui's `parameters`: the same settings exactly, as JSON
@@ -37,8 +37,6 @@ class Shot:
     order: int | None
     loras: str  # as <lora:name:weight>, one after the other
     lora_hashes: str  # name: hash, ..
-    init_image: str  # hash of the image that is varied, or ""
-    strength: float | None  # of the variation
     model: str
     model_hash: str
     dtype: str  # of the U-Net and the text encoder
@@ -61,9 +59,7 @@ def webui_text(shot: Shot) -> str:
         "Size": f"{shot.width}x{shot.height}",
         "Model hash": shot.model_hash,
         "Model": shot.model,
-        "Denoising strength": None if shot.strength is None else _number(shot.strength),
         "Clip skip": shot.clip_skip if shot.clip_skip > 1 else None,
-        "Init image hash": shot.init_image or None,
         "RNG": "CPU",  # where noise is drawn, on any device
         "UniPC order": shot.order,
         "Lora hashes": shot.lora_hashes or None,
@@ -109,11 +105,6 @@ def lora_hash(path: Path) -> str:
     with file.open("rb") as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
         return hashlib.file_digest(stream, "sha256").hexdigest()[:12]
-
-
-def image_hash(path: Path | None) -> str:
-    """10 digits of an image's sha256, "" where there is none."""
-    return sha256(path)[:10] if path else ""
 
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:

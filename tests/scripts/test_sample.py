@@ -13,7 +13,7 @@ import sample
 from harness.files import sha256
 from ldm.checkpoints import load
 from ldm.generate import generate
-from ldm.images import decode_images, read_image
+from ldm.images import decode_images
 from ldm.webui.prompts import encode_weighted
 from ldm.webui.shots import lora_hash
 from lora.files import load_loras
@@ -105,13 +105,11 @@ def test_a_run_that_goes_on_makes_what_is_missing_cut_or_made_otherwise_to_the_s
         ("unipc", ["--order", 2, "--spacing", "karras"]),
     ],
 )
-def test_an_image_is_what_the_flags_say_also_of_another_image(
-    tiny_model, loras, folder, tmp_path, sampler, more
-):
-    source, negative = folder / "2_fetal brain" / "1.png", "head " * 80  # of two chunks
+def test_an_image_is_what_the_flags_say(tiny_model, loras, tmp_path, sampler, more):
+    negative = "head " * 80  # of two chunks
     flags = ["--prompt", "a (femur:1.5)", "--negative-prompt", negative, "--samplers", sampler]
     flags += ["--lora", *loras, "--lora-weight", 0.5, "--seeds", 9, "--size", "64x48", *more]
-    flags += ["--init-image", source, "--strength", 0.8, "--steps", 8, "--guidance-scale", 2.5]
+    flags += ["--steps", 4, "--guidance-scale", 2.5]
     path = draw(tiny_model, tmp_path, *flags) / "prompt" / f"{sampler}_9.png"
 
     model = load(tiny_model)
@@ -122,10 +120,9 @@ def test_an_image_is_what_the_flags_say_also_of_another_image(
             encode_weighted(model.tokenizer, model.text_encoder, text)
             for text in ("a (femur:1.5)", negative)
         ]
-        init = model.vae.to_latents(read_image(source, (64, 48))[None])
     settings = {"order": 2, "spacing": "karras"} if more else {}
-    settings |= {"sampler": sampler, "steps": 8, "guidance_scale": 2.5, "strength": 0.8}
-    latents = generate(model.unet, *contexts, [9], (6, 8), init_latents=init, **settings)
+    settings |= {"sampler": sampler, "steps": 4, "guidance_scale": 2.5}
+    latents = generate(model.unet, *contexts, [9], (6, 8), **settings)
     assert np.array_equal(pixels(path), decode_images(model.vae, latents)[0])
     assert pixels(path).std() > 10
 
