@@ -21,11 +21,11 @@ from classify import ClassifyError
 from classify.data import RECIPES
 from harness import processes
 from harness.files import folder_hash, sha256, sha256_of_all
-from harness.flags import device_name, seed_number
+from harness.flags import HelpFormatter, device_name, seed_number
 from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
-from ldm.cli import add_model_arguments, describe_models, lora_path, model_flags, model_paths
+from ldm.cli import add_model_arguments, lora_path, model_flags, model_paths
 from lora import LoRAError
 from paper.material import PHANTOMS, Selections, make_phantoms
 from paper.plan import (
@@ -44,7 +44,7 @@ from paper.plan import (
 )
 from paper.preview import preview
 from paper.report import Context, build
-from paper.results import ResultError, is_run, read_result, row_folder
+from paper.results import ResultError, read_result, row_folder
 from paper.stages import Stages
 from paper.synthetic import describe
 from planes.captions import PROMPTS_FILE
@@ -58,34 +58,34 @@ TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [flags]"
-    add = parser.add_argument
     add_model_arguments(parser)
     parser.set_defaults(model=None)  # the embedded one, at a scale of its own
-    add("--spanish", type=Path, help="the Spanish dataset (default: phantoms of site A)")
-    add("--african", type=Path, help="the African dataset (default: phantoms of site B)")
+    add = parser.add_argument_group("data").add_argument
+    add("--spanish", type=Path, help="the Spanish dataset (else: phantoms of site A)")
+    add("--african", type=Path, help="the African dataset (else: phantoms of site B)")
     add("--source", type=Path, help="instead: any site, a folder of images for each class")
     add("--target", type=Path, help="with it: another site of the same classes, the test")
-    template = "an ultrasound image of {class}"
-    add("--prompt-template", default=template, help="a prompt for each class of --source")
-    add("--manifests", type=Path, help="folder with the authors' lists of images (default: drawn)")
+    add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--manifests", type=Path, help="folder with the authors' lists of images (else: drawn)")
     add("--synthetic", type=Path, help="a list of images instead of making them, or zenodo")
     add("--lora", type=lora_path, help="a LoRA instead of training one: a file, or a hub id")
-    add("--recipe", choices=RECIPES, default="paper", help="of the classifiers (paper)")
-    add("--weights", help="theirs: imagenet, none or a file (default: imagenet with --model)")
+    add = parser.add_argument_group("rows").add_argument
     rows = 'some rows: "HB+DA/ResNet18", HB+DA, resnet18, "table 2"'
     add("--only", nargs="+", default=[], metavar="ROW", help=rows)
     add("--quick", action="store_true", help="ResNet18, six data models, fewer synthetic images")
-    add("--probe", nargs="+", default=[], metavar="probe:ID", help="rows of frozen models")
+    add("--probe", nargs="+", default=[], metavar="ID", help="rows of frozen models too")
     add("--beyond", action="store_true", help="detailed prompts, Textual Inversion, DreamBooth too")
     add("--plan", action="store_true", help="print the rows and what is missing; run nothing")
-    add("--seeds", type=seed_number, nargs="+", help="of each row (0; --quick: 0 1 2)")
-    add("--seed", type=seed_number, default=0, help="of selections, phantoms, LoRAs, images (0)")
-    add("--device", type=device_name, help="of every stage (default: CUDA where there is one)")
-    add("--out", type=Path, default=Path("runs/reproduce"))
+    add("--recipe", choices=RECIPES, default="paper", help="of the classifiers")
+    weights = "of the classifiers: imagenet, none or a file (else: imagenet with --model, or none)"
+    add("--weights", help=weights)
+    add("--seeds", type=seed_number, nargs="+", help="of each row (else: 0, with --quick 0 1 2)")
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--seed", type=seed_number, default=0, help="of selections, phantoms, LoRAs, images")
+    add("--device", type=device_name, help="of every stage (else: CUDA where there is one)")
+    add("--out", type=Path, default=Path("runs/reproduce"), help="a folder")
     args = parser.parse_args(argv)
     if (args.spanish is None) != (args.african is None):
         parser.error("--spanish and --african belong together: give both, or neither for phantoms")
@@ -93,14 +93,11 @@ def parse_args(argv=None):
         parser.error("--source and --target belong together, and not to --spanish and --african")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
-    if bad := [name for name in args.probe if not name.startswith("probe:")]:
-        parser.error(f"--probe {bad[0]}: name a frozen model as in probe:{bad[0]}")
     args.seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
     rows = QUICK_ROWS if args.quick else ROWS
     try:
-        rows = (*rows, *(BEYOND_ROWS if args.beyond else ()), *probe_rows(args.probe))
-        args.rows = choose(rows, args.only)
+        args.rows = choose([*rows, *BEYOND_ROWS * args.beyond, *probe_rows(args.probe)], args.only)
     except ValueError as error:
         parser.error(f"--only: {error}")
     return args
@@ -153,9 +150,12 @@ class Experiment:
         """The folder of the images."""
         processes.barrier()  # for files that others make
         flags += (*model_flags(self.args), *self.scale.sample.split(), "--count", count)
-        read = {flag: path for flag, path in pairwise(flags) if isinstance(path, Path)}
-        hashes = {flag.strip("-"): folder_hash(path) for flag, path in read.items()}
-        flags, inputs = (*flags, "--seed", self.args.seed), self.model_hashes | hashes
+        inputs = self.model_hashes | {
+            flag.strip("-"): folder_hash(path)
+            for flag, path in pairwise(flags)
+            if isinstance(path, Path)
+        }
+        flags += ("--seed", self.args.seed)
         return self.stages.run("sample", self.args.out / name, *flags, inputs=inputs)
 
     def lora_images(self, rank: int) -> Path:
@@ -224,19 +224,17 @@ def main(args):
     roots = (args.source, args.target) if args.source else (args.spanish, args.african)
     choice = args.manifests, scale.per_plane, args.seed, bool(args.source)
     if args.plan:
-        selections = Selections(roots, *choice) if roots[0] else None
-        done = partial(is_run, args.out)
-        print(preview(args, scale, selections, describe_models(args), done))
+        print(preview(args, scale, Selections(roots, *choice) if roots[0] else None))
         return
     with alone_in(args.out, together=True):
         # the first of several processes makes and fetches, the others find it there
         for turn in (True, False):
-            if processes.is_first() is turn and not roots[0]:
-                print("phantoms of two sites", flush=True)
-                roots = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
-            fetched = str(args.synthetic) == "zenodo" and not args.synthetic.exists()
-            if processes.is_first() is turn and fetched:
-                args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
+            if processes.is_first() is turn:
+                if not roots[0]:
+                    print("phantoms of two sites", flush=True)
+                    roots = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
+                if args.synthetic == Path("zenodo"):
+                    args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
             processes.barrier()
         reproduce(args, scale, Selections(roots, *choice))
 
@@ -283,10 +281,8 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     files = [*selections.tables(), args.model, args.vae, args.synthetic, args.weights]
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}
     record_environment(args.out, args, hashes)
-    found = None
-    if panels:
-        found = describe(args.out, selections, panels, scale.rank, without, args.seeds[0])
-    build(args.out, results, context, found)
+    about = selections, panels, scale.rank, without, args.seeds[0]
+    build(args.out, results, context, describe(args.out, *about) if panels else None)
     print(f"\n{args.out / 'report.html'}")
 
 

@@ -3,8 +3,8 @@ plain controls.
 
 The paper compares HB+DA, 1150 balanced real images and 5000 synthetic ones, with ES+DA, 6148 real
 images that are not balanced. Two things change at once; BAL+DA, the 1150 alone, stands between
-them. And synthetic images are one way of
-augmenting: ES+DA+balanced and ES+DA+contrast are cheaper ones.
+them. And synthetic images are one way of augmenting: ES+DA+balanced and ES+DA+contrast are cheaper
+ones.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -61,6 +61,13 @@ CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
 """(baseline, data model that the paper says is better)."""
 SYNTHETIC = ("HB+DA", "HB-styles+DA")
 CONTROLS = ("BAL+DA", "ES+DA+balanced", "ES+DA+contrast")  # without synthetic images
+VERDICTS = {
+    "one seed cannot tell": "One seed cannot tell whether {} is better than {}",
+    "better": "{} is better than {}",
+    "worse": "{} is worse than {}",
+    "not shown": "{} is not shown to differ from {}",
+}
+"""Of a difference in accuracy, in a word and in a sentence."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,14 @@ class Gain:
     """A step as it was found: the differences by metric, over which classifiers and how many seeds
     of each.
 
-    seeds: the fewest and the most that a classifier has with either data model
+    seeds: how many a classifier has with either data model, such as "3" or "1 to 3"
     published: the paper's mean difference over the same classifiers, nan if it has not all of them
     """
 
     step: Step
     differences: Mapping[str, Difference]
     classifiers: tuple[str, ...]
-    seeds: tuple[int, int]
+    seeds: str
     published: float
 
     @property
@@ -102,9 +109,10 @@ def measure(
         both = tuple(c for c in classifiers if all((data, c) in cells for data in needed))
         if both and (pair, both) not in found:
             sides = [[cells[data, c] for c in both] for data in pair]
-            seeds = [len(runs) for side in sides for runs in side]
-            numbers = (min(seeds), max(seeds)), published_difference(*pair, both)
-            found[pair, both] = Gain(step, compare(*sides), both, *numbers)
+            counts = sorted({len(runs) for side in sides for runs in side})
+            seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+            published = published_difference(*pair, both)
+            found[pair, both] = Gain(step, compare(*sides), both, seeds, published)
     return list(found.values())
 
 
@@ -127,55 +135,37 @@ def headline(cells: Cells, left_out: Mapping[str, str], sites: str, compared: bo
     return f"On {sites}: {' '.join(sentences)}" + f" Left out of averages: {names}." * bool(names)
 
 
+def points_between(found: Difference) -> str:
+    """The ends of an interval, in points."""
+    return f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
+
+
 def _sentence(gain: Gain, compared: bool) -> str:
-    data, baseline = f"{gain.step.data}, with synthetic images,", f"{gain.step.baseline}, without"
-    found, (low, high) = gain.accuracy, gain.seeds
-    one_seed = found.over == "patients"
-    inside = [f"{'for these trained networks' if one_seed else '95 % interval'} {_interval(found)}"]
-    inside += [
-        _count(len(gain.classifiers), "classifier"),
-        f"{low} to {high} seeds" if low < high else _count(low, "seed"),
-    ]
-    inside += [f"published {100 * gain.published:+.2f}"] * (
-        compared and not np.isnan(gain.published)
-    )
-    amount = f"{100 * found.value:+.1f} points of accuracy ({'; '.join(inside)})"
-    if one_seed:
-        return f"One seed cannot tell whether {data} is better than {baseline}: {amount}."
-    how = {
-        "better": "is better than",
-        "worse": "is worse than",
-        "not shown": "is not shown to differ from",
-    }
-    return f"{data} {how[gain.verdict]} {baseline}: {amount}."
+    found, step = gain.accuracy, gain.step
+    pair = f"{step.data}, with synthetic images,", f"{step.baseline}, without"
+    of = "for these trained networks" if found.over == "patients" else "95 % interval"
+    numbers = f"{of} {points_between(found)}"
+    numbers += f"; classifiers: {len(gain.classifiers)}; seeds: {gain.seeds}"
+    if compared and not np.isnan(gain.published):
+        numbers += f"; published {100 * gain.published:+.2f}"
+    said = VERDICTS[gain.verdict].format(*pair)
+    return f"{said}: {100 * found.value:+.1f} points of accuracy ({numbers})."
 
 
 def _controls(cells: Cells, classifiers: Collection[str]) -> list[str]:
     """Names the controls that are ahead of synthetic images: first those that are so beyond
     chance."""
     pairs = [Step("", synthetic, control) for synthetic in SYNTHETIC for control in CONTROLS]
-    ahead = [gain for gain in measure(pairs, cells, classifiers) if gain.accuracy.value > 0]
-    beaten = [gain for gain in ahead if gain.verdict == "better"]
-    unsure = [gain for gain in ahead if gain.verdict != "better"]
+    ahead: dict[bool, list[str]] = {True: [], False: []}
+    for gain in measure(pairs, cells, classifiers):
+        step, found = gain.step, gain.accuracy
+        if found.value > 0:
+            points = f"{100 * found.value:+.1f} ({points_between(found)})"
+            surely = gain.verdict == "better"
+            ahead[surely].append(f"{step.data} against {step.baseline} {points}")
     words = "do better than synthetic ones", "are ahead of synthetic ones, which may be chance"
     return [
-        f"Controls without synthetic images {way}: {', '.join(map(_lead, gains))}."
-        for gains, way in zip((beaten, unsure), words)
-        if gains
+        f"Controls without synthetic images {way}: {', '.join(found)}."
+        for way, found in zip(words, ahead.values())
+        if found
     ]
-
-
-def _lead(gain: Gain) -> str:
-    found = gain.accuracy
-    return (
-        f"{gain.step.data} against {gain.step.baseline} {100 * found.value:+.1f}"
-        f" ({_interval(found)})"
-    )
-
-
-def _interval(found: Difference) -> str:
-    return f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"

@@ -5,6 +5,7 @@ A row is a data model and a classifier. Nothing here runs: reproduce.py turns ro
 classify.py.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -54,17 +55,15 @@ class Row:
         return f"{self.data.name}/{classifier_name(self.classifier)}"
 
 
-ES, ES_DA = DataModel("ES", "all"), DataModel("ES+DA", "all", augment=True)
-HB, HB_DA = (
-    DataModel("HB", "balanced", "lora"),
+ES, HB = DataModel("ES", "all"), DataModel("HB", "balanced", "lora")
+AF = DataModel("AF", target=True)
+TABLE_1 = (
+    ES,
+    DataModel("ES+DA", "all", augment=True),
+    HB,
     DataModel("HB+DA", "balanced", "lora", augment=True),
 )
-TABLE_2 = (
-    DataModel("AF", target=True),
-    ES,
-    DataModel("ES+AF", "all", target=True),
-    DataModel("HB-all", "all", "lora"),
-)
+TABLE_2 = AF, ES, DataModel("ES+AF", "all", target=True), DataModel("HB-all", "all", "lora")
 # what else may explain the gain: ES is 42 % Other and 6 % abdomen, HB has as many of each class
 CONTROLS = (
     DataModel("BAL", "balanced"),  # HB without its synthetic images
@@ -82,11 +81,12 @@ BEYOND = (  # what the paper names as future work, each in the place of HB+DA
     DataModel("HB-token+DA", "balanced", "token", augment=True),
     DataModel("HB-dreambooth+DA", "balanced", "dreambooth", augment=True),
 )
-ROWS = (
-    *(Row("1", data, classifier) for data in (ES, ES_DA, HB, HB_DA) for classifier in CLASSIFIERS),
-    *(Row("2", data, "vit_b_16") for data in TABLE_2),
-    *(Row("controls", data, classifier) for data in CONTROLS for classifier in CLASSIFIERS),
-    *(Row("styles", data, classifier) for data in STYLES for classifier in CLASSIFIERS),
+TABLES = {"1": TABLE_1, "2": TABLE_2, "controls": CONTROLS, "styles": STYLES}
+ROWS = tuple(
+    Row(table, data, classifier)
+    for table, models in TABLES.items()
+    for data in models
+    for classifier in (["vit_b_16"] if table == "2" else CLASSIFIERS)
 )
 BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
 QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA")
@@ -102,32 +102,31 @@ def classifier_name(classifier: str) -> str:
 
 
 def probe_rows(models: Sequence[str]) -> tuple[Row, ...]:
-    """Rows for frozen models, such as "probe:owner/name": on the data models that are not
-    augmented."""
-    return tuple(Row("probes", data, model) for model in models for data in (ES, HB, TABLE_2[0]))
+    """Rows for frozen models, such as "owner/name" or "probe:owner/name": on the data models that
+    are not augmented."""
+    names = [f"probe:{model.removeprefix('probe:')}" for model in models]
+    return tuple(Row("probes", data, name) for name in names for data in (ES, HB, AF))
 
 
 def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
     """The rows called so, in the plan's order; a data model, a classifier or a table ("table 1",
     "controls") names all of its own.
 
-    Case and spaces do not count. ValueError for a name that fits none.
+    Case, spaces and underscores do not count. ValueError for a name that fits none.
     """
 
-    def plain(name: str) -> str:
-        return "".join(name.lower().split())
+    def plain(*names: str) -> set[str]:
+        return {re.sub(r"[\s_]|^table\s", "", name.lower()) for name in names}
 
-    def called(row: Row) -> set[str]:
+    called = {}
+    for row in rows:
         data, classifier = row.data.name, row.classifier
-        known = row.name, f"{data}/{classifier}", data, classifier, classifier_name(classifier)
-        return {plain(name) for name in (*known, row.table, f"table {row.table}")}
-
+        called[row] = plain(row.name, data, classifier, f"{data}/{classifier}", row.table)
     for name in names:
-        if not any(plain(name) in called(row) for row in rows):
+        if not any(plain(name) & known for known in called.values()):
             known = ", ".join(dict.fromkeys(row.name for row in rows))
             raise ValueError(f"no row is called {name!r}; there are {known}")
-    wanted = {plain(name) for name in names}
-    return tuple(row for row in rows if not names or wanted & called(row))
+    return tuple(row for row in rows if not names or plain(*names) & called[row])
 
 
 # --- how large each stage is ---

@@ -1,14 +1,16 @@
 """What a reproduction would run, and what is missing for it on this machine."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torchvision.models import get_model_weights
 
 from classify.models import MODELS
+from ldm.cli import describe_models
 from paper.material import PHANTOMS, Selections
 from paper.plan import PAPER, RANKS, Row, Scale
+from paper.results import is_run
 from planes import PLANES
 from planes.datasets import DatasetError, Record
 
@@ -74,18 +76,14 @@ def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> floa
     return seconds / 60
 
 
-def preview(
-    args, scale: Scale, selections: Selections | None, models: Sequence[str], done: Callable
-) -> str:
+def preview(args, scale: Scale, selections: Selections | None) -> str:
     """The plan as text.
 
     args, scale: reproduce.py's
     selections: None for phantoms
-    models: a line for each base model that is named: is it here?
-    done: (row, seed) -> whether that run's outcome is there
     """
     rows = {(row.data, row.classifier): row for row in args.rows}.values()  # some in two tables
-    left = {row: sum(not done(row, seed) for seed in args.seeds) for row in rows}
+    left = {row: sum(not is_run(args.out, row, seed) for seed in args.seeds) for row in rows}
     drawn = 2 * len(selections.classes if selections else PLANES) * scale.count
     lines = [("Row", "# source", "# synthetic", "# target", "runs left")]
     for row in rows:
@@ -95,7 +93,7 @@ def preview(
             synthetic = "given"
         lines.append((row.name, source, synthetic, target, left[row] or "done"))
 
-    state = [*models]
+    state = describe_models(args)
     if selections:
         state += map(missing_images, ("source", "target"), selections.needed(rows))
         state += ["both datasets: python -m planes.download --to DIR"] * (not selections.own)

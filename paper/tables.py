@@ -8,7 +8,7 @@ import numpy as np
 
 from eval.compare import Difference, mcnemar
 from paper.document import table
-from paper.gain import Cells, Gain, Row
+from paper.gain import Cells, Gain, Row, points_between
 from paper.plan import classifier_name
 from paper.published import PUBLISHED
 from paper.results import METRICS, Estimate, Result, estimate
@@ -22,8 +22,8 @@ COMPARED = ("accuracy", "f_score", "auc")
 
 
 def percent(value: float) -> str:
-    """A fraction as percent; a dash if it is nan."""
-    return NONE if np.isnan(value) else f"{100 * value:.2f}"
+    """A fraction as percent."""
+    return f"{100 * value:.2f}"
 
 
 def p_value(p: float) -> str:
@@ -33,16 +33,12 @@ def p_value(p: float) -> str:
 
 def interval(found: Estimate) -> str:
     """Bounds of an interval in percent."""
-    if np.isnan(found.low):
-        return NONE
     return f"{100 * found.low:.1f} to {100 * found.high:.1f}{ONE_SEED * (found.seeds == 1)}"
 
 
 def difference(found: Difference) -> str:
     """In points, with its interval and p-value."""
-    if np.isnan(found.value):
-        return NONE
-    text = f"{100 * found.value:+.2f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+    text = f"{100 * found.value:+.2f} ({points_between(found)})"
     return text + ONE_SEED if found.over == "patients" else f"{text}, {p_value(found.p_value)}"
 
 
@@ -76,10 +72,9 @@ def gain_table(gains: Sequence[Gain], compared: bool, cells: Cells | None = None
     header += ["Right only before : only after, by seed"] * bool(cells)
     body = []
     for gain in gains:
-        step, (low, high), names = gain.step, gain.seeds, gain.classifiers
+        step, names = gain.step, gain.classifiers
         name = classifier_name(names[0]) if len(names) == 1 else str(len(names))
-        line = [step.what, f"{step.data} less {step.baseline}", name]
-        line += [f"{low} to {high}" if low < high else low, gain.verdict]
+        line = [step.what, f"{step.data} less {step.baseline}", name, gain.seeds, gain.verdict]
         line += [difference(gain.differences[metric]) for metric in COMPARED]
         if cells:
             pairs = [
@@ -151,7 +146,7 @@ def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
             for metric, ours in estimate([result], definition, images == "distinct").items():
                 stem = f"{images}_{definition}_{metric}"
                 ends = {stem: ours.mean, f"{stem}_low": ours.low, f"{stem}_high": ours.high}
-                line |= {key: "" if np.isnan(end) else f"{end:.6f}" for key, end in ends.items()}
+                line |= {key: f"{end:.6f}" for key, end in ends.items()}
         rows.append(line)
     return rows
 
