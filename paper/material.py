@@ -28,7 +28,7 @@ MANIFESTS = {  # the authors' lists of the Spanish images
     "balanced": "spain_train_1150_balanced.csv",
     "lora": "lora_train_data.csv",
 }
-TABLES = ("FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
+TABLES = ("images.csv", "FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
 
 
 def make_phantoms(out: Path, seed: int, phantoms: Mapping[str, object]) -> tuple[Path, Path]:
@@ -121,7 +121,6 @@ class Selections:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def tables(self) -> list[Path]:
-        """The tables and lists that say what the images are, where there are some."""
-        names = ("images.csv",) * 2 if self.own else TABLES
-        tables = [root / name for root, name in zip(self.roots, names)]
-        return tables + [self.lists / name for name in MANIFESTS.values() if self.lists]
+        """Where tables and lists that say what the images are may be."""
+        lists = [self.lists / name for name in MANIFESTS.values()] if self.lists else []
+        return [root / name for root in self.roots for name in TABLES] + lists

@@ -64,8 +64,8 @@ def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[
 
 def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> float:
     """Of the trainings and the drawing that are left, on two cores. drawn: images of a kind."""
-    kinds = {row.data.synthetic for row, runs in left.items() if runs} - {""}
-    kinds -= {"lora"} if args.synthetic else set()
+    given = {"", "lora"} if args.synthetic else {""}
+    kinds = {row.data.synthetic for row, runs in left.items() if runs} - given
     # of figure 3
     others = 0 if args.quick or args.only or args.synthetic else len(RANKS) - 1
     seconds = 100 * scale.repeats * (len(kinds) + others) * CPU_LORA

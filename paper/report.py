@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from eval.figures import Point, confusion_figure, forest_figure, save
 from eval.metrics import confusion
 from harness.files import whole_file, write_table, write_text
@@ -43,8 +45,6 @@ class Context:
     title: str = ""
 
 
-TABLES = ("1", "controls", "styles", "2", "beyond", "probes")
-"""Those of paper.plan, in their order here."""
 LEGEND = (
     "ES: real images of the first site alone. HB: balanced ones of these, and synthetic ones. DA:"
     " augmentation. BAL: the real images of HB alone. +balanced: each class is drawn equally often."
@@ -102,15 +102,16 @@ RECOGNISED = (
 def build(
     out: Path, results: Sequence[Result], context: Context, found: Findings | None = None
 ) -> None:
-    """Write the whole report into the folder `out`. found: of the synthetic images; its first
-    figure stands on the first screen.
+    """Write the whole report into the folder `out`.
 
+    results: in the order that their rows shall have
+    found: of the synthetic images; its first figure stands on the first screen
     Raises ResultError if there is no result, or if not all were tested on the same images.
     """
     if not results:
         raise ResultError("there is nothing to report: no row is finished")
     require_same_test(results)
-    results, found = sorted(results, key=_place), found or Findings()
+    found = found or Findings()
     cells: dict[Row, list[Result]] = {}
     for result in results:
         runs = cells.setdefault((result.data, result.classifier), [])
@@ -123,7 +124,7 @@ def build(
 
     # the first screen: what was found, and two pictures
     title = context.title or f"FU-LoRA{' on phantoms' if context.phantoms else ', reproduced'}"
-    blocks = [f"# {title}", headline(cells, left_out, context.sites, compared)]
+    blocks = [f"# {title}", headline(cells, averaged, context.sites, compared)]
     if shown := measure(AUGMENTED, cells, averaged):
         blocks.append(_gain_picture(out, shown, compared))
     blocks += list(found.figures.values())[:1]
@@ -161,20 +162,13 @@ def build(
     write_text(out / "report.html", to_html(blocks, out))
 
 
-def _place(result: Result) -> tuple:
-    """Where a run stands in the report."""
-    place = [*CLASSIFIERS, result.classifier].index(result.classifier)
-    return TABLES.index(result.table), result.data, place, result.classifier, result.seed
-
-
 def _gain_picture(out: Path, gains: Sequence[Gain], compared: bool) -> str:
     points = []
     for gain in gains:
         step, found = gain.step, gain.accuracy
-        numbers = [100 * number for number in (found.value, found.low, found.high)]
-        published = 100 * gain.published if compared else None
+        numbers = found.value, found.low, found.high, gain.published if compared else np.nan
         label, seeds = f"{step.what}\n{step.data} − {step.baseline}", found.over != "patients"
-        points.append(Point(label, *numbers, published, seeds, step.kind))
+        points.append(Point(label, *(100 * np.array(numbers)), seeds, step.kind))
     save(forest_figure(points, "difference in accuracy, points"), out / FIGURES / "gain.png")
     caption = "Where the gain comes from: accuracy of one data model less another's."
     return picture("gain.png", caption)

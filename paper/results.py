@@ -96,12 +96,10 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         targets, predictions = (
             np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction")
         )
-        columns = {
-            f"{key}s": np.array([row[key] for row in rows])
-            for key in ("patient", "center", "image")
-        }
+        patients, centers, images, copied = (
+            np.array([row[key] for row in rows]) for key in ("patient", "center", "image", "copy")
+        )
         probabilities = np.array([[float(row[name]) for name in classes] for row in rows])
-        copies = np.array([row["copy"] == "1" for row in rows])
         training, counts = metrics["training"], metrics["confusion"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(
@@ -111,10 +109,9 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         raise ResultError(
             f"{folder}: metrics.json and predictions.csv are of different runs; run the row again"
         )
-    found = (targets, predictions, probabilities)
-    return Result(
-        table, data, classifier, seed, training, *found, copies=copies, classes=classes, **columns
-    )
+    about = table, data, classifier, seed, training
+    found = targets, predictions, probabilities, patients, centers, images, copied == "1", classes
+    return Result(*about, *found)
 
 
 def read_by(classifier: Path, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:

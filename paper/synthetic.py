@@ -17,8 +17,6 @@ from paper.material import Selections
 from paper.results import read_by, row_folder
 from planes.datasets import Record, read_synthetic
 
-# the sources of records, by Selections.own
-SITES = {False: ("spain", "africa"), True: ("source", "target")}
 PER_SOURCE = 35  # images of a class and source in figure 3
 
 
@@ -47,12 +45,13 @@ def recognised(classifier_file: Path, records: Sequence[Record]) -> dict[str, fl
     return {str(name): float(hits[samplers == name].mean()) for name in dict.fromkeys(samplers)}
 
 
-def extractor(layer: str, size: int, judge: Path | None) -> Extractor | None:
-    """Inception v3 where its weights can be had, else a classifier of our own, else nothing."""
+def extractor(layer: str, size: int, judges: Sequence[Path]) -> Extractor | None:
+    """Inception v3 where its weights can be had, else the first of our own classifiers, else
+    nothing."""
     try:
         return inception(layer=layer, size=size)
     except ClassifyError:
-        return classifier(judge) if judge else None
+        return classifier(judges[0]) if judges else None
 
 
 def describe(
@@ -73,8 +72,7 @@ def describe(
     found, folder, classes = Findings(), out / FIGURES, selections.classes
     folder.mkdir(parents=True, exist_ok=True)
     real, unseen = selections.source("all"), selections.target(train=False)
-    sites = dict(zip(SITES[selections.own], (real, unseen)))
-    lora_images = selections.source("lora")
+    lora_images, sites = selections.source("lora"), {r[0].source: r for r in (real, unseen)}
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
     synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
 
@@ -82,26 +80,24 @@ def describe(
         save(figure, folder / name)
         found.figures[title] = picture(name, caption)
 
-    judges = {
-        name: file
-        for name in ("ES", "ES+DA")
-        if (file := row_folder(out, name, "resnet18", seed) / "model.safetensors").exists()
-    }
-    for label, file in judges.items():
-        found.recognised[f"{label}, with LoRA"] = recognised(file, synthetic)
-        found.recognised[f"{label}, without"] = recognised(file, plain)
+    judges = []
+    for name in ("ES", "ES+DA"):
+        file = row_folder(out, name, "resnet18", seed) / "model.safetensors"
+        if file.exists():
+            judges.append(file)
+            found.recognised[f"{name}, with LoRA"] = recognised(file, synthetic)
+            found.recognised[f"{name}, without"] = recognised(file, plain)
 
     caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
     if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
         caption += f" {[*sites][1].capitalize()} has no {' and no '.join(lacking)}."
     add("Samples (figure 2)", "samples.png", figure_2(sites, synthetic, classes), caption)
 
-    judge = next(iter(judges.values()), None)
-    if network := extractor("logits", 224, judge):
+    if network := extractor("logits", 224, judges):
         caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
         figure = figure_3(sites, images, network, selections.seed, classes)
         add("Where the sources lie (figure 3)", "sources.png", figure, caption)
-    if network := extractor("penultimate", 299, judge):
+    if network := extractor("penultimate", 299, judges):
         found.quality = quality_table(
             features(network, real),
             features(network, synthetic),
@@ -153,20 +149,16 @@ def figure_2(
     sites: Mapping[str, Sequence[Record]], synthetic: Sequence[Record], classes: Sequence[str]
 ):
     """The first image of each class: a row for each sampler and site."""
-    groups: dict[str, dict[str, Record]] = {}
+    groups: dict[str, list[Record]] = {}
     for record in synthetic:
-        groups.setdefault(record.center, {}).setdefault(record.plane, record)
-    for name, records in sites.items():
-        groups[name.capitalize()] = {record.plane: record for record in reversed(records)}
-    rows = {
-        label: {
-            plane: Image.open(record.path).convert("L").resize((256, 256))
-            for plane, record in first.items()
-        }
-        for label, first in groups.items()
-    }
-    cells = [[images.get(name) for name in classes] for images in rows.values()]
-    return contact_sheet(cells, list(rows), classes)
+        groups.setdefault(record.center, []).append(record)
+    groups |= {name.capitalize(): records for name, records in sites.items()}
+    cells = []
+    for records in groups.values():
+        first = {record.plane: record.path for record in reversed(records)}
+        images = (Image.open(first[name]) if name in first else None for name in classes)
+        cells.append([image and image.convert("L").resize((256, 256)) for image in images])
+    return contact_sheet(cells, list(groups), classes)
 
 
 def figure_3(

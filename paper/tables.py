@@ -144,9 +144,8 @@ def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
         line |= {"n_test": len(result.targets), "n_copies": int(result.copies.sum())}
         for images, definition in product(("all", "distinct"), ("notebook", "plain")):
             for metric, ours in estimate([result], definition, images == "distinct").items():
-                stem = f"{images}_{definition}_{metric}"
-                ends = {stem: ours.mean, f"{stem}_low": ours.low, f"{stem}_high": ours.high}
-                line |= {key: f"{end:.6f}" for key, end in ends.items()}
+                for end, value in ("", ours.mean), ("_low", ours.low), ("_high", ours.high):
+                    line[f"{images}_{definition}_{metric}{end}"] = f"{value:.6f}"
         rows.append(line)
     return rows
 
@@ -154,7 +153,7 @@ def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
 def _counts(result: Result) -> list[int]:
     """Training images of each kind in SOURCES."""
     counts = result.training["sources"]
-    return [sum(counts.get(source, 0) for source in SOURCES[kind]) for kind in SOURCES]
+    return [sum(counts.get(source, 0) for source in names) for names in SOURCES.values()]
 
 
 def _names(row: Row) -> tuple[str, str]:
