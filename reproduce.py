@@ -208,8 +208,7 @@ class Experiment:
             flags += ["--synthetic", manifest]
         if Path(args.weights).is_file():
             inputs["weights"] = sha256(Path(args.weights))
-        flags += ["--african-train"] * data.target + ["--augment"] * data.augment
-        flags += ["--contrast"] * data.contrast + ["--balanced-sampling"] * data.balanced_sampling
+        flags += [*data.flags.split(), *["--african-train"] * data.target]
         if row.classifier in scale.passes:
             flags += ["--passes", scale.passes[row.classifier]]
         if row.classifier not in CLASSIFIERS:

@@ -103,7 +103,7 @@ def main(args):
         data = row.data
         if row.classifier != CLASSIFIER or data.name not in args.data:
             continue
-        more = ["--augment"] * data.augment + ["--contrast"] * data.contrast
+        more = data.flags.split()
         if data.synthetic:
             more += ["--synthetic", synthetic(args, data.synthetic, real)]
         for seed in args.seeds:

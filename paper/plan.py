@@ -27,19 +27,16 @@ class DataModel:
         ones (1150), or none
     synthetic: how the synthetic images were made: "lora" (the paper), "styles", "prompts", "token",
         "dreambooth", none
+    flags: of classify.py: --augment (random rotation, flips and crops), --contrast (random
+        brightness, contrast and gamma), --balanced-sampling (every class is drawn equally often)
     target: with the second site's training images, which is no longer zero-shot
-    augment: random rotation, flips and crops
-    contrast: random brightness, contrast and gamma
-    balanced_sampling: every class is drawn equally often, however many images it has
     """
 
     name: str
     source: str = ""
     synthetic: str = ""
+    flags: str = ""
     target: bool = False
-    augment: bool = False
-    contrast: bool = False
-    balanced_sampling: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,27 +56,27 @@ ES, HB = DataModel("ES", "all"), DataModel("HB", "balanced", "lora")
 AF = DataModel("AF", target=True)
 TABLE_1 = (
     ES,
-    DataModel("ES+DA", "all", augment=True),
+    DataModel("ES+DA", "all", flags="--augment"),
     HB,
-    DataModel("HB+DA", "balanced", "lora", augment=True),
+    DataModel("HB+DA", "balanced", "lora", "--augment"),
 )
 TABLE_2 = AF, ES, DataModel("ES+AF", "all", target=True), DataModel("HB-all", "all", "lora")
 # what else may explain the gain: ES is 42 % Other and 6 % abdomen, HB has as many of each class
 CONTROLS = (
     DataModel("BAL", "balanced"),  # HB without its synthetic images
-    DataModel("BAL+DA", "balanced", augment=True),
-    DataModel("ES+DA+balanced", "all", augment=True, balanced_sampling=True),
-    DataModel("ES+DA+contrast", "all", augment=True, contrast=True),
+    DataModel("BAL+DA", "balanced", flags="--augment"),
+    DataModel("ES+DA+balanced", "all", flags="--augment --balanced-sampling"),
+    DataModel("ES+DA+contrast", "all", flags="--augment --contrast"),
 )
 # prompts that name brightness and contrast: ours, the paper's future work ("more detailed texts")
 STYLES = (
     DataModel("HB-styles", "balanced", "styles"),
-    DataModel("HB-styles+DA", "balanced", "styles", augment=True),
+    DataModel("HB-styles+DA", "balanced", "styles", "--augment"),
 )
 BEYOND = (  # what the paper names as future work, each in the place of HB+DA
-    DataModel("HB-prompts+DA", "balanced", "prompts", augment=True),
-    DataModel("HB-token+DA", "balanced", "token", augment=True),
-    DataModel("HB-dreambooth+DA", "balanced", "dreambooth", augment=True),
+    DataModel("HB-prompts+DA", "balanced", "prompts", "--augment"),
+    DataModel("HB-token+DA", "balanced", "token", "--augment"),
+    DataModel("HB-dreambooth+DA", "balanced", "dreambooth", "--augment"),
 )
 TABLES = {"1": TABLE_1, "2": TABLE_2, "controls": CONTROLS, "styles": STYLES}
 ROWS = tuple(
