@@ -55,11 +55,10 @@ def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Resul
 def main(args):
     found = {}  # a row of two tables is one run
     for row in (*ROWS, *BEYOND_ROWS):
-        for folder in sorted((args.run / "rows" / row.data.name / row.classifier).glob("seed*")):
-            if (folder / "args.json").exists() and folder not in found:
-                seed = int(folder.name.removeprefix("seed"))
-                about = row.table, row.data.name, row.classifier, seed
-                found[folder] = read_result(folder, *about)
+        about = row.table, row.data.name, row.classifier
+        for file in sorted(args.run.glob(f"rows/{about[1]}/{about[2]}/seed*/args.json")):
+            folder, seed = file.parent, int(file.parent.name.removeprefix("seed"))
+            found.setdefault(folder, read_result(folder, *about, seed))
     if not found:
         raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
     records = [record for record in read_african(args.african) if not record.train]

@@ -111,7 +111,7 @@ def build(
     if not results:
         raise ResultError("there is nothing to report: no row is finished")
     require_same_test(results)
-    found = found or Findings()
+    found = found or Findings({}, [], {}, [])
     cells: dict[Row, list[Result]] = {}
     for result in results:
         runs = cells.setdefault((result.data, result.classifier), [])

@@ -2,7 +2,7 @@
 and 3."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,10 @@ class Findings:
     notes: sentences
     """
 
-    recognised: dict[str, dict[str, float]] = field(default_factory=dict)
-    quality: list[dict] = field(default_factory=list)
-    figures: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    recognised: dict[str, dict[str, float]]
+    quality: list[dict]
+    figures: dict[str, str]
+    notes: list[str]
 
 
 def recognised(classifier_file: Path, records: Sequence[Record]) -> dict[str, float]:
@@ -69,7 +69,7 @@ def describe(
     without: a folder of images made without LoRA, to see what it does
     seed: of the rows in `out` whose classifiers, of real images alone, judge them
     """
-    found, folder, classes = Findings(), out / FIGURES, selections.classes
+    found, folder, classes = Findings({}, [], {}, []), out / FIGURES, selections.classes
     folder.mkdir(parents=True, exist_ok=True)
     real, unseen = selections.source("all"), selections.target(train=False)
     lora_images, sites = selections.source("lora"), {r[0].source: r for r in (real, unseen)}
@@ -98,17 +98,14 @@ def describe(
         figure = figure_3(sites, images, network, selections.seed, classes)
         add("Where the sources lie (figure 3)", "sources.png", figure, caption)
     if network := extractor("penultimate", 299, judges):
-        found.quality = quality_table(
-            features(network, real),
-            features(network, synthetic),
-            [str(record.plane) for record in real],
-            [str(record.plane) for record in synthetic],
-            [record.center for record in synthetic],
-            seed=selections.seed,
-        )
+        sets = real, synthetic
+        planes = ([str(record.plane) for record in records] for records in sets)
+        samplers = [record.center for record in synthetic]
+        vectors = [features(network, records) for records in sets]
+        found.quality = quality_table(*vectors, *planes, samplers, seed=selections.seed)
         found.notes = [
             f"Distances to the first site's real images are between features of {network.name}.",
-            near_copies(network, lora_images, synthetic),
+            near_copies(network.name, features(network, lora_images), vectors[1]),
         ]
 
     copies = memorisation(pixel_features(lora_images), pixel_features(synthetic))
@@ -124,17 +121,16 @@ def describe(
     return found
 
 
-def near_copies(network: Extractor, lora_images: list[Record], synthetic: list[Record]) -> str:
-    """How many training images have a near copy among the synthetic ones in a network's features;
-    what that says."""
-    train, drawn = features(network, lora_images), features(network, synthetic)
+def near_copies(network: str, train: np.ndarray, synthetic: np.ndarray) -> str:
+    """How many training images have a near copy among the synthetic ones in a network's features,
+    (N, D) and (M, D); what that says."""
     try:
-        copies = memorisation(train, drawn)
+        copies = memorisation(train, synthetic)
     except ValueError as error:
-        return f"Copies in features of {network.name}: not measured, since {error}."
+        return f"Copies in features of {network}: not measured, since {error}."
     owners = len({*copies.index[copies.copied]})
     return (
-        f"In features of {network.name}, {owners} of the {len(train)} images that the LoRA was"
+        f"In features of {network}, {owners} of the {len(train)} images that the LoRA was"
         f" trained on ({100 * owners / len(train):.0f} %) have a near copy among the synthetic"
         " ones: one at less than a third of the usual distance between neighbouring training"
         " images. What this can exclude: that an image was given back as it was, shifted, or in"
@@ -170,17 +166,15 @@ def figure_3(
 ):
     """For each rank and class that all sites have, t-SNE of equally many images of each source;
     real ones are the same in every row."""
-    rows, seen = {}, [{record.plane for record in records} for records in sites.values()]
-    shared = [name for name in classes if all(name in planes for planes in seen)]
+    shared = set.intersection(*({record.plane for record in site} for site in sites.values()))
+    rows: dict[str, dict] = {}
     for rank, synthetic in panels.items():
-        rng, row = np.random.default_rng(seed), {}
-        for plane in shared:
-            groups = (
-                [record for record in records if record.plane == plane]
-                for records in (*sites.values(), synthetic)
-            )
+        rng, row = np.random.default_rng(seed), rows.setdefault(f"r = {rank}", {})
+        for plane in [name for name in classes if name in shared]:
+            groups = [
+                [r for r in site if r.plane == plane] for site in (*sites.values(), synthetic)
+            ]
             chosen = [g[n] for g in groups for n in rng.permutation(len(g))[:PER_SOURCE]]
             points = tsne(features(network, chosen), seed=seed)
             row[str(plane)] = points, [record.source for record in chosen]
-        rows[f"r = {rank}"] = row
     return tsne_grid(rows)

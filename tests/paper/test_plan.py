@@ -57,7 +57,6 @@ def test_rows_are_chosen_by_row_data_model_classifier_or_table(name, count):
         (["--manifests", "x"], "--manifests lists real images"),
         (["--only", "HB", "HB/ResNet50"], "no row is called 'HB/ResNet50'"),
         (["--only", "HB-token+DA"], "no row is called 'HB-token+DA'"),
-        (["--probe", "owner/name"], "name a frozen model as in probe:owner/name"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_in_one_line(capsys, flags, line):
@@ -71,7 +70,7 @@ def test_seeds_and_weights_follow_from_what_is_asked_for():
     for flags, wanted in asked.items():
         args = reproduce.parse_args(flags.split())
         assert (args.seeds, args.weights) == wanted
-    args = reproduce.parse_args(["--quick", "--beyond", "--probe", "probe:a/b"])
+    args = reproduce.parse_args(["--quick", "--beyond", "--probe", "a/b"])
     assert [row.name for row in args.rows[-3:]] == [
         f"{d}/a/b (linear probe)" for d in ("ES", "HB", "AF")
     ]

@@ -4,8 +4,6 @@ of them."""
 import csv
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +20,6 @@ from paper.results import METRICS, ResultError, estimate, read_result, require_s
 from paper.synthetic import Findings
 from planes import PLANES
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 COUNTRIES = ("Algeria", "Egypt", "Ghana")
 N = 48  # four planes of twelve patients
 TARGETS = np.tile(np.arange(4), 12)
@@ -87,28 +84,6 @@ def test_every_published_accuracy_is_a_whole_number_of_233_images():
     claims += [100 * published_difference(*CLAIMS[2], ["vit_b_16"])]
     assert claims == pytest.approx([11.84, 7.38, 10.30], abs=0.005)
     assert np.isnan(published_difference("ES", "HB-all", ["resnet18", "vit_b_16"]))
-
-
-def test_the_published_table_is_the_authors_file():
-    path = SHARED / "data" / "manifests" / "published_overall_performance.csv"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    keys = {name: key for key, name in CLASSIFIERS.items()}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 20
-    for row in rows:
-        scores = PUBLISHED[row["Data"], keys[row["Model"]]]
-        theirs = [float(row[name]) for name in ("ACC", "Recall", "Precision", "F-score", "AUC")]
-        assert [100 * getattr(scores, metric) for metric in METRICS] == pytest.approx(theirs)
-
-
-def test_the_notebooks_confusion_matrix_gives_table_2s_hybrid_row():
-    matrix = [[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8]]
-    pairs = np.repeat([(i, j) for i in range(4) for j in range(5)], np.ravel(matrix), axis=0)
-    found, theirs = score(*pairs.T), PUBLISHED["HB-all", "vit_b_16"]
-    for metric in METRICS:
-        assert getattr(found, metric) == pytest.approx(getattr(theirs, metric), abs=5e-5)
 
 
 # --- finished rows ---
@@ -246,23 +221,16 @@ def test_results_csv_has_a_line_for_each_row_and_seed_with_both_definitions(tmp_
 # --- the whole ---
 
 
-class Checker(HTMLParser):
-    """Refuses an element that is not closed in order; collects text and what the page loads."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.text = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
+def pictures(page):
+    """What a page loads; its elements are closed in order."""
+    left = []
+    for end, tag in re.findall(r"<(/?)(\w+)", page):
+        if end:
+            assert left.pop() == tag
+        elif tag not in ("meta", "img"):
+            left.append(tag)
+    assert not left
+    return re.findall(r'(?:src|href)="([^"]*)"', page)
 
 
 def test_a_page_is_escaped_and_its_pictures_are_inlined(tmp_path):
@@ -272,41 +240,33 @@ def test_a_page_is_escaped_and_its_pictures_are_inlined(tmp_path):
     assert cells == "| name | n |\n| --- | --: |\n| a & b | <1 |"
     shown = picture("b.png", 'a "b"')
     text = to_html(["# T & U", "x < y", "### More", cells, "### Most", shown, "## End"], tmp_path)
-    page = Checker()
-    page.feed(text)
-    assert not page.open and len(page.sources) == 1
-    assert page.sources[0].startswith("data:image/png;base64,iVBOR")
-    assert {"T & U", "x < y", "a & b", "<1", 'a "b"', "More"} <= set(page.text)
+    (source,) = pictures(text)
+    assert source.startswith("data:image/png;base64,iVBOR") and 'alt="a &quot;b&quot;"' in text
+    assert "<h1>T &amp; U</h1>\n<p>x &lt; y</p>" in text
     assert '<tr><td class="label">a &amp; b</td><td>&lt;1</td></tr>' in text
     assert text.count("<details>") == 2 and "</details>\n<h2>End</h2>\n</body>" in text
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """A report on real data, the same again of results in another order, and one on phantoms."""
+    """A report on real data, and one on phantoms."""
     root, dot = tmp_path_factory.mktemp("report"), Image.new("L", (4, 4))
     (root / "figures").mkdir()
     results = []
     for data, right, number in (
         ("ES+DA", 0.5, "1"),
         ("HB+DA", 0.9, "1"),
-        ("HB-styles+DA", 0.8, "styles"),
         ("ES+DA+contrast", 0.95, "controls"),
+        ("HB-styles+DA", 0.8, "styles"),
     ):
-        results += [finish(root, data, "resnet18", seed, right, number) for seed in (1, 0)]
+        results += [finish(root, data, "resnet18", seed, right, number) for seed in (0, 1)]
     results += [finish(root, "AF", "vit_b_16", 0, 0.8, "2")]
     results += [finish(root, "HB-token+DA", "resnet18", 0, 0.9, "beyond")]
     for name in ("figure", "second"):
         dot.save(root / "figures" / f"{name}.png")
     measures = dict.fromkeys(("precision", "recall", "density", "coverage", "two_sample"), 0.75)
-    row = {
-        "plane": "brain",
-        "sampler": "unipc",
-        "images": 20,
-        "real": 9,
-        "fid": 12.34,
-        "kid": 0.0123,
-    }
+    row = {"plane": "brain", "sampler": "unipc", "images": 20, "real": 9, "fid": 12.34}
+    row["kid"] = 0.0123
     found = Findings(
         {"ES, with LoRA": {"euler": 0.5, "unipc": 1.0}},
         [row | measures | {"p_value": 1e-9}],
@@ -317,21 +277,14 @@ def reports(tmp_path_factory):
         ["A note."],
     )
     about = "a tiny model", "two sites", False, "notebook", (0, 1), "python reproduce.py"
-    texts, patch = [], pytest.MonkeyPatch()
-    patch.setattr("paper.report.save", lambda figure, path: dot.save(path))  # to draw takes seconds
-    for some, context, findings in (
-        (results, Context(*about), found),
-        (results[::-1], Context(*about), found),
-        (results, Context(*about[:2], True, *about[3:], {"vit_b_16": "it is near chance"}), None),
-    ):
-        build(root, some, context, findings)
-        texts.append({name: (root / name).read_text() for name in ("report.md", "report.html")})
-    patch.undo()
+    phantoms = Context(*about[:2], True, *about[3:], {"vit_b_16": "it is near chance"})
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:  # to draw takes seconds
+        patch.setattr("paper.report.save", lambda figure, path: dot.save(path))
+        for context, findings in ((Context(*about), found), (phantoms, None)):
+            build(root, results, context, findings)
+            texts.append({name: (root / name).read_text() for name in ("report.md", "report.html")})
     return root, texts
-
-
-def test_equal_results_in_any_order_give_equal_files(reports):
-    assert reports[1][0] == reports[1][1]
 
 
 def test_the_first_screen_is_what_was_found_the_gains_and_the_samples(reports):
@@ -374,17 +327,15 @@ def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
 
 def test_the_page_holds_all_that_the_markdown_says(reports):
     root, texts = reports
-    page = Checker()
-    page.feed(texts[0]["report.html"])
+    page = texts[0]["report.html"]
     links = re.findall(r"^!\[.*\]\((.*)\)$", texts[0]["report.md"], re.M)
-    assert not page.open and len(page.sources) == len(links) == 4
-    assert all((root / link).exists() for link in links)
+    assert len(pictures(page)) == len(links) == 4 and all((root / link).exists() for link in links)
     titles = re.findall(r"^#+ (.*)$", texts[0]["report.md"], re.M)
-    assert {*titles} <= {*page.text}
+    assert all(f">{title}<" in page for title in titles)
 
 
 def test_beside_phantoms_stands_no_published_number(reports):
-    text = reports[1][2]["report.md"]
+    text = reports[1][1]["report.md"]
     assert all(word not in text for word in ("(82.40)", "ublished", "+19.31"))
     assert "\n\nLeft out of averages: ViT b16: it is near chance.\n" in text
     assert text.startswith("# FU-LoRA on phantoms")
