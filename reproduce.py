@@ -53,7 +53,6 @@ from planes.download import fetch_synthetic
 from samplers import SamplerError
 
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a class, of which it takes 35
-STYLES = ("lora_styles", "--style-words")  # that LoRA's folder and flag
 TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 
@@ -132,14 +131,15 @@ class Experiment:
         by = self.owners.setdefault(out, len(self.owners) % processes.size())
         return self.stages.run(script, out, *flags, inputs=inputs, by=by)
 
-    def lora(self, rank: int, name: str = "lora", *words: object) -> Path:
-        """The LoRA's file."""
+    def lora(self, rank: int, styles: bool = False) -> Path:
+        """The LoRA's file. styles: by captions that also say brightness and contrast."""
         if self.args.lora:
             return self.args.lora
         flags = (*self.scale.train_lora.split(), "--repeats", self.scale.repeats, "--rank", rank)
         flags += ("--lr", self.scale.rates[rank]) if rank in self.scale.rates else ()
-        folder = self.learn("train_lora", f"{name}_r{rank}", *flags, *words, "--resume")
-        return folder / "lora.safetensors"
+        flags += ("--style-words",) * styles + ("--resume",)
+        name = f"lora{'_styles' * styles}_r{rank}"
+        return self.learn("train_lora", name, *flags) / "lora.safetensors"
 
     def beyond(self, method: str, token: str, *flags: object, **inputs: str) -> Path:
         """The folder of what Textual Inversion or DreamBooth learned."""
@@ -165,9 +165,9 @@ class Experiment:
         return self.draw(f"synthetic_r{rank}", count, "--lora", self.lora(rank))
 
     def images_without_lora(self) -> Path:
-        flags = ()
+        flags = []
         if self.args.source:  # a LoRA's run says what the classes are called
-            flags = ("--prompts", self.lora(self.scale.rank).with_name(PROMPTS_FILE))
+            flags = ["--prompts", self.lora(self.scale.rank).with_name(PROMPTS_FILE)]
         return self.draw("synthetic_without_lora", 10, *flags)
 
     @cache  # noqa: B019 (one a run), as the processes of torchrun meet to draw
@@ -177,7 +177,7 @@ class Experiment:
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
         if kind == "styles":
-            flags = ("--prompts", "styles", "--lora", self.lora(rank, *STYLES))
+            flags = ("--prompts", "styles", "--lora", self.lora(rank, styles=True))
         elif kind == "prompts":
             flags = ("--prompts", "detailed", "--lora", self.lora(rank))
         elif kind == "token":
@@ -249,7 +249,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         ranks = (scale.rank,) if args.quick or args.lora else RANKS
         for rank in ranks:
             experiment.lora(rank)
-        experiment.lora(scale.rank, *STYLES)
+        experiment.lora(scale.rank, styles=True)
         panels = {rank: experiment.lora_images(rank) for rank in ranks}
         without = experiment.images_without_lora()
     rows = [row for row in args.rows if not row.data.target or selections.target(train=True)]

@@ -88,9 +88,8 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
     lines = [("Row", "# source", "# synthetic", "# target", "runs left")]
     for row in rows:
         source, target = real_counts(row, scale, selections)
-        synthetic = drawn if row.data.synthetic else 0
-        if args.synthetic and row.data.synthetic == "lora":
-            synthetic = "given"
+        given = args.synthetic and row.data.synthetic == "lora"
+        synthetic = "given" if given else drawn if row.data.synthetic else 0
         lines.append((row.name, source, synthetic, target, left[row] or "done"))
 
     state = describe_models(args)
