@@ -13,7 +13,7 @@ from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
 from planes.pictures import open_image
-from planes.sites import classes_of, is_class_name, prompts_of, read_site
+from planes.sites import classes_of, prompts_of, read_site, require_class_name
 from planes.style import STYLES, style_words, with_style
 from planes.tables import from_json, read_table, read_text
 
@@ -65,10 +65,8 @@ def _read_lists(source: Path, classes: Iterable[str] | None) -> dict[str, tuple[
     if not isinstance(lists, dict) or not lists:
         raise DatasetError(f"{source}: no object with a list of prompts for each class")
     if classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}):
-        if bad := next((name for name in lists if not is_class_name(name)), None):
-            raise DatasetError(
-                f"{source}: {bad!r} is no name for a class, which names folders too; choose another"
-            )
+        for name in lists:
+            require_class_name(name, source)
         classes = lists
     if {*lists} != {*classes}:
         raise DatasetError(
@@ -159,10 +157,8 @@ def training_images(
     if images:
         return [image for image in chosen if image not in unseen], unseen
     require_images(chosen + unseen)
-    chosen, unseen = (
-        [Captioned(r.path, prompts[r.plane], 1) for r in group] for group in (chosen, unseen)
-    )
-    return chosen, unseen
+    captioned = ([Captioned(r.path, prompts[r.plane], 1) for r in g] for g in (chosen, unseen))
+    return tuple(captioned)
 
 
 def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
@@ -171,10 +167,8 @@ def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
 
     Raises DatasetError where there are none, or their files are missing.
     """
-    pairs = [
-        (manifest.parent / image, prompt)
-        for _, image, prompt in read_table(manifest, "image", "prompt")
-    ]
+    rows = read_table(manifest, "image", "prompt")
+    pairs = [(manifest.parent / image, prompt) for _, image, prompt in rows]
     if missing := [path for path, _ in pairs if not path.is_file()]:
         raise DatasetError(
             f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}"

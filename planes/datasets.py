@@ -119,14 +119,12 @@ def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> lis
     files = {}
     if not all(sampler for *_, sampler in rows):  # the authors' list has names alone
         files = {file.stem: file for file in path.parent.rglob("*.png")}
-    made = [
-        (plane, sampler or "published", files.get(image, path.parent / image))
-        for plane, image, sampler in rows
-    ]
-    return [
-        Record(file, plane, f"synthetic/{plane}/{by}/{file.stem}", True, "synthetic", by)
-        for plane, by, file in made
-    ]
+    records = []
+    for plane, image, sampler in rows:
+        file, by = files.get(image, path.parent / image), sampler or "published"
+        patient = f"synthetic/{plane}/{by}/{file.stem}"
+        records.append(Record(file, plane, patient, True, "synthetic", by))
+    return records
 
 
 def require_images(records: Iterable[Record]) -> None:
@@ -134,11 +132,11 @@ def require_images(records: Iterable[Record]) -> None:
     to get them."""
     records = list(records)
     if missing := [record for record in records if not record.path.is_file()]:
-        names = ", ".join([r.name for r in missing[:5]] + ["..."] * (len(missing) > 5))
         sources = dict.fromkeys(record.source for record in missing)
         remedies = (ORIGINS.get(s, f"put them into the folder of the {s} site") for s in sources)
         raise DatasetError(
-            f"{len(missing)} of {len(records)} images are missing ({names}); {'; '.join(remedies)}"
+            f"{len(missing)} of {len(records)} images are missing, such as {missing[0].path};"
+            f" {'; '.join(remedies)}"
         )
 
 

@@ -85,7 +85,7 @@ def fetch(source: Source, to: Path, api: str = API) -> Path:
     try:
         with urllib.request.urlopen(f"{api}/{source.number}", timeout=SECONDS) as answer:
             listed = {file["key"]: file for file in json.load(answer)["files"]}
-        files = [to / source.file] if source.file else [to / name for name in listed]
+        files = [to / name for name in ([source.file] if source.file else listed)]
         for file in files:
             if not file.is_file():
                 _download(listed[file.name], file)
@@ -149,10 +149,9 @@ def _lacking(source: Source, folder: Path) -> str:
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(prog="python -m planes.download", description=__doc__)
-    parser.add_argument(
-        "--to", type=Path, required=True, help="folder for archives and datasets, made if need be"
-    )
-    parser.add_argument("--only", choices=SOURCES, help="one of the two, or the authors' images")
+    add = parser.add_argument
+    add("--to", type=Path, required=True, help="folder for archives and datasets, made if need be")
+    add("--only", choices=SOURCES, help="one of the two, or the authors' images")
     return parser.parse_args(argv)
 
 

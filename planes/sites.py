@@ -52,10 +52,7 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
             raise DatasetError(f"{where}: image or class is empty")
         if image.startswith("/") or ".." in Path(image).parts:
             raise DatasetError(f"{where}: {image}: give the image's path below {root}")
-        if not is_class_name(name):
-            raise DatasetError(
-                f"{where}: {name!r} is no name for a class, which names folders too; choose another"
-            )
+        require_class_name(name, where)
         if (other := spelled.setdefault(name.lower(), name)) != name:
             raise DatasetError(
                 f"{where}: the classes {other} and {name} differ by capitals alone; call them alike"
@@ -74,9 +71,13 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
     return list(records.values())
 
 
-def is_class_name(name: str) -> bool:
-    """Can a folder be called so everywhere, and a column of predictions.csv too?"""
-    return bool(CLASS_NAME.fullmatch(name)) and name not in TAKEN
+def require_class_name(name: str, where: str | Path) -> None:
+    """DatasetError unless a folder can be called so everywhere, and a column of predictions.csv
+    too."""
+    if not CLASS_NAME.fullmatch(name) or name in TAKEN:
+        raise DatasetError(
+            f"{where}: {name!r} is no name for a class, which names folders too; choose another"
+        )
 
 
 def classes_of(records: Iterable[Record]) -> tuple[str, ...]:

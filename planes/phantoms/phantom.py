@@ -47,8 +47,7 @@ def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
     tissue.paint(head, DIM + 2, 1.0)
     for side in (-1, 1):
         tissue.paint(
-            tissue.ellipse(*p.at(0.02, 0.13 * side), 0.2 * size, 0.1 * size, angle),
-            DIM - 10,
+            tissue.ellipse(*p.at(0.02, 0.13 * side), 0.2 * size, 0.1 * size, angle), DIM - 10
         )
     tissue.paint(
         tissue.ellipse(*p.at(0.5, 0.33), 0.26 * size, 0.08 * size, angle + 0.2), FLUID + 12
@@ -56,9 +55,7 @@ def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
     tissue.paint(tissue.rod(cx, cy, 0.86 * size, 0.014, angle), BRIGHT + 2)
     tissue.paint(tissue.rod(*p.at(-0.45, 0), 0.1 * size, 0.07 * size, angle), FLUID + 8)
     tissue.paint(
-        tissue.ring(cx, cy, size, ratio * size, rng.uniform(0.022, 0.034), angle),
-        BONE,
-        9.0,
+        tissue.ring(cx, cy, size, ratio * size, rng.uniform(0.022, 0.034), angle), BONE, 9.0
     )
 
 
@@ -87,8 +84,7 @@ def abdomen(tissue: Tissue, rng: Rng, growth: float) -> None:
         FLUID,
     )
     tissue.paint(
-        tissue.rod(*p.at(0.18, -0.12), 0.26 * size, 0.09 * size, angle + 0.9, 2.0),
-        FLUID + 8,
+        tissue.rod(*p.at(0.18, -0.12), 0.26 * size, 0.09 * size, angle + 0.9, 2.0), FLUID + 8
     )
     tissue.paint(tissue.ellipse(*p.at(0.1, 0.78), 0.12 * size, 0.1 * size), BONE - 2, 45)
 
@@ -103,17 +99,12 @@ def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
         along = angle + turn + np.pi / 2
         tissue.paint(tissue.rod(*p.at(u, v), 0.15 * size, 0.028, along, 2.5), BONE - 1, 28)
     heart, tilt = size * rng.uniform(0.46, 0.54), angle + rng.uniform(0.6, 0.95)
-    hx, hy = p.at(-0.16, -0.06)
-    tissue.paint(tissue.ellipse(hx, hy, heart, 0.8 * heart, tilt), BRIGHT - 4)
-    for u, v, part in (
-        (-0.36, -0.34, 0.33),
-        (-0.36, 0.34, 0.33),
-        (0.38, -0.3, 0.31),
-        (0.38, 0.3, 0.31),
-    ):
-        c, s = np.cos(tilt), np.sin(tilt)
-        x, y = hx + heart * (c * u - s * v), hy + heart * (s * u + c * v)
-        tissue.paint(tissue.ellipse(x, y, part * heart, 0.8 * part * heart, tilt), FLUID + 6)
+    h = Pose(*p.at(-0.16, -0.06), heart, tilt)
+    tissue.paint(tissue.ellipse(h.cx, h.cy, heart, 0.8 * heart, tilt), BRIGHT - 4)
+    for u, v, part in ((-0.36, 0.34, 0.33), (0.38, 0.3, 0.31)):  # atria, ventricles
+        for side in (-1, 1):
+            half = part * heart
+            tissue.paint(tissue.ellipse(*h.at(u, side * v), half, 0.8 * half, tilt), FLUID + 6)
     tissue.paint(tissue.ellipse(*p.at(0.1, 0.74), 0.11 * size, 0.1 * size), BONE - 2, 40)
 
 

@@ -109,9 +109,8 @@ def speckle(amplitude: np.ndarray, probe: Probe, rng: Rng) -> np.ndarray:
     """Scatterers of the given amplitude, blurred by the point spread function; of unit power where
     amplitude is 1."""
     depths, beams = amplitude.shape
-    real, imaginary = rng.standard_normal((2, depths, beams), dtype=np.float32) / np.float32(
-        np.sqrt(2)
-    )
+    unit = np.float32(np.sqrt(2))
+    real, imaginary = rng.standard_normal((2, depths, beams), dtype=np.float32) / unit
     # a beam's width at mid-depth, depths
     beam = 2 * probe.half_angle * (probe.radius + 0.5) / beams
     f_axial = np.fft.fftfreq(depths).astype(np.float32)[:, None]

@@ -175,7 +175,7 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     (made,) = read_synthetic(tmp_path / "manifest.csv")
     path, patient = tmp_path / "femur" / "unipc_12.png", "synthetic/femur/unipc/unipc_12"
     assert made == Record(path, Plane.FEMUR, patient, True, "synthetic", "unipc")
-    with pytest.raises(DatasetError, match=r"1 of 1 .*\(unipc_12\); make them with sample\.py"):
+    with pytest.raises(DatasetError, match=r"1 of 1 .*unipc_12\.png; make them with sample\.py"):
         require_images([made])
 
 
@@ -188,18 +188,8 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     found, lost = read_synthetic(tmp_path / "list.csv")
     patient = "synthetic/femur/published/00001-26"
     assert found == Record(path, Plane.FEMUR, patient, True, "synthetic", "published")
-    with pytest.raises(DatasetError, match=r"1 of 2 images are missing \(00002-77.*13228158"):
+    with pytest.raises(DatasetError, match=r"1 of 2 images are missing.*00002-77.*13228158"):
         require_images([found, lost])
-
-
-def test_missing_images_are_counted_and_the_first_five_named(tmp_path):
-    records = records_of({f"p{n}": 1 for n in range(9)}, tmp_path)
-    records[2].path.touch()
-    line = (
-        r"^8 of 9 images are missing \(p0_0, p1_0, p3_0, p4_0, p5_0, \.\.\.\); .*records/3904280$"
-    )
-    with pytest.raises(DatasetError, match=line):
-        require_images(records)
 
 
 # --- selections ---
@@ -295,7 +285,7 @@ def test_the_counts_and_patients_are_the_papers(spain, africa):
     assert [african[plane] for plane in PLANES] == [65, 65, 64, 39, 0]
     require_images(africa)
     # of the 120 files, 20 show the cervix
-    missing = r"^6048 of 6148 images are missing \(Patient00001_Plane1_1_of_15, .*3904280"
+    missing = r"^6048 of 6148 images are missing, such as .*Patient00001_Plane1_1_of_15.*/3904280$"
     with pytest.raises(DatasetError, match=missing):
         require_images(parts[0])
 
