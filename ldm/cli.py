@@ -1,20 +1,17 @@
 """The flags that choose a base model, the same in every script, and the model that they name."""
 
 import re
-import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 import torch
 
 from ldm import MINI, CheckpointError
-from ldm.checkpoints import NETWORKS, PREDICTION_TYPES, Model, load
+from ldm.checkpoints import PREDICTION_TYPES, Model, load
 from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.checkpoints.tokenizer import CLIP_REPOSITORY
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# and behind it /v1-5-pruned.safetensors, the paper's own file
-SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def add_model_arguments(parser: ArgumentParser, positional: bool = False) -> None:
@@ -38,29 +35,23 @@ def load_model(
     """The model that the flags of `add_model_arguments` name; what is not here is downloaded from
     the hub.
 
-    Warns where a CPU has no bfloat16 and is asked for it. Raises CheckpointError, also for a weight
-    that is not finite: it is named here, before a picture is black by it.
+    Raises CheckpointError, also for a weight that is not finite: it is named here, before a picture
+    is black by it.
     """
-    asked = getattr(args, "dtype", None), getattr(args, "device", None)
-    if asked == ("bf16", "cpu") and not _has_bfloat16():
-        warnings.warn(
-            "this CPU has no bfloat16 and imitates it, some thirty times slower than fp32",
-            stacklevel=2,
-        )
+    paths = model_paths(args)
     model = load(
-        resolve_model(args.model),
+        paths["model"],
         device=device,
         dtype=dtype,
-        tokenizer=args.tokenizer and resolve_model(args.tokenizer, "tokenizer"),
+        tokenizer=paths.get("tokenizer"),
         prediction_type=args.prediction_type,
         ema=args.ema,
-        vae=args.vae and resolve_model(args.vae, "vae"),
+        vae=paths.get("vae"),
     )
-    for name in NETWORKS:
-        for key, weight in getattr(model, name).state_dict().items():
-            if not weight.isfinite().all():
-                where = f"{args.model}: {name}.{key} is not finite in {weight.dtype}"
-                raise CheckpointError(f"{where}; try --dtype fp32, or fetch or train it again")
+    for name, weight in model.networks.state_dict().items():
+        if not weight.isfinite().all():
+            where = f"{args.model}: {name} is not finite in {weight.dtype}"
+            raise CheckpointError(f"{where}; try --dtype fp32, or fetch or train it again")
     return model
 
 
@@ -74,13 +65,6 @@ def lora_path(text: str) -> Path:
         return resolve_model(text, "lora")
     except CheckpointError as error:
         raise ArgumentTypeError(str(error)) from None
-
-
-def _has_bfloat16() -> bool:
-    try:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):  # a build without oneDNN
-        return True
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -107,18 +91,17 @@ def fitting_size(model: Model, size: tuple[int, int] | int | None) -> tuple[int,
 
 def model_flags(args: Namespace) -> list[str]:
     """The flags that give another script the same model."""
-    given = [
-        part for part in ("model", "tokenizer", "vae", "prediction_type") if getattr(args, part)
-    ]
-    flags = [f for part in given for f in (f"--{part.replace('_', '-')}", getattr(args, part))]
+    flags = []
+    for part in ("model", "tokenizer", "vae", "prediction_type"):
+        if value := getattr(args, part):
+            flags += [f"--{part.replace('_', '-')}", value]
     return flags + ["--ema"] * args.ema
 
 
 def model_paths(args: Namespace) -> dict[str, Path]:
     """The files and folders of --model, or the embedded one, and of --vae and --tokenizer, fetched
     if need be."""
-    given = {part: getattr(args, part) for part in ("model", "vae", "tokenizer")}
-    given["model"] = given["model"] or str(MINI)
+    given = {"model": args.model or str(MINI), "vae": args.vae, "tokenizer": args.tokenizer}
     return {part: resolve_model(name, part) for part, name in given.items() if name}
 
 
@@ -129,10 +112,9 @@ def describe_models(args: Namespace) -> list[str]:
     for part in ("model", "vae", "tokenizer"):
         if source := getattr(args, part):
             try:
-                state = (
-                    "there" if find_model(source, part) else "downloaded from the hub when needed"
-                )
-            except CheckpointError:
-                state = f"missing; SD 1.5 is {SD_1_5} on the hub" if part == "model" else "missing"
-            lines.append(f"{source}: {state}")
+                here = find_model(source, part)
+                state = "there" if here else "downloaded from the hub when needed"
+                lines.append(f"{source}: {state}")
+            except CheckpointError as error:
+                lines.append(str(error))
     return lines

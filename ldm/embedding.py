@@ -103,15 +103,15 @@ def load_embedding(
     Raises CheckpointError, with the path, where the file is not one embedding or does not fit.
     """
     weights = open_weights(path)
-    tensors = {key: weights.tensor(key) for key in weights.shapes}
-    if len(tensors) != 1:
+    if len(weights.shapes) != 1:
         raise CheckpointError(
-            f"{path}: holds {len(tensors)} tensors; an embedding of one token is one"
+            f"{path}: holds {len(weights.shapes)} tensors; an embedding of one token is one"
         )
-    ((key, vectors),) = tensors.items()
-    if vectors.ndim not in (1, 2) or vectors.shape[:-1].numel() != 1:
+    ((key, shape),) = weights.shapes.items()
+    vectors = weights.tensor(key)
+    if shape[:-1] not in ((), (1,)):
         raise CheckpointError(
-            f"{path}: {key} has shape {list(vectors.shape)}; one token's is (D,) or (1, D)"
+            f"{path}: {key} has shape {list(shape)}; one token's is (D,) or (1, D)"
         )
     if not vectors.isfinite().all():
         raise CheckpointError(

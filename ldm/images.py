@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,16 +20,16 @@ def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") 
 
     size: (w, h) in px, or the side of a square
     resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the
-    same aspect ratio Raises ImageError as `planes.pictures.open_image`.
+        same aspect ratio
+
+    Raises ImageError as `planes.pictures.open_image`.
     """
     image = open_image(path).convert("RGB")
     width, height = (size, size) if isinstance(size, int) else size
     if resize == "crop":
         scale = min(image.width / width, image.height / height)
-        wide, high = (
-            min(image.width, round(width * scale)),
-            min(image.height, round(height * scale)),
-        )
+        wide = min(image.width, round(width * scale))
+        high = min(image.height, round(height * scale))
         left, top = (image.width - wide) // 2, (image.height - high) // 2
         image = image.crop((left, top, left + wide, top + high))
     return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
@@ -36,10 +37,7 @@ def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as (3, h, w) in [-1, 1]."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
-        image.height, image.width, 3
-    )
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()
@@ -53,9 +51,8 @@ def encode_images(vae: AutoencoderKL, images: Iterable[Tensor], seed: int) -> li
     for n, image in enumerate(images):
         height, width = (side // vae.config.downsampling for side in image.shape[1:])
         noise = seeded_noise([seed * 1_000_003 + n], (vae.config.latent_channels, height, width))
-        latents.append(
-            vae.to_latents(image[None].to(weight.device), noise.to(weight.device))[0].cpu()
-        )
+        scaled = vae.to_latents(image[None].to(weight.device), noise.to(weight.device))
+        latents.append(scaled[0].cpu())
     return latents
 
 
@@ -68,11 +65,11 @@ def decode_images(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     decoded again in float32. Raises ImageError where that is not finite either.
     """
     weight, images = vae.post_quant_conv.weight, []
-    dtype, device = weight.dtype, weight.device
+    dtype = weight.dtype
     for rows in latents.split(AT_ONCE if weight.is_cuda else 1):
-        decoded = vae.decode(rows.to(device, dtype)).float()
+        decoded = vae.decode(rows.to(weight)).float()
         if dtype != torch.float32 and not decoded.isfinite().all():
-            decoded = vae.float().decode(rows.to(device, torch.float32))
+            decoded = vae.float().decode(rows.to(weight.device, torch.float32))
             vae.to(dtype)
         if not decoded.isfinite().all():
             raise ImageError("what the VAE makes of the latents is not finite; give another --vae")

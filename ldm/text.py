@@ -37,8 +37,9 @@ class TextEncoder(nn.Module):
 
     ids: (B, S) token ids, padded: the attention is causal and sees no padding mask, as SD was
         trained
-    clip_skip: which layer's output, counted as kohya and webui do: 1 the last, 2 the penultimate,
-    .. Returns (B, S, D), always behind the final layer norm, whichever the layer. Raises
+    clip_skip: which layer's output, counted as kohya and webui do: 1 the last, 2 the penultimate
+
+    Returns (B, S, D), always behind the final layer norm, whichever the layer. Raises
     CheckpointError where the tower has no such layer.
     """
 

@@ -55,6 +55,11 @@ class Model:
     files: dict[str, Path] = field(default_factory=dict)  # where the weights were read from
 
     @property
+    def networks(self) -> nn.ModuleDict:
+        """All three; the names of their weights begin with their own, as in unet.conv_in.weight."""
+        return nn.ModuleDict({name: getattr(self, name) for name in NETWORKS})
+
+    @property
     def config(self) -> Config:
         """The sizes of the networks, and what no weight tells."""
         configs = (self.unet.config, self.vae.config, self.text_encoder.config)
@@ -117,25 +122,18 @@ def load(
 
     # networks without storage first: whatever does not fit is found before any weight is read
     networks = _empty_networks(root, config)
-    shapes = {
-        f"{name}.{key}": tuple(value.shape)
-        for name, network in networks.items()
-        for key, value in network.state_dict().items()
-    }
+    shapes = {name: tuple(value.shape) for name, value in networks.state_dict().items()}
     _check_tensors(root, vae, shapes, tensors)
     tokens = load_tokenizer(tokenizer, config.text_encoder)
 
-    states = {name: {} for name in NETWORKS}
+    state = {}
     for name, (weights, stored_as, _, third) in tensors.items():
         tensor = weights.tensor(stored_as)
         tensor = tensor if third is None else tensor.chunk(3)[third]
         misaligned = tensor.data_ptr() % tensor.element_size() != 0  # by a header of odd length
-        tensor = tensor.to(device, dtype, copy=misaligned).reshape(shapes[name])
-        network, _, key = name.partition(".")
-        states[network][key] = tensor
-    for name, network in networks.items():
-        network.load_state_dict(states.pop(name), assign=True)
-        network.to(device).eval().requires_grad_(False)
+        state[name] = tensor.to(device, dtype, copy=misaligned).reshape(shapes[name])
+    networks.load_state_dict(state, assign=True)
+    networks.to(device).eval().requires_grad_(False)
     if config.prediction_type is None:
         config = with_prediction(config, probe_prediction(networks["unet"], root))
     return Model(
@@ -173,12 +171,8 @@ def save_single(
     Raises CheckpointError where the path exists already, or the model has sizes that a single file
     does not tell.
     """
-    state = {
-        f"{name}.{key}": value
-        for name in NETWORKS
-        for key, value in getattr(model, name).state_dict().items()
-    }
     with _appearing(Path(path)) as whole:
+        state = model.networks.state_dict()
         tensors = _as_stored(single_file_tensors(model.config, state), dtype)
         predicts = "v" if model.prediction_type == "v_prediction" else "epsilon"
         own = {"format": "pt", "modelspec.prediction_type": predicts}
@@ -264,7 +258,7 @@ def _check_tensors(
             )
 
 
-def _empty_networks(root: Path, config: Config) -> dict[str, nn.Module]:
+def _empty_networks(root: Path, config: Config) -> nn.ModuleDict:
     """The networks without storage; CheckpointError where the config is no text-to-image model of
     a known prediction type, or its sizes do not fit together."""
     if config.prediction_type not in (*PREDICTION_TYPES, None):
@@ -272,15 +266,15 @@ def _empty_networks(root: Path, config: Config) -> dict[str, nn.Module]:
             f"{root}: prediction_type {config.prediction_type!r} is not one of"
             f" {', '.join(PREDICTION_TYPES)}"
         )
-    channels = config.unet.in_channels
-    if channels != config.vae.latent_channels:
+    if config.unet.in_channels != config.vae.latent_channels:
         raise CheckpointError(
-            f"{root}: a U-Net with {channels} input channels (inpainting has 9,"
+            f"{root}: a U-Net with {config.unet.in_channels} input channels (inpainting has 9,"
             " instruct-pix2pix 8, upscaling 7, depth-to-image 5); give a text-to-image model"
         )
     try:
         with torch.device("meta"):
-            return {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
+            networks = {name: build(getattr(config, name)) for name, build in NETWORKS.items()}
+            return nn.ModuleDict(networks)
     # whatever torch and transformers make of widths that do not divide into groups or heads
     except Exception as error:
         reason = str(error).splitlines()[-1].strip()

@@ -83,8 +83,10 @@ def locate(
 
     files: (prefix of the keys, "" for none; file)
     inside: how the keys of the networks begin; what has no row in the table and begins otherwise is
-    let be, and said Raises CheckpointError where another tensor has no row in the table, or two are
-    the same parameter.
+        let be, and said
+
+    Raises CheckpointError where another tensor has no row in the table, or two are the same
+    parameter.
     """
     tensors: dict[str, Stored] = {}
     for prefix, weights in files:

@@ -3,8 +3,8 @@ on.
 
 Discs, rings, arcs, rods and layers in speckled tissue, alone, in groups of two to seven alike, and
 one in the other, seen by every kind of probe; and words for what is there and for how it looks. No
-plane of the paper is drawn or named
-here: choosing among these shapes and arranging them is the LoRA's job.
+plane of the paper is drawn or named here: choosing among these shapes and arranging them is the
+LoRA's job.
 """
 
 from collections.abc import Callable
@@ -87,25 +87,25 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
     if rng.random() < 0.5:
         image = annotate(image, rng, letters=int(rng.integers(3, 14)))
     picture = _crop(image, rng).resize((size, size), Image.Resampling.BICUBIC)
-    looks = [
-        ("narrow", "wide")[int(wide > 0.5)],
-        ("coarse", "fine")[int(fine > 0.5)],
-        ("noisy", "clear")[int(clear > 0.5)],
-    ]
-    looks = [" ".join(word for word in looks if rng.random() < 0.5)]
+    looks = (
+        "wide" if wide > 0.5 else "narrow",
+        "fine" if fine > 0.5 else "coarse",
+        "clear" if clear > 0.5 else "noisy",
+    )
+    look = " ".join(word for word in looks if rng.random() < 0.5)
     words = [word for word in words if rng.random() < 0.9]  # a prompt need not say all
     style = [word for word in style_words(picture) if rng.random() < 0.7]
-    said = ", ".join(word for word in (*words, *looks) if word) or "ultrasound"
+    said = ", ".join(word for word in (*words, look) if word) or "ultrasound"
     return picture, with_style(f"a photo of {said}", style)
 
 
 def _level(rng: Rng) -> tuple[str, float]:
-    word = str(rng.choice(list(LEVELS)))
+    word = rng.choice([*LEVELS])
     return word, rng.uniform(*LEVELS[word])
 
 
-def _size(rng: Rng, sizes: tuple[str, ...] = ("small", "medium", "large")) -> tuple[str, float]:
-    word = str(rng.choice(sizes))
+def _size(rng: Rng, *sizes: str) -> tuple[str, float]:
+    word = rng.choice(sizes)
     return word, rng.uniform(*SIZES[word])
 
 
@@ -125,23 +125,20 @@ def _place(u: float, v: float) -> str:
 
 def _single(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """A disc or a ring anywhere in the frame."""
-    (size, half), (level, echo) = _size(rng, ("small", "medium")), _level(rng)
+    (size, half), (level, echo) = _size(rng, "small", "medium"), _level(rng)
     half = min(half, 0.6 * min(frame.rx, frame.ry))
     u, v = rng.uniform(-0.8, 0.8, 2)
-    kind, (shadow, attenuation) = str(rng.choice(["disc", "disc", "ring"])), _shadow(rng, level)
+    kind, (shadow, attenuation) = rng.choice(["disc", "disc", "ring"]), _shadow(rng, level)
     _shape(kind, half, rng)(tissue, *frame.at(u, v), echo, attenuation)
     return f"{size} {level} {kind} {_place(u, v)}{shadow}"
 
 
 def _rod(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """A rod, straight or bent; thick ones are tubes."""
-    (size, half), (level, echo) = _size(rng, ("small", "medium", "large")), _level(rng)
+    (size, half), (level, echo) = _size(rng, *SIZES), _level(rng)
     (shadow, attenuation), (u, v) = _shadow(rng, level), rng.uniform(-0.6, 0.6, 2)
-    half, angle, bend = (
-        min(0.8 * half, 0.9 * frame.rx),
-        rng.uniform(0, np.pi),
-        float(rng.choice([0, 1])) * rng.normal(),
-    )
+    half, angle = min(0.8 * half, 0.9 * frame.rx), rng.uniform(0, np.pi)
+    bend = float(rng.choice(2)) * rng.normal()
     thick = rng.uniform(0.014, 0.055)
     tissue.paint(tissue.rod(*frame.at(u, v), half, thick, angle, bend), echo, attenuation)
     kind = ("thin " if thick < 0.03 else "thick ") + ("bent " if abs(bend) > 0.7 else "") + "rod"
@@ -161,10 +158,8 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """Two to seven alike: in a row, in a square, around, or scattered."""
     level, echo = _level(rng)
     shadow, attenuation = _shadow(rng, level)
-    kind, way = (
-        str(rng.choice(["disc", "disc", "rod", "ring"])),
-        str(rng.choice(["row", "square", "around", "scattered"])),
-    )
+    kind = rng.choice(["disc", "disc", "rod", "ring"])
+    way = rng.choice(["row", "square", "around", "scattered"])
     count = 4 if way == "square" else int(rng.integers(2, 6 if way == "row" else 8))
     reach, turn = min(frame.rx, frame.ry), rng.uniform(0, np.pi)
     if frame is IMAGE:  # anywhere in the image, and as large as it likes
@@ -193,9 +188,8 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
 def _bar(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     """A bar through the frame, along its longer or shorter axis or slanting."""
     level, echo = _level(rng)
-    tilt = frame.angle + float(
-        rng.choice([0, np.pi / 2, rng.uniform(0, np.pi)], p=[0.5, 0.25, 0.25])
-    )
+    tilts = [0, np.pi / 2, rng.uniform(0, np.pi)]
+    tilt = frame.angle + rng.choice(tilts, p=[0.5, 0.25, 0.25])
     length, thick = min(frame.rx, frame.ry) * rng.uniform(0.7, 1.05), rng.uniform(0.012, 0.03)
     u, v = rng.normal(0, 0.08, 2)
     tissue.paint(tissue.rod(*frame.at(u, v), length, thick, tilt), echo)
@@ -206,21 +200,17 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
     """A disc, a ring or arcs around a filling; and what lies inside, which may hold things
     itself."""
     if frame is IMAGE:
-        size, rx = _size(rng, ("medium", "large", "large") if deep else ("medium",))
-        ry, (u, v) = (
-            rx * rng.uniform(0.55, 1.0),
-            rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9),
-        )
+        sizes = ("medium", "large", "large") if deep else ("medium",)
+        size, rx = _size(rng, *sizes)
+        ry = rx * rng.uniform(0.55, 1.0)
+        u, v = rng.normal(0, 0.12 if size == "large" else 0.4, 2).clip(-0.9, 0.9)
     else:
         rx, (u, v) = min(frame.rx, frame.ry) * rng.uniform(0.35, 0.62), rng.normal(0, 0.25, 2)
         size = next(word for word, (_, high) in SIZES.items() if rx <= high)
         ry = rx * rng.uniform(0.6, 1.0)
     inside = Frame(*frame.at(u, v), rx, ry, rng.uniform(0, np.pi))
-    kind, (level, echo), (filling, fill) = (
-        str(rng.choice(["disc", "ring", "ring", "arcs"])),
-        _level(rng),
-        _level(rng),
-    )
+    kind = rng.choice(["disc", "ring", "ring", "arcs"])
+    (level, echo), (filling, fill) = _level(rng), _level(rng)
     disc = tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle)
     if kind == "disc":
         tissue.paint(disc, echo, 1.0)
@@ -230,28 +220,18 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
         echo, (shadow, attenuation) = rng.uniform(*LEVELS[level]), _shadow(rng, level)
         tissue.paint(disc, fill, 1.0)
         if kind == "ring":
-            outline = tissue.ring(
-                inside.cx, inside.cy, rx, ry, rng.uniform(0.012, 0.04), inside.angle
-            )
+            thick = rng.uniform(0.012, 0.04)
+            outline = tissue.ring(inside.cx, inside.cy, rx, ry, thick, inside.angle)
             tissue.paint(outline, echo, min(attenuation, 20))
         else:
-            count, thick, long = (
-                rng.integers(4, 9),
-                rng.uniform(0.016, 0.035),
-                rng.uniform(0.1, 0.3),
-            )
-            for turn in (
-                np.arange(count) * 2 * np.pi / count
-                + rng.uniform(-0.1, 0.1, count)
-                + rng.uniform(0, 1)
-            ):
+            count, thick = rng.integers(4, 9), rng.uniform(0.016, 0.035)
+            half = rng.uniform(0.1, 0.3) * rx
+            turns = np.arange(count) * 2 * np.pi / count + rng.uniform(-0.1, 0.1, count)
+            for turn in turns + rng.uniform(0, 1):
                 x, y = inside.at(np.cos(turn), np.sin(turn))
                 along = inside.angle + turn + np.pi / 2
-                tissue.paint(
-                    tissue.rod(x, y, long * rx, thick, along, min(1 / rx, 2.5)),
-                    echo,
-                    min(attenuation, 40),
-                )
+                arc = tissue.rod(x, y, half, thick, along, min(1 / rx, 2.5))
+                tissue.paint(arc, echo, min(attenuation, 40))
         head = f"{size} {level} {kind} {_place(u, v)}{shadow} of {filling}"
     shares = [0.1, 0.3, 0.35, 0.25] if deep else [0.3, 0.5, 0.2]  # of 0, 1, 2, .. things inside
     draws = (_single, _group, _bar, _rod, _single) + ((_container,) if deep else ())
@@ -264,13 +244,10 @@ def _shape(
     kind: str, half: float, rng: Rng
 ) -> Callable[[Tissue, float, float, float, float], None]:
     """Paints shapes of one kind and size, all turned alike: (tissue, x, y, echo, attenuation)."""
-    ratio, angle, thick = (
-        rng.uniform(0.6, 1.0),
-        rng.uniform(0, np.pi),
-        min(rng.uniform(0.012, 0.035), half),
-    )
+    ratio, angle = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi)
+    thick = min(rng.uniform(0.012, 0.035), half)
 
-    def paint(tissue: Tissue, x: float, y: float, echo: float, attenuation: float) -> None:
+    def paint(tissue: Tissue, x: float, y: float, *look: float) -> None:
         """One of them, its middle at (x, y)."""
         if kind == "disc":
             distance = tissue.ellipse(x, y, half, ratio * half, angle)
@@ -278,7 +255,7 @@ def _shape(
             distance = tissue.ring(x, y, half, ratio * half, thick, angle)
         else:
             distance = tissue.rod(x, y, half, thick, angle)
-        tissue.paint(distance, echo, attenuation)
+        tissue.paint(distance, *look)
 
     return paint
 

@@ -122,7 +122,7 @@ def test_an_empty_machine_is_told_what_is_missing_and_where_to_get_it(
         "records/3904280",
         "records/7540448",
         "planes.download",
-        "sd.safetensors: missing",
+        "sd.safetensors: no such file or folder",
         "owner/vae: downloaded from the hub when needed",
         f"{MINI}: there",
         "weights of densenet169: downloaded when needed, or put https://",

@@ -57,11 +57,7 @@ UNTOLD = Config(
 
 def parameters(model):
     """Name, behind its network's -> tensor."""
-    return {
-        f"{name}.{key}": v
-        for name in NETWORKS
-        for key, v in getattr(model, name).state_dict().items()
-    }
+    return model.networks.state_dict()
 
 
 def assert_same(model, expected):
