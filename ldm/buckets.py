@@ -32,7 +32,7 @@ def choose_bucket(
         )
         candidates = [(int(high * aspect + 0.5), high), (wide, int(wide / aspect + 0.5))]
     pairs = [((w, h), (_floor(w, step), _floor(h, step))) for w, h in candidates]
-    pairs = [(resized, bucket) for resized, bucket in pairs if min(bucket) > 0]
+    pairs = [pair for pair in pairs if min(pair[1]) > 0]
     if not pairs:
         raise ImageError(
             f"{width}x{height} px: too small or narrow for {size}x{size} px of area in steps of"

@@ -86,12 +86,10 @@ def resolve_model(source: str | Path, part: str = "model") -> Path:
             )
         if "text_encoder_2/config.json" in names and part == "model":
             raise CheckpointError(f"{source}: an SDXL model; give one of SD 1 or SD 2")
-        folder = Path(
-            snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen)
-        )
-        return folder / (name.file or "")
+        folder = snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen)
+        return Path(folder, name.file or "")
     except (HTTPError, OSError) as error:
-        raise CheckpointError(f"{source}: {_reason(error, name, part)}") from None
+        raise CheckpointError(f"{source}: {_reason(error, name)}") from None
 
 
 def find_model(source: str | Path, part: str = "model") -> Path | None:
@@ -103,34 +101,25 @@ def find_model(source: str | Path, part: str = "model") -> Path | None:
     if Path(source).exists():
         return Path(source)
     name = _parse(source)
-    folder = _snapshot(name)
-    if folder is None or _choose(part, _names(folder), name.file)[1]:
-        return None
-    return folder / (name.file or "")
+    folder, names = _cached(name)
+    return None if _choose(part, names, name.file)[1] else folder / (name.file or "")
 
 
 def _parse(source: str | Path) -> _Id:
-    found = _ID.fullmatch(str(source))
-    if not found or _FILE.search(found[1]):
+    if not (found := _ID.fullmatch(str(source))) or _FILE.search(found[1]):
         raise CheckpointError(f"{source}: no such file or folder, and not a hub id like owner/name")
     return _Id(*found.groups())
 
 
-def _snapshot(name: _Id) -> Path | None:
-    """The cached folder of a repository, complete or not."""
+def _cached(name: _Id) -> tuple[Path, set[str]]:
+    """The cached folder of a repository, complete or not, and the names of its files; none where
+    it is not there."""
+    options = {"local_files_only": True, "allow_patterns": []}  # no file, so that none is missing
     try:
-        # no file is asked for, so that none can be found missing
-        return Path(
-            snapshot_download(
-                name.repository, revision=name.revision, local_files_only=True, allow_patterns=[]
-            )
-        )
+        root = Path(snapshot_download(name.repository, revision=name.revision, **options))
     except LocalEntryNotFoundError:
-        return None
-
-
-def _names(root: Path) -> set[str]:
-    return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        return Path(), set()
+    return root, {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
 
 
 def _choose(
@@ -162,7 +151,7 @@ def _weights(name: str, names: Collection[str]) -> list[str]:
     return []
 
 
-def _reason(error: Exception, name: _Id, part: str) -> str:
+def _reason(error: Exception, name: _Id) -> str:
     """Why nothing came from the hub, and what to do."""
     page = f"https://huggingface.co/{name.repository}"
     if isinstance(error, RevisionNotFoundError):
@@ -176,11 +165,8 @@ def _reason(error: Exception, name: _Id, part: str) -> str:
         )
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
         return f"closed to you; accept its licence on {page} and log in with `hf auth login`"
-    cached = _snapshot(name)
-    missing = _choose(part, _names(cached) if cached else (), name.file)[1]
     why = next(iter(str(error).splitlines()), type(error).__name__)
-    revision = f" --revision {name.revision}" if name.revision else ""
     return (
-        f"not whole in the hub cache, and fetching it fails ({why}); where there is a connection:"
-        f" hf download {name.repository} {' '.join(missing)}{revision}"
+        f"not whole in the hub cache, and fetching it fails ({why}); run this once where there is a"
+        " connection, and with the same cache"
     )

@@ -104,16 +104,8 @@ def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
 def make_text_encoder(vocabulary: int) -> TextEncoder:
     """A CLIP text tower of three layers; its embeddings start wide, so that words never seen still
     differ."""
-    encoder = TextEncoder(
-        TextConfig(
-            vocab_size=vocabulary,
-            hidden_size=UNET.cross_attention_dim,
-            intermediate_size=4 * UNET.cross_attention_dim,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=POSITIONS,
-        )
-    )
+    width = UNET.cross_attention_dim
+    encoder = TextEncoder(TextConfig(vocabulary, width, 4 * width, 3, 4, POSITIONS))
     nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.1)
     return encoder
 
@@ -124,16 +116,14 @@ def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[
     adds to them.
 
     Hardly: fewer than one in a hundred. CLIP has read every word and tells prompts apart. Ours
-    knows its captions
-    alone: its layers add nearly the same to every word that they never read, many times a fresh
-    embedding's length, and behind the last layer norm all prompts of planes would look alike
-    (differences of 2 % in place of 20 %), which no LoRA can learn from quickly.
+    knows its captions alone: its layers add nearly the same to every word that they never read,
+    many times a fresh embedding's length, and behind the last layer norm all prompts of planes
+    would look alike (differences of 2 % in place of 20 %), which no LoRA can learn from quickly.
     """
     counts = Counter(word for caption in captions for word in set(re.findall(r"\w+", caption)))
     vocabulary = tokenizer.get_vocab()
-    unseen = [
-        vocabulary[word + "</w>"] for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)
-    ]
+    rare = [word for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)]
+    unseen = [vocabulary[word + "</w>"] for word in rare]
     weight = encoder.text_model.embeddings.token_embedding.weight
     ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config).to(weight.device)
     words = torch.isin(ids, torch.tensor(unseen, device=weight.device))
@@ -189,7 +179,7 @@ def train_unet(
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(values, 1.0)
         optimizer.step()

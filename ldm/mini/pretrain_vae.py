@@ -47,9 +47,8 @@ def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> N
     for step in progress:
         index, generator = draw_batch(len(images), BATCH, args.seed + 1, step)
         x = to_input(images[index].to(args.device))
-        noise = torch.randn(
-            len(x), VAE.latent_channels, SIZE // 8, SIZE // 8, generator=generator
-        ).to(args.device)
+        shape = (len(x), VAE.latent_channels, SIZE // 8, SIZE // 8)
+        noise = torch.randn(shape, generator=generator).to(args.device)
         with torch.autocast(args.device, torch.bfloat16):
             posterior = vae.encode(x)
             decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
@@ -58,7 +57,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> N
         loss = error + 1e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
 
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.vae_steps, args.vae_lr)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()

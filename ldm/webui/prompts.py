@@ -88,12 +88,9 @@ def split_chunks(
         for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids:
             if len(chunks[-1]) == length:
                 full = chunks.pop()
-                commas = [
-                    n
-                    for n, (id_, _) in enumerate(full)
-                    if id_ == comma and n >= length - COMMA_BACKTRACK
-                ]
-                end = commas[-1] + 1 if commas and token != comma else length
+                commas = [n for n, (kept, _) in enumerate(full, 1) if kept == comma]
+                near = commas and commas[-1] > length - COMMA_BACKTRACK and token != comma
+                end = commas[-1] if near else length
                 chunks += [full[:end], full[end:]]
             chunks[-1].append((token, weight))
     # a BREAK at the end opens no chunk
@@ -113,10 +110,8 @@ def encode_weighted(
     has no such layer.
     """
     length = text_encoder.config.max_position_embeddings
-    device, fill = (
-        text_encoder.text_model.final_layer_norm.weight.device,
-        padding_id(tokenizer, text_encoder.config),
-    )
+    device = text_encoder.text_model.final_layer_norm.weight.device
+    fill = padding_id(tokenizer, text_encoder.config)
     states = []
     for chunk in split_chunks(tokenizer, prompt, length - 2):
         tokens, weights = [token for token, _ in chunk], [weight for _, weight in chunk]
