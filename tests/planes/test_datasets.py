@@ -1,7 +1,6 @@
 """The dataset readers on small files with every oddity of the real ones, and on the real ones;
 selections; leaks."""
 
-import csv
 import random
 from collections import Counter
 from dataclasses import replace
@@ -41,16 +40,14 @@ AFRICAN = """Patient_num,Plane,Train,Center,Filename
 """
 
 
-def spanish(root: Path, text: str = SPANISH) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "FETAL_PLANES_DB_data.csv").write_bytes(text.encode("utf-8"))
+def spanish(root: Path, text: str = SPANISH, name: str = "FETAL_PLANES_DB_data.csv") -> Path:
+    root.mkdir(exist_ok=True)
+    (root / name).write_bytes(text.encode("utf-8"))
     return root
 
 
 def african(root: Path, text: str = AFRICAN) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / "African_planes_database.csv").write_bytes(text.encode("utf-8"))
-    return root
+    return spanish(root, text, "African_planes_database.csv")
 
 
 def records_of(counts: dict[str, int], folder: Path = Path()) -> list[Record]:
@@ -83,31 +80,19 @@ def test_a_row_becomes_a_record_and_the_cervix_is_left_out(tmp_path):
         read_african(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "oddity",
-    [
-        lambda text: "\ufeff" + text,
-        lambda text: text.replace("\n", "\r\n"),
-        lambda text: text.replace(";", ","),
-        lambda text: text.replace(";", " ; ").replace("\n", " \n"),
-        lambda text: text.removesuffix("\n"),
-        lambda text: text + "\n;;;;;;\n\n",
-        lambda text: text.replace("Fetal abdomen", '"fetal Abdomen"'),
-    ],
-    ids=["BOM", "CRLF", "comma", "padded", "no last newline", "empty lines", "quotes and case"],
-)
-def test_how_a_table_is_written_makes_no_difference(tmp_path, oddity):
-    (plain, odd) = (read_spanish(spanish(tmp_path, text)) for text in (SPANISH, oddity(SPANISH)))
-    assert plain == odd and len(odd) == 3
+def test_how_a_table_is_written_makes_no_difference(tmp_path):
+    plain = read_spanish(spanish(tmp_path))
+    padded = SPANISH.replace(";", " , ").replace("\n", " \r\n")
+    assert read_spanish(spanish(tmp_path, f"\ufeff{padded}\r\n,,,,,,\r\n\r\n")) == plain
+    quoted = SPANISH.replace("Fetal abdomen", '"fetal Abdomen"').removesuffix("\n")
+    assert read_spanish(spanish(tmp_path, quoted)) == plain
 
 
 def test_the_top_folder_of_an_archive_is_found_and_a_missing_table_named(tmp_path):
-    for read, where in (
-        (read_spanish, r"FETAL_PLANES_ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"),
-        (read_african, r"Zenodo_dataset/African_planes_database\.csv .*7540448"),
-    ):
-        with pytest.raises(DatasetError, match=where):
-            read(tmp_path)
+    with pytest.raises(DatasetError, match=r"ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"):
+        read_spanish(tmp_path)
+    with pytest.raises(DatasetError, match=r"dataset/African_planes_database\.csv .*7540448"):
+        read_african(tmp_path)
     inside = spanish(tmp_path / "FETAL_PLANES_ZENODO"), african(tmp_path / "Zenodo_dataset")
     assert read_spanish(tmp_path) == read_spanish(inside[0])
     assert read_african(str(tmp_path)) == read_african(inside[1])
@@ -125,7 +110,6 @@ def test_the_top_folder_of_an_archive_is_found_and_a_missing_table_named(tmp_pat
         (SPANISH.replace("a_2;305", "a_2;"), "line 3: Patient_num is empty"),
         (SPANISH.replace("Op. 2;", ""), "line 5: 6 cells under 7 headers"),
         (SPANISH.replace("a_4", "a_1"), "line 5: a_1 is listed twice, before in .*, line 2"),
-        (SPANISH + "x" * 200_000, "field larger than"),
         ("PK\x03\x04\udcff", "cannot be read as text in UTF-8"),
     ],
 )
@@ -141,11 +125,10 @@ def test_a_broken_table_is_told_in_one_line_with_its_place(tmp_path, broken, com
     "text",
     [
         "\ufeffImage_name,Plane,Train \r\na_4,Other,1\r\na_1,Fetal abdomen,1\r\n",
-        ",Unnamed: 0,Image_name,Plane,Train \n7,8,a_4,0,1\n9,9,a_1,1,1",
         "Image_name,category,Train\r\na_4,other,1\r\na_3,cervix,1\r\na_1,abdomen,1",
-        "Filename,Plane\na_4,0\na_3,3\na_1,1\n",
+        ",Unnamed: 0,Filename,Plane\n7,8,a_4,0\n9,9,a_3,3\n1,1,a_1,1\n",
     ],
-    ids=["BOM and CRLF", "numbers", "category with cervix", "Filename"],
+    ids=["names", "category with cervix", "numbers"],
 )
 def test_a_list_selects_records_in_its_own_order(tmp_path, text):
     (tmp_path / "list.csv").write_bytes(text.encode())
@@ -173,7 +156,7 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
         'image,plane,prompt,sampler\nfemur/unipc_12.png,femur,"a photo, of fetal femur",unipc\n'
     )
     (made,) = read_synthetic(tmp_path / "manifest.csv")
-    path, patient = tmp_path / "femur" / "unipc_12.png", "synthetic/femur/unipc/unipc_12"
+    path, patient = tmp_path / "femur/unipc_12.png", "synthetic/femur/unipc/unipc_12"
     assert made == Record(path, Plane.FEMUR, patient, True, "synthetic", "unipc")
     with pytest.raises(DatasetError, match=r"1 of 1 .*unipc_12\.png; make them with sample\.py"):
         require_images([made])
@@ -206,10 +189,12 @@ def test_a_balanced_selection_takes_as_many_of_each_plane_and_depends_on_the_see
     femurless = [r for r in records if r.plane is not Plane.FEMUR]
     with pytest.raises(DatasetError, match="only 0 images of femur, but 5 of each"):
         balanced(femurless, 5, seed=0)
-    planes = {"spain": dict.fromkeys(PLANES, 6)}
-    patients = len({r.patient for r in chosen})
-    counts = {"images": 30, "patients": patients, "sources": {"spain": 30}, "planes": planes}
-    assert count(chosen) == counts
+    assert count(chosen) == {
+        "images": 30,
+        "patients": len({r.patient for r in chosen}),
+        "sources": {"spain": 30},
+        "planes": {"spain": dict.fromkeys(PLANES, 6)},
+    }
 
 
 def test_a_validation_split_has_exactly_the_asked_images_and_no_patient_of_training():
@@ -226,9 +211,8 @@ def test_a_validation_split_that_whole_patients_cannot_make_is_refused():
     records = records_of({f"p{n}": 3 for n in range(10)})
     with pytest.raises(DatasetError, match="whole patients add up to 6 validation images, not 7"):
         validation_split(records, 7, seed=0)
-    for number in (0, 30):
-        with pytest.raises(DatasetError, match=f"cannot set {number} of 30 images aside"):
-            validation_split(records, number, seed=0)
+    with pytest.raises(DatasetError, match="cannot set 30 of 30 images aside"):
+        validation_split(records, 30, seed=0)
 
 
 # --- leaks ---
@@ -303,17 +287,12 @@ def test_the_counts_and_patients_are_the_papers(spain, africa):
 def test_the_authors_lists_hold_the_papers_images_and_patients(spain, name, counts):
     chosen = read_manifest(LISTS / f"{name}.csv", spain)
     assert size(chosen) == counts and all(r.train for r in chosen)
-    if name != "lora_train_data":  # that one also lists the cervix
-        with open(LISTS / f"{name}.csv", encoding="utf-8-sig") as file:
-            assert [r.name for r in chosen] == [row["Image_name"] for row in csv.DictReader(file)]
 
 
 @real_data
 def test_the_lora_images_overlap_with_the_balanced_ones_and_not_with_the_african_set(spain, africa):
-    lora, classifier = (
-        read_manifest(LISTS / f"{name}.csv", spain)
-        for name in ("lora_train_data", "spain_train_1150_balanced")
-    )
+    lora = read_manifest(LISTS / "lora_train_data.csv", spain)
+    classifier = read_manifest(LISTS / "spain_train_1150_balanced.csv", spain)
     assert len({*lora} & {*classifier}) == 32
     assert size(list({*lora, *classifier})) == (1218, 498)
     assert leaks(lora, africa) == []
@@ -325,13 +304,3 @@ def test_22_african_test_images_have_a_copy_in_african_training(africa):
     found = leaks([r for r in africa if r.train], [r for r in africa if not r.train])
     assert {leak.kind for leak in found} == {"file"} and len({leak.test for leak in found}) == 22
     assert all(leak.train.plane is leak.test.plane for leak in found)
-    pairs = Counter(f"{leak.test.patient} {leak.train.patient}" for leak in found)
-    assert {key.replace("africa/", ""): n for key, n in pairs.items()} == {
-        "Algeria/4 Algeria/31": 4,
-        "Algeria/14 Algeria/41": 4,
-        "Algeria/52 Algeria/24": 4,
-        "Algeria/53 Algeria/27": 4,
-        "Malawi/9 Malawi/30": 1,
-        "Malawi/11 Malawi/22": 3,
-        "Egypt/5 Egypt/8": 2,
-    }

@@ -5,8 +5,8 @@ import hashlib
 import io
 import json
 import runpy
+import shutil
 import sys
-import tarfile
 import threading
 import zipfile
 from dataclasses import replace
@@ -28,11 +28,11 @@ SMALL = {
 
 
 class Zenodo:
-    """Files by name, of which every record's listing tells; `cut`: bytes after which the connection
-    ends; `ranges`: what was asked for."""
+    """Files by name, of which every record's listing tells; `sum`: a wrong one; `cut`: bytes after
+    which the connection ends; `ranges`: what was asked for."""
 
     def __init__(self):
-        self.files, self.sums, self.cut, self.ranges, zenodo = {}, {}, None, [], self
+        self.files, self.sum, self.cut, self.ranges, zenodo = {}, None, None, [], self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
@@ -61,7 +61,7 @@ class Zenodo:
             {
                 "key": name,
                 "size": len(body),
-                "checksum": f"md5:{self.sums.get(name, hashlib.md5(body).hexdigest())}",
+                "checksum": f"md5:{self.sum or hashlib.md5(body).hexdigest()}",
                 "links": {"self": f"{self.api}/files/{name}"},
             }
             for name, body in self.files.items()
@@ -77,15 +77,12 @@ def zenodo(monkeypatch, tmp_path_factory, four_pixels):
     root, zenodo = tmp_path_factory.mktemp("made"), Zenodo()
     write_spanish_layout(root / "spanish", train=1, test=0, seed=0)
     write_african_layout(root / "Zenodo_dataset", patients=1, seed=0)
-    body = io.BytesIO()
-    with zipfile.ZipFile(body, "w") as file:
-        for path in (root / "spanish").rglob("*.*"):
-            file.write(path, path.relative_to(root / "spanish"))
-    zenodo.files[SMALL["spanish"].file] = body.getvalue()
-    body = io.BytesIO()
-    with tarfile.open(fileobj=body, mode="w:xz") as file:
-        file.add(root / "Zenodo_dataset", "Zenodo_dataset")
-    zenodo.files[SMALL["african"].file] = body.getvalue()
+    for name, *what in (
+        ("spanish", "zip", root / "spanish"),
+        ("african", "xztar", root, "Zenodo_dataset"),
+    ):
+        archive = shutil.make_archive(str(root / name), *what)
+        zenodo.files[SMALL[name].file] = Path(archive).read_bytes()
     zenodo.files["notes.txt"] = b"not wanted"
     yield zenodo
     zenodo.http.shutdown()
@@ -130,7 +127,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do_and_leaves_nothing(
 ):
     source, api = SMALL["spanish"], zenodo.api
     if fault == "sum":
-        zenodo.sums[source.file] = "0" * 32
+        zenodo.sum = "0" * 32
     elif fault == "part":
         (tmp_path / f"{source.file}.part").write_bytes(b"x" * len(zenodo.files[source.file]))
     elif fault == "absent":
@@ -178,12 +175,11 @@ def test_the_authors_images_are_fetched_with_a_list_from_the_record_or_beside_th
     with pytest.raises(DatasetError, match=f"has no {LIST} that says"):
         fetch_synthetic(tmp_path / "z", None, zenodo.api)
     (tmp_path / LIST).write_text(text, encoding="utf-8")
-    records = read_synthetic(fetch_synthetic(tmp_path / "z", tmp_path, zenodo.api))
-    require_images(records)
-    assert [record.plane for record in records] == [*PLANES]
-
+    beside = read_synthetic(fetch_synthetic(tmp_path / "z", tmp_path, zenodo.api))
     zenodo.files[LIST] = text.encode()
-    require_images(read_synthetic(fetch_synthetic(tmp_path / "y", None, zenodo.api)))
+    inside = read_synthetic(fetch_synthetic(tmp_path / "y", None, zenodo.api))
+    require_images(beside + inside)
+    assert [record.plane for record in beside] == [record.plane for record in inside] == [*PLANES]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
