@@ -25,7 +25,6 @@ from classify.data import (
     batches,
     draw_augmentation,
     draw_contrast,
-    gpu_room,
 )
 from classify.images import choose_records
 from classify.models import MODELS, build, save
@@ -141,15 +140,13 @@ def parse_args(argv=None):
 
 def decode(args, chosen):
     """Training, validation and test images: in memory, and on a GPU, as far as they fit."""
-    device, memory, sets = torch.device(args.device), MEMORY, []
-    room = gpu_room(device)
+    memory, sets = MEMORY, []
     for records in (chosen.training, chosen.validation, chosen.test):
         images = PlaneImages(records, args.size, chosen.classes)
         kept = images.preload(memory, args.workers)
         bar = progress(kept, desc="decoding", total=len(records), leave=False)
         memory -= sum(image.numel() for image in bar)
-        images.move(device, room)
-        room -= images.moved[0].numel() if images.moved else 0
+        images.move(torch.device(args.device))
         sets.append(images)
     return sets
 

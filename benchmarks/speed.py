@@ -27,7 +27,7 @@ from PIL import Image
 # before this folder, which is no package
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from classify.data import RECIPES, PlaneImages, batches, draw_augmentation, gpu_room
+from classify.data import RECIPES, PlaneImages, batches, draw_augmentation
 from classify.models import build
 from classify.train import MOMENTUM, train_epoch
 from harness.flags import HelpFormatter
@@ -212,10 +212,10 @@ def classifier(args, folder: Path):
         return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=MOMENTUM)
 
     def ours(args):
-        records, device = read_site(folder, "source", True), torch.device(args.device)
+        records = read_site(folder, "source", True)
         images = PlaneImages(records, args.size, classes_of(records))
         list(images.preload(threads=workers))
-        images.move(device, gpu_room(device))
+        images.move(torch.device(args.device))
         model, optimizer = learner()
         model.to(memory_format=torch.channels_last)
         if args.compile:

@@ -1,7 +1,6 @@
 """Images for the classifiers: decoded and resized once, augmented anew in every epoch, scaled to an
 input range."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -71,7 +70,6 @@ class PlaneImages(Dataset):
         self.targets = [classes.index(record.plane) for record in records]
         self.size = size
         self.kept: list[Tensor] = []
-        self.moved: tuple[Tensor, Tensor] | None = None  # images and targets on a GPU
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,29 +78,6 @@ class PlaneImages(Dataset):
         n = index % len(self)
         image = self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size)
         return image, self.targets[n], index
-
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch: images (B, C, H, W), grey where all of them are, targets (B,), indices (B,) on
-        the CPU."""
-        asked = torch.tensor(indices)
-        if self.moved is not None:
-            rows = (asked % len(self)).to(self.moved[0].device, non_blocking=True)
-            return self.moved[0][rows], self.moved[1][rows], asked
-        images, targets, _ = zip(*map(self.__getitem__, indices))
-        channels = max(map(len, images))
-        stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
-        return stacked, torch.tensor(targets), asked
-
-    def move(self, device: torch.device, room: int) -> None:
-        """All images to a device, for good, if all are kept and take at most `room` bytes; else
-        they stay."""
-        channels = max(map(len, self.kept), default=1)
-        shape = len(self), channels, self.size, self.size
-        if len(self.kept) == len(self) and 0 < math.prod(shape) <= room:
-            images = torch.empty(shape, dtype=torch.uint8, device=device)
-            for n, image in enumerate(self.kept):
-                images[n] = image.to(device)
-            self.moved = images, torch.tensor(self.targets, device=device)
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
         """Decode images in order until they fill `memory` bytes, yielding each; the rest stays on
@@ -119,12 +94,13 @@ class PlaneImages(Dataset):
                 self.kept.append(image)
                 yield image
 
-
-def gpu_room(device: torch.device) -> int:
-    """Bytes of images that a GPU keeps: half of its memory; none elsewhere."""
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(device).total_memory // 2
+    def move(self, device: torch.device) -> None:
+        """The images to a GPU for good, if all are kept and fill at most a quarter of what is free
+        there; else they stay."""
+        if device.type == "cuda" and len(self.kept) == len(self):
+            room = torch.cuda.mem_get_info(device)[0] // 4
+            if sum(map(torch.numel, self.kept)) <= room:
+                self.kept = [image.to(device) for image in self.kept]
 
 
 def decode(path: Path, size: int) -> Tensor:
@@ -163,6 +139,15 @@ class BalancedSampler(Sampler[int]):
         return iter(rng.permutation(drawn + count * np.arange(count)).tolist())
 
 
+def _batch(items: Sequence[tuple[Tensor, int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Items of PlaneImages in one: images (B, C, H, W), grey where all of them are, targets and
+    indices (B,) on the CPU."""
+    images, targets, indices = zip(*items)
+    channels = max(map(len, images))
+    stacked = torch.stack([image.expand(channels, -1, -1) for image in images])
+    return stacked, torch.tensor(targets), torch.tensor(indices)
+
+
 def batches(
     images: PlaneImages,
     batch_size: int,
@@ -182,9 +167,9 @@ def batches(
         shuffle=shuffle_seed is not None and not balanced,
         sampler=BalancedSampler(images.targets, shuffle_seed or 0) if balanced else None,
         generator=generator,
-        collate_fn=lambda batch: batch,  # which __getitems__ has made
+        collate_fn=_batch,
         # so that a GPU need not be waited for
-        pin_memory=torch.cuda.is_available() and images.moved is None,
+        pin_memory=torch.cuda.is_available() and not any(image.is_cuda for image in images.kept),
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 
@@ -227,9 +212,8 @@ def _crop_sides(share: tuple[float, float], rng: np.random.Generator) -> np.ndar
     return np.ones(2)
 
 
-CONTRAST_GAMMA, CONTRAST_GAIN, CONTRAST_OFFSET = 0.7, (0.7, 1.4), 0.12
-"""Ranges of `draw_contrast`: gamma from e^-0.7 to e^0.7, evenly in its logarithm; gain; offset to
-either side."""
+CONTRAST = (-0.7, 0.7, -0.12), (0.7, 1.4, 0.12)
+"""Ends of what `draw_contrast` draws evenly: gamma's logarithm, gain, offset."""
 
 
 def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
@@ -238,14 +222,11 @@ def draw_contrast(seed: int, epoch: int, indices: Tensor) -> Tensor:
 
     indices: (B,) as PlaneImages gives them
     """
-    rows = []
-    for index in indices.tolist():
-        # 1: other numbers than `draw_augmentation`'s
-        rng = np.random.default_rng((seed, epoch, index, 1))
-        gamma = np.exp(rng.uniform(-CONTRAST_GAMMA, CONTRAST_GAMMA))
-        gain, offset = rng.uniform(*CONTRAST_GAIN), rng.uniform(-CONTRAST_OFFSET, CONTRAST_OFFSET)
-        rows.append((gamma, gain, offset))
-    return torch.tensor(rows, dtype=torch.float32)
+    # 1: other numbers than `draw_augmentation`'s
+    rngs = (np.random.default_rng((seed, epoch, index, 1)) for index in indices.tolist())
+    drawn = np.stack([rng.uniform(*CONTRAST) for rng in rngs])
+    drawn[:, 0] = np.exp(drawn[:, 0])
+    return torch.tensor(drawn, dtype=torch.float32)
 
 
 def prepare(
@@ -274,10 +255,7 @@ def prepare(
 
 def normalise(images: Tensor, input_range: str) -> Tensor:
     """(B, 1 or 3, H, W) in [0, 1] -> (B, 3, H, W) in the input range."""
-    mean, std = (
-        torch.tensor(value, device=images.device)[:, None, None]
-        for value in INPUT_RANGES[input_range]
-    )
+    mean, std = torch.tensor(INPUT_RANGES[input_range], device=images.device)[..., None, None]
     return (images - mean) / std
 
 

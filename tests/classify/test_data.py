@@ -50,23 +50,29 @@ def test_grey_and_colour_images_become_batches_of_the_size_asked_for(tmp_path):
     assert (targets.tolist(), indices.tolist()) == ([0, 1], [0, 1])
 
 
-def test_images_in_memory_and_on_a_device_give_the_same_batches_as_those_on_disk(tmp_path):
+def test_images_in_memory_give_the_same_batches_as_those_on_disk(tmp_path):
     records = noise_records(tmp_path, 7)
-    disk, memory, device = (PlaneImages(records, 16, CLASSES) for _ in range(3))
+    disk, memory = (PlaneImages(records, 16, CLASSES) for _ in range(2))
     # a fixed budget of bytes
     assert len(list(memory.preload(memory=5 * 16 * 16, threads=3))) == 5 == len(memory.kept)
-    memory.move(torch.device("cpu"), 1 << 20)
-    assert memory.moved is None  # not all are kept
-    list(device.preload())
-    device.move(torch.device("cpu"), 7 * 16 * 16 - 1)
-    assert device.moved is None  # a byte too little
-    device.move(torch.device("cpu"), 7 * 16 * 16)
-    device.kept = []  # it needs them no more
     expected = [*batches(disk, 3, shuffle_seed=2)]
     assert len(expected) == 3 and torch.cat([i for *_, i in expected]).tolist() != [*range(7)]
-    for images in (memory, device):
-        for found, one in zip(batches(images, 3, shuffle_seed=2), expected, strict=True):
-            assert all(map(torch.equal, found, one))
+    for found, one in zip(batches(memory, 3, shuffle_seed=2), expected, strict=True):
+        assert all(map(torch.equal, found, one))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_images_that_a_gpu_has_room_for_move_there_if_all_are_kept(tmp_path, monkeypatch):
+    gpu, images = torch.device("cuda"), PlaneImages(noise_records(tmp_path, 7), 16, CLASSES)
+    *expected, _ = batches(images, 3)
+    for free, kept, moves in ((4 * 1792, 6, False), (4 * 1791, 7, False), (4 * 1792, 7, True)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, free))
+        images.kept = []
+        list(images.preload(kept * 16 * 16))
+        images.move(gpu)
+        assert images.kept[0].is_cuda == moves
+    for found, one in zip(batches(images, 3), expected):
+        assert found[0].is_cuda and all(map(torch.equal, (x.cpu() for x in found), one))
 
 
 @pytest.mark.slow
