@@ -1,26 +1,17 @@
 """Two classifiers, or two data models, on the same test images: is the difference more than chance?
-And groups of one.
 
 McNemar's test counts images as if they were independent. The bootstrap draws patients, as
 `eval.metrics.bootstrap` does, and reckons with the seeds of the training; so it serves averages
 over classifiers, the F-score and the AUC too.
 """
 
-import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
-from eval.metrics import (
-    LEVEL,
-    Scores,
-    draw_patients,
-    expanded_interval,
-    weighted_scores,
-)
+from eval.metrics import LEVEL, Scores, draw_patients, expanded_interval, weighted_scores
 
 
 @dataclass(frozen=True)
@@ -172,23 +163,3 @@ def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], cluste
     with np.errstate(divide="ignore", invalid="ignore"):
         p_value = np.where(value == 0, 1, 2 * stdtr(degrees, -np.abs(value) / error))
     return value, value - half, value + half, p_value
-
-
-def spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, of a metric over seeds say; the latter is nan for a
-    single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def by_group(
-    targets: np.ndarray, predictions: np.ndarray, groups: Sequence[Hashable]
-) -> dict[Hashable, tuple[int, int]]:
-    """(images read right, images) of each group, such as a plane or a country, in order of first
-    appearance.
-
-    targets, predictions: (N,) class indices
-    groups: (N,) the group of each image
-    """
-    right = targets == predictions
-    images, hits = Counter(groups), Counter(g for g, hit in zip(groups, right) if hit)
-    return {group: (hits[group], images[group]) for group in images}

@@ -1,20 +1,16 @@
 """Paired comparisons: McNemar against SciPy, and intervals and p-values against simulations whose
 truth is known."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy.stats import binomtest, t, ttest_ind
 
 from eval.compare import (
     Difference,
-    by_group,
     mcnemar,
     over_both,
     over_patients,
     paired_bootstrap,
-    spread,
 )
 from eval.metrics import Scores, bootstrap, draw_patients, score
 
@@ -254,17 +250,3 @@ def test_95_percent_intervals_over_patients_and_seeds_hold_the_truth_in_93_to_97
     difference, row, old = np.mean(studies, axis=0)
     # a single row of three seeds: 93 to 94
     assert 0.93 <= difference <= 0.975 and 0.925 <= row <= 0.975 and old < 0.6
-
-
-# --- one classifier ---
-
-
-def test_spread_is_the_sample_standard_deviation():
-    assert spread([0.7, 0.8, 0.9]) == pytest.approx((0.8, 0.1))
-    assert spread([0.7])[0] == 0.7 and math.isnan(spread([0.7])[1])
-
-
-def test_groups_are_counted_in_order_of_appearance():
-    targets, predictions = np.array([0, 1, 2, 0]), np.array([0, 1, 0, 1])
-    counts = by_group(targets, predictions, ["Malawi", "Egypt", "Malawi", "Kenya"])
-    assert list(counts.items()) == [("Malawi", (1, 2)), ("Egypt", (1, 1)), ("Kenya", (0, 1))]
