@@ -184,7 +184,7 @@ def draw_patients(
 ) -> tuple[np.ndarray, int]:
     """Patients drawn with replacement: how often each image counts, (1 + R, N), and the number of
     patients. Row 0 is the test set itself."""
-    unique, owner = np.unique(np.asarray(patients), return_inverse=True)
+    unique, owner = np.unique(patients, return_inverse=True)
     shares = np.full(len(unique), 1 / len(unique))
     draws = np.random.default_rng(seed).multinomial(len(unique), shares, replicates)
     draws = np.concatenate([np.ones((1, len(unique))), draws])

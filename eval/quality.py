@@ -147,16 +147,12 @@ def quality_table(
     Rows have plane, sampler, images (synthetic ones), real (images) and MEASURES, which are nan
     where either set has no more than max(k, 4) images.
     """
-    real_planes, synthetic_planes, samplers = map(
-        np.asarray, (real_planes, synthetic_planes, samplers)
-    )
-    sampler_names = list(dict.fromkeys(samplers.tolist()))
+    planes, names = list(dict.fromkeys(synthetic_planes)), list(dict.fromkeys(samplers))
     rows = []
-    for plane in [*dict.fromkeys(synthetic_planes.tolist()), "all"]:
-        a = real[(real_planes == plane) | (plane == "all")]
-        for sampler in sampler_names + ["all"] * (len(sampler_names) > 1):
-            chosen = (synthetic_planes == plane) | (plane == "all")
-            b = synthetic[chosen & ((samplers == sampler) | (sampler == "all"))]
+    for plane in [*planes, "all"]:
+        a = real[_labelled(real_planes, plane)]
+        for sampler in names + ["all"] * (len(names) > 1):
+            b = synthetic[_labelled(synthetic_planes, plane) & _labelled(samplers, sampler)]
             row = {"plane": plane, "sampler": sampler, "images": len(b), "real": len(a)}
             measures = dict.fromkeys(MEASURES, nan)
             if min(len(a), len(b)) >= max(k + 1, FOLDS):
@@ -164,6 +160,11 @@ def quality_table(
                 measures = dict(zip(MEASURES, values))
             rows.append(row | measures)
     return rows
+
+
+def _labelled(labels: Sequence[str], name: str) -> np.ndarray:
+    """Which of the images have this label; "all": each."""
+    return np.array([name in (label, "all") for label in labels])
 
 
 # --- copies of training images ---
@@ -180,8 +181,7 @@ def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
 
     def grey(record: Record) -> np.ndarray:
         image = open_image(record.path).resize((size, size), Image.Resampling.BILINEAR)
-        pixels = np.asarray(image, dtype=np.float32)
-        return (pixels if pixels.ndim == 2 else pixels.mean(axis=2)).flatten()
+        return np.asarray(image, np.float32).reshape(size * size, -1).mean(axis=1)
 
     images = np.stack([grey(record) for record in records])
     images = images - images.mean(axis=1, keepdims=True)
@@ -193,8 +193,7 @@ class Memorisation:
     """What each of M synthetic images has in training."""
 
     index: np.ndarray  # (M,) its nearest training image
-    distance: np.ndarray  # (M,) to it
-    ratio: np.ndarray  # (M,) distance / the usual one from a training image to the next
+    ratio: np.ndarray  # (M,) distance to it / the usual one from a training image to the next
     copied: np.ndarray  # (M,) bool, ratio below COPIED
 
 
@@ -219,8 +218,8 @@ def memorisation(train: np.ndarray, synthetic: np.ndarray) -> Memorisation:
     index = pairwise_distances_argmin(synthetic, train)
     # Computed anew: the fast way to all distances loses half the digits of those that matter here,
     # and a copy's is 0.
-    distance = np.linalg.norm(synthetic - train[index], axis=1)
-    return Memorisation(index, distance, distance / usual, distance < COPIED * usual)
+    ratio = np.linalg.norm(synthetic - train[index], axis=1) / usual
+    return Memorisation(index, ratio, ratio < COPIED)
 
 
 def closest_pairs_figure(
