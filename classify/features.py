@@ -61,12 +61,12 @@ def inception(
     return of_network(model, size, "imagenet", layer, f"Inception v3, {width}")
 
 
-def classifier(path: str | Path, layer: str = "penultimate") -> Extractor:
-    """A classifier that classify.py wrote; needs no download. ClassifyError if `path` is not
-    one."""
+def classifier(path: str | Path) -> Extractor:
+    """What enters the head of a classifier that classify.py wrote; needs no download. ClassifyError
+    if `path` is not one."""
     model, description = load(path)
-    name = f"{description['model']} trained on the planes, {layer} layer"
-    return of_network(model, description["size"], description["input_range"], layer, name)
+    name = f"{description['model']} trained on the planes, penultimate layer"
+    return of_network(model, description["size"], description["input_range"], name=name)
 
 
 @torch.no_grad()

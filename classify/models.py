@@ -101,7 +101,7 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
             state = _read_file(Path(weights))
     # no network, no space, a wrong hash; and on what is no pickle, an unpickler fails in any way
     except Exception as error:
-        raise ClassifyError(f"{source}: {_one_line(error)}; {advice}") from None
+        raise ClassifyError(f"{source}: {one_line(error)}; {advice}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ClassifyError(
             f"{source}: not a state dict of tensors; save model.state_dict() and nothing else"
@@ -130,7 +130,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = f"does not fit {type(model).__name__}: {_one_line(error)}"
+        reason = f"does not fit {type(model).__name__}: {one_line(error)}"
         raise ClassifyError(f"{source}: {reason}") from None
 
 
@@ -143,7 +143,7 @@ def save(path: Path, model: nn.Module, description: dict, classes: Sequence[str]
     classes: in the order of the logits
     """
     metadata = {"classifier": json.dumps({**description, "classes": list(classes)}, sort_keys=True)}
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     # save_file would make it readable by its owner alone
     path.write_bytes(safetensors.torch.save(state, metadata))
 
@@ -160,5 +160,6 @@ def load(path: str | Path) -> tuple[nn.Module, dict]:
     return build(name, path, size, len(classes)).eval(), description
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What a library says of it, at most 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from classify import ClassifyError
 from classify.features import Extractor, features, of_network
 from classify.images import choose_records
-from classify.models import MODELS, build
+from classify.models import MODELS, build, one_line
 from classify.predict import write_outcome
 from harness.files import sha256_of_all, whole_file, whole_files
 from harness.record import record_run
@@ -56,8 +56,9 @@ def open_frozen(name: str, weights: str, size: int, device: str) -> tuple[Extrac
             raise ValueError("it is no vision model; give DINOv2, BEiT, CLIP, ..")
         processor = AutoImageProcessor.from_pretrained(name)
     except Exception as error:  # of the hub, of files, of formats
-        reason = " ".join(str(error).split())[:200]
-        raise ClassifyError(f"probe:{name}: cannot be opened by transformers: {reason}") from None
+        raise ClassifyError(
+            f"probe:{name}: cannot be opened by transformers: {one_line(error)}"
+        ) from None
     if any("pooler" in key for key in loading["missing_keys"]):
         vision.pooler = None  # which would be random
     side = getattr(processor, "crop_size", None) or processor.size

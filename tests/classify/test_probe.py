@@ -57,20 +57,18 @@ def family(name: str, folder: Path) -> str:
 # --- features ---
 
 
-@pytest.mark.parametrize("layer", ["penultimate", "logits"])
-def test_features_of_our_own_classifier_are_what_enters_or_leaves_its_head(tmp_path, layer):
+def test_features_of_our_own_classifier_are_what_enters_its_head(tmp_path):
     model = build("tiny", "none", 64, 2).eval()
     description = {"model": "tiny", "size": 64, "input_range": "minus-one-one"}
     save(tmp_path / "model.safetensors", model, description, "ab")
     records = noise_records(tmp_path / "images", 5)
     images = PlaneImages(records, 64, "ab")
     x = prepare(torch.stack([images[n][0] for n in range(5)]), "minus-one-one")
-    expected = model[:-1](x) if layer == "penultimate" else model(x)
-    extractor = classifier(tmp_path / "model.safetensors", layer)
-    assert extractor.name == f"tiny trained on the planes, {layer} layer"
+    extractor = classifier(tmp_path / "model.safetensors")
+    assert extractor.name == "tiny trained on the planes, penultimate layer"
     found = features(extractor, records)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected.detach(), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(found, model[:-1](x).detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
