@@ -63,11 +63,9 @@ def contact_sheet(
     shape = len(rows), max(map(len, rows))
     figure, grid = _grid((cell * shape[1], cell * shape[0]), shape, row_labels, column_labels)
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
         # square cells keep the labels in line whatever the images' shapes
-        axes.set_adjustable("datalim")
-        axes.set_box_aspect(1)
+        axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1)
+        axes.spines[:].set_visible(False)
     for line, row in zip(grid, rows):
         for axes, image in zip(line, row):
             if image is not None:
@@ -103,12 +101,12 @@ def confusion_figure(
     figure, grid = _grid(size, (len(rows), len(columns)), rows, columns)
     seen = sum(matrix.sum(axis=1) for matrix in matrices.values()) > 0
     for (i, j), axes in np.ndenumerate(grid):
-        ticks = {"length": 0, "labelsize": 7, "labelbottom": i == len(rows) - 1}
-        axes.tick_params(**ticks, labelleft=j == 0)
+        axes.tick_params(length=0, labelsize=7)
         axes.set_xticks(range(len(classes)), classes, rotation=90)
         axes.set_yticks(range(seen.sum()), np.array(classes)[seen])
         axes.spines[:].set_visible(False)
         axes.set(xlim=(-0.5, len(classes) - 0.5), ylim=(seen.sum() - 0.5, -0.5), aspect="equal")
+        axes.label_outer()
         if (rows[i], columns[j]) not in matrices:
             continue
         counts = matrices[rows[i], columns[j]][seen]
@@ -142,8 +140,8 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
                 look = {"color": colour, "marker": marker, "alpha": 0.8, "linewidths": 0}
                 if len(chosen):
                     axes.scatter(*chosen.T, s=16, label=source, **look)
-            axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-            axes.set_box_aspect(1)
+            sides = {"xlim": (-0.04, 1.04), "xticks": [0, 0.5, 1]}
+            axes.set(**sides, ylim=(-0.04, 1.04), yticks=[0, 0.5, 1], box_aspect=1)
             axes.label_outer()
     _legend(figure, fontsize=10)
     return figure
