@@ -62,17 +62,16 @@ def test_images_in_memory_give_the_same_batches_as_those_on_disk(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-def test_images_that_a_gpu_has_room_for_move_there_if_all_are_kept(tmp_path, monkeypatch):
-    gpu, images = torch.device("cuda"), PlaneImages(noise_records(tmp_path, 7), 16, CLASSES)
-    *expected, _ = batches(images, 3)
-    for free, kept, moves in ((4 * 1792, 6, False), (4 * 1791, 7, False), (4 * 1792, 7, True)):
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, free=free: (free, free))
+def test_images_move_to_a_gpu_where_all_are_kept_and_give_the_same_batches(tmp_path):
+    images = PlaneImages(noise_records(tmp_path, 7), 16, CLASSES)
+    expected = [*batches(images, 3)]
+    for memory in (6 * 16 * 16, 7 * 16 * 16):
         images.kept = []
-        list(images.preload(kept * 16 * 16))
-        images.move(gpu)
-        assert images.kept[0].is_cuda == moves
-    for found, one in zip(batches(images, 3), expected):
-        assert found[0].is_cuda and all(map(torch.equal, (x.cpu() for x in found), one))
+        list(images.preload(memory))
+        images.move(torch.device("cuda"))
+        assert images.kept[0].is_cuda == (len(images.kept) == 7)
+    for found, one in zip(batches(images, 3), expected, strict=True):
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, one))
 
 
 @pytest.mark.slow
