@@ -185,8 +185,8 @@ def export(model: nn.Module, description: dict, out: Path) -> None:
         opset_version=OPSET,
         verbose=False,
     )
-    facts = {"classes": description["classes"], "size": size}
-    facts["images"] = "RGB in [0, 1], squashed to size x size"
+    squashed = "RGB in [0, 1], squashed to size x size"
+    facts = {"classes": description["classes"], "size": size, "images": squashed}
     program.model.metadata_props.update({key: json.dumps(fact) for key, fact in facts.items()})
     with whole_files(out) as part:
         program.save(part / "model.onnx")

@@ -81,9 +81,10 @@ def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) ->
     """
     rows, labels = [], []
     for sampler, columns in images.items():
-        rows += zip(*columns.values())
-        labels += [sampler, *[""] * (len(next(iter(columns.values()))) - 1)]
-    return contact_sheet(rows, labels, list(next(iter(images.values()))))
+        found = list(zip(*columns.values()))
+        rows += found
+        labels += [sampler] + [""] * (len(found) - 1)
+    return contact_sheet(rows, labels, list(columns))
 
 
 def confusion_figure(
@@ -136,7 +137,7 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
     for line, panels in zip(grid, rows.values()):
         for axes, (points, sources) in zip(line, panels.values()):
             for source, (colour, marker) in SOURCES.items():
-                chosen = points[[name == source for name in sources]]
+                chosen = points[np.array(sources) == source]
                 look = {"color": colour, "marker": marker, "alpha": 0.8, "linewidths": 0}
                 if len(chosen):
                     axes.scatter(*chosen.T, s=16, label=source, **look)
