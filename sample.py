@@ -53,9 +53,8 @@ from planes.captions import (
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
-SEEDS_APART = (
-    100_000  # between the first seeds of (plane, sampler) pairs: only --seeds shares noise
-)
+SEEDS_APART = 100_000
+"""Between the first seeds of (plane, sampler) pairs: only --seeds shares noise."""
 
 
 def parse_args(argv=None):
@@ -63,29 +62,25 @@ def parse_args(argv=None):
     parser.usage = "%(prog)s [flags] --out OUT"
     add_model_arguments(parser)
     cuda, text = "cuda" if torch.cuda.is_available() else "cpu", {"type": plain_text}
-    add = parser.add_argument_group("LoRA and learned tokens").add_argument
+    group = parser.add_argument_group("LoRA and learned tokens")
+    add, token = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--lora", type=lora_path, nargs="+", default=[], help="kohya's, PEFT's: files or hub ids")
     add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all, or one of each")
-    add(
-        "--embedding", type=Path, help="a token of Textual Inversion, which every prompt then names"
-    )
+    token("--embedding", type=Path, help="Textual Inversion's token, which every prompt then names")
+    token("--rare-token", **text, help="DreamBooth's, named by every prompt: a photo of sks ..")
     add("--token", **text, help="another name for the token of --embedding (else: the file's)")
-    add(
-        "--rare-token",
-        **text,
-        help="DreamBooth's, named by every prompt: a photo of sks fetal femur",
-    )
     add = parser.add_argument_group("prompts").add_argument
     add("--prompts", help="paper, styles, detailed, or a JSON file: lists per plane (else: paper)")
     add("--planes", nargs="+", help="planes, or a LoRA's own classes, that are sampled (else: all)")
     add("--prompt", **text, help="instead; (word:1.2), [word] and BREAK as in the webui")
     add("--negative-prompt", **text, default="", help="what guidance leads away from")
     add("--clip-skip", type=int, default=1, help="1: CLIP's last layer, 2: the last but one")
-    add = parser.add_argument_group("sampling").add_argument
+    group = parser.add_argument_group("sampling")
+    add, which = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--samplers", nargs="+", choices=[*SAMPLERS], default=[*SAMPLERS], help="one or both")
-    add("--count", type=int, help="images per prompt and sampler (else: 500)")
-    add("--seed", type=seed_number, default=0, help="the first one")
-    add("--seeds", type=seed_number, nargs="+", help="instead, for every prompt and sampler")
+    which("--count", type=int, help="images per prompt and sampler (else: 500)")
+    which("--seeds", type=seed_number, nargs="+", help="instead, for every prompt and sampler")
+    add("--seed", type=seed_number, default=0, help="the first of --count")
     add("--steps", type=int, default=20, help="model calls per image")
     add("--spacing", help="linspace, leading, trailing, karras, time_uniform (else: the sampler's)")
     add("--order", type=int, help="UniPC's, 1 to 3 (else: 3)")
@@ -101,12 +96,6 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if args.prompt is not None and (args.prompts or args.planes):
         parser.error("give --prompt, or --prompts and --planes, not both")
-    if args.seeds and args.count is not None:
-        parser.error("give --seeds, or --seed and --count, not both")
-    if args.embedding and args.rare_token:
-        parser.error(
-            "give --embedding FILE or --rare-token WORD, not both: a prompt names one token"
-        )
     if args.order is not None and "unipc" not in args.samplers:
         parser.error(f"--order {args.order}: UniPC has one, {' '.join(args.samplers)} does not")
     if args.token and not args.embedding:
@@ -205,9 +194,8 @@ def batches(
     group: Sequence[shots.Shot], size: int, contexts: Mapping[str, torch.Tensor]
 ) -> Iterator[list[shots.Shot]]:
     """At most `size` images at once, consecutive and with equally many tokens. Those made already
-    count
-    too: else the sizes, and with them the last bits, would depend on where a run was
-        interrupted."""
+    count too: else the sizes, and with them the last bits, would depend on where a run was
+    interrupted."""
     for _, alike in groupby(group, key=lambda shot: contexts[shot.prompt].shape[1]):
         alike = list(alike)
         yield from (alike[start : start + size] for start in range(0, len(alike), size))

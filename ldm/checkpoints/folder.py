@@ -181,8 +181,10 @@ def network_files(folder: Path, stem: str) -> Iterator[Path]:
             yield whole
             return
         if index.exists():
-            shards = _read(index, {}).get("weight_map", {})
-            yield from (folder / name for name in sorted(set(shards.values())))
+            shards = _read(index, {}).get("weight_map")
+            if not isinstance(shards, dict):
+                raise CheckpointError(f"{index}: no weight_map in it; fetch it again")
+            yield from (folder / name for name in sorted({*map(str, shards.values())}))
             return
     raise CheckpointError(
         f"{folder}: no {stem}[{'|'.join(VARIANTS)}].safetensors, whole or in shards; convert a"
@@ -207,8 +209,10 @@ def _read(path: Path, fixed: Json) -> Json:
         raise CheckpointError(f"{path}: no such file; is this a whole diffusers folder?")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}")
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); fetch it again") from None
+        raise CheckpointError(f"{path}: no JSON object ({error}); fetch it again") from None
     for name, value in fixed.items():
         if values.get(name, value) != value:
             raise CheckpointError(
