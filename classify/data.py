@@ -243,13 +243,11 @@ def prepare(
     """
     x = images.float() / 255
     if contrast is not None:
-        contrast = contrast.to(x.device, non_blocking=True)
-        gamma, gain, offset = contrast[:, :, None, None, None].unbind(dim=1)
+        gamma, gain, offset = contrast.to(x.device)[:, :, None, None, None].unbind(dim=1)
         x = (gain * x**gamma + offset).clamp(0, 1)
     if affine is not None:
-        affine = affine.to(x.device, non_blocking=True)
-        grid = F.affine_grid(affine, list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        grid = F.affine_grid(affine.to(x.device), list(x.shape), align_corners=False)
+        x = F.grid_sample(x, grid, align_corners=False)
     return normalise(x, input_range)
 
 

@@ -41,10 +41,9 @@ class Chosen:
 
     def hashes(self) -> dict[str, str]:
         """Of the files of each group."""
-        groups = {"training": self.training, "validation": self.validation, "test": self.test}
         return {
-            f"{name} images": sha256_of_all(record.path for record in records)
-            for name, records in groups.items()
+            f"{name} images": sha256_of_all(record.path for record in getattr(self, name))
+            for name in ("training", "validation", "test")
         }
 
 

@@ -88,8 +88,7 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
     """
     try:
         if weights == "imagenet":
-            entry = tv.get_model_weights(name).IMAGENET1K_V1
-            cached = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
+            entry, cached = imagenet_file(name)
             source = f"ImageNet weights of {name}"
             advice = f"fetch {entry.url} to {cached}, or choose other weights (a file, or none)"
             state = entry.get_state_dict(
@@ -110,6 +109,13 @@ def read_weights(name: str, weights: str | Path) -> tuple[dict[str, Tensor], str
     # denselayer1.norm1 today.
     old = r"(denselayer\d+\.(?:norm|conv))\.(\d)"
     return {re.sub(old, r"\1\2", key): value for key, value in state.items()}, source
+
+
+def imagenet_file(name: str) -> tuple[object, Path]:
+    """torchvision's weights of its network `name`, and the file in torch's cache that they are in
+    once they were downloaded."""
+    entry = tv.get_model_weights(name).IMAGENET1K_V1
+    return entry, Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
 
 
 def _read_file(path: Path) -> object:

@@ -38,15 +38,16 @@ def parse_args(argv=None):
 def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
     """What a row's classifier, a file of classify.py, says of other images."""
     targets, probabilities = read_by(classifier, records)
+    patients, centers, images = np.array([(r.patient, r.center, r.name) for r in records]).T
     digests = [sha256(record.path) for record in records]
     return replace(
         result,
         targets=targets,
         predictions=probabilities.argmax(axis=1),
         probabilities=probabilities,
-        patients=np.array([record.patient for record in records]),
-        centers=np.array([record.center for record in records]),
-        images=np.array([record.name for record in records]),
+        patients=patients,
+        centers=centers,
+        images=images,
         copies=np.array([digest in digests[:n] for n, digest in enumerate(digests)]),
     )
 

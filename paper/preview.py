@@ -1,12 +1,8 @@
 """What a reproduction would run, and what is missing for it on this machine."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
-import torch
-from torchvision.models import get_model_weights
-
-from classify.models import MODELS
+from classify.models import MODELS, imagenet_file
 from ldm.cli import describe_models
 from paper.material import PHANTOMS, Selections
 from paper.plan import PAPER, RANKS, Row, Scale
@@ -31,10 +27,9 @@ def missing_weights(names: Iterable[str]) -> list[str]:
     where."""
     lines = []
     for name in names:
-        url = get_model_weights(name).IMAGENET1K_V1.url
-        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+        entry, path = imagenet_file(name)
         if not path.is_file():
-            lines.append(f"weights of {name}: downloaded when needed, or put {url} at {path}")
+            lines.append(f"weights of {name}: downloaded when needed, or put {entry.url} at {path}")
     return lines
 
 

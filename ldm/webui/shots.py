@@ -95,7 +95,8 @@ def model_hash(digests: Mapping[str, str]) -> str:
     of all of theirs."""
     if len(digests) == 1:
         return next(iter(digests.values()))[:10]
-    return hashlib.sha256("".join(d for _, d in sorted(digests.items())).encode()).hexdigest()[:10]
+    ordered = "".join(digests[part] for part in sorted(digests))
+    return hashlib.sha256(ordered.encode()).hexdigest()[:10]
 
 
 def lora_hash(path: Path) -> str:
@@ -128,8 +129,8 @@ def tags(paths: Sequence[Path], weights: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    """7 for 7.0, and every digit that matters of the rest."""
-    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    """7 for 7.0."""
+    return str(value).removesuffix(".0")
 
 
 def _quote(value: str) -> str:
