@@ -14,17 +14,11 @@ import numpy as np
 
 from eval.metrics import Scores
 
-
-def _read() -> dict[tuple[str, str], Scores]:
-    with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as file:
-        _, *rows = csv.reader(file)
-    return {
+with open(Path(__file__).with_suffix(".csv"), encoding="utf-8", newline="") as _file:
+    PUBLISHED = {
         (data, classifier): Scores(*(float(value) / 100 for value in percent))
-        for _, data, classifier, *percent in rows
+        for _, data, classifier, *percent in list(csv.reader(_file))[1:]
     }
-
-
-PUBLISHED = _read()
 """(data model, classifier) -> the published scores, as fractions; AUC by the notebook's
 definition."""
 
