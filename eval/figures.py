@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+from sklearn.preprocessing import minmax_scale
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as
 # well.
@@ -138,11 +139,11 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
         for axes, (points, sources) in zip(line, panels.values()):
             for source, (colour, marker) in SOURCES.items():
                 chosen = points[np.array(sources) == source]
-                look = {"color": colour, "marker": marker, "alpha": 0.8, "linewidths": 0}
+                look = {"color": colour, "marker": marker, "label": source, "linewidths": 0}
                 if len(chosen):
-                    axes.scatter(*chosen.T, s=16, label=source, **look)
-            sides = {"xlim": (-0.04, 1.04), "xticks": [0, 0.5, 1]}
-            axes.set(**sides, ylim=(-0.04, 1.04), yticks=[0, 0.5, 1], box_aspect=1)
+                    axes.scatter(*chosen.T, s=16, alpha=0.8, **look)
+            ends, ticks = (-0.04, 1.04), (0, 0.5, 1)
+            axes.set(xlim=ends, ylim=ends, xticks=ticks, yticks=ticks, box_aspect=1)
             axes.label_outer()
     _legend(figure, fontsize=10)
     return figure
@@ -190,7 +191,7 @@ alone do; one against the other."""
 class Point:
     """A value and its interval, in the unit of the axis.
 
-    published: the paper's value, if it has one
+    published: the paper's value, nan if it has none
     seeds: whether the interval reckons with the seeds; if not, the point is hollow
     kind: a key of MARKS
     """
@@ -199,7 +200,7 @@ class Point:
     value: float
     low: float
     high: float
-    published: float | None = None
+    published: float = np.nan
     seeds: bool = True
     kind: str = "synthetic"
 
@@ -213,7 +214,10 @@ def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
     figure = Figure(figsize=(6.4, 1.1 + 0.4 * len(points)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.3", linewidth=1)
+    beside = axes.get_yaxis_transform()
     for y, point in enumerate(points):
+        numbers = f"{point.value:+.1f} ({point.low:+.1f} to {point.high:+.1f})"
+        axes.text(1.02, y, numbers, transform=beside, va="center", fontsize=8)
         colour, marker, label = MARKS[point.kind]
         ends = [[point.value - point.low], [point.high - point.value]]
         look = {"color": colour, "ms": 5, "lw": 1.4, "mfc": colour if point.seeds else "white"}
@@ -221,21 +225,13 @@ def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
         if not point.seeds:
             hollow = "hollow: one seed, patients alone"
             axes.plot([], [], "o", color="0.3", mfc="white", ms=5, label=hollow)
-        if point.published is not None and not np.isnan(point.published):
+        if not np.isnan(point.published):
             look = {"mfc": "none", "mec": "black", "ms": 5, "mew": 1.3, "label": "published"}
             axes.plot(point.published, y, "D", **look)
-    heights = range(len(points))
-    axes.set_yticks(heights, [point.label for point in points], fontsize=8)
-    axes.set_ylim(len(points) - 0.4, -0.6)
-    numbers = [f"{point.value:+.1f} ({point.low:+.1f} to {point.high:+.1f})" for point in points]
-    right = axes.secondary_yaxis("right")
-    right.set_yticks(heights, numbers, fontsize=8)
-    right.tick_params(length=0)
-    right.spines[:].set_visible(False)
-    axes.set_xlabel(xlabel)
+    axes.set_yticks(range(len(points)), [point.label for point in points], fontsize=8)
+    axes.set(xlabel=xlabel, ylim=(len(points) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     _legend(figure, fontsize=8)
     return figure
@@ -249,6 +245,5 @@ def tsne(features: np.ndarray, seed: int = 0) -> np.ndarray:
     as many neighbours.
     """
     perplexity = min(30.0, (len(features) - 1) / 3)
-    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
-    low, high = points.min(axis=0), points.max(axis=0)
-    return (points - low) / np.where(high > low, high - low, 1)
+    embedding = TSNE(perplexity=perplexity, init="pca", random_state=seed)
+    return minmax_scale(embedding.fit_transform(features))

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import euclidean_distances, pairwise_distances_argmin
+from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import StandardScaler, normalize
 
 from eval.figures import contact_sheet
 from planes.datasets import Record
@@ -65,16 +66,12 @@ def kid(real: np.ndarray, synthetic: np.ndarray) -> float:
     """
     real, synthetic = _matrices(real, synthetic, least=2)
     within = _mean_of_pairs(real) + _mean_of_pairs(synthetic)
-    return within - 2 * float(_cubic_kernel(real, synthetic).mean())
-
-
-def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    return within - 2 * float(polynomial_kernel(real, synthetic).mean())
 
 
 def _mean_of_pairs(x: np.ndarray) -> float:
     """Mean of the kernel over pairs of two different images."""
-    kernel = _cubic_kernel(x, x)
+    kernel = polynomial_kernel(x)
     return float((kernel.sum() - np.trace(kernel)) / (len(x) * (len(x) - 1)))
 
 
@@ -136,7 +133,6 @@ def quality_table(
     real_planes: Sequence[str],
     synthetic_planes: Sequence[str],
     samplers: Sequence[str],
-    k: int = 5,
     seed: int = 0,
 ) -> list[dict[str, str | int | float]]:
     """Every measure for each plane and sampler, and for "all" planes and, if there are several,
@@ -145,7 +141,7 @@ def quality_table(
     real, synthetic: (N, D), (M, D) features
     real_planes: (N,); synthetic_planes, samplers: (M,) labels
     Rows have plane, sampler, images (synthetic ones), real (images) and MEASURES, which are nan
-    where either set has no more than max(k, 4) images.
+    where either set has no more than five images.
     """
     planes, names = list(dict.fromkeys(synthetic_planes)), list(dict.fromkeys(samplers))
     rows = []
@@ -155,8 +151,8 @@ def quality_table(
             b = synthetic[_labelled(synthetic_planes, plane) & _labelled(samplers, sampler)]
             row = {"plane": plane, "sampler": sampler, "images": len(b), "real": len(a)}
             measures = dict.fromkeys(MEASURES, nan)
-            if min(len(a), len(b)) >= max(k + 1, FOLDS):
-                values = fid(a, b), kid(a, b), *prdc(a, b, k).values(), *two_sample(a, b, seed)
+            if min(len(a), len(b)) > FOLDS:
+                values = fid(a, b), kid(a, b), *prdc(a, b).values(), *two_sample(a, b, seed)
                 measures = dict(zip(MEASURES, values))
             rows.append(row | measures)
     return rows
@@ -170,9 +166,9 @@ def _labelled(labels: Sequence[str], name: str) -> np.ndarray:
 # --- copies of training images ---
 
 
-def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
-    """The images at size x size pixels, each with mean 0 and norm 1: (N, size^2), distance^2 = 2 (1
-    - correlation).
+def pixel_features(records: Sequence[Record]) -> np.ndarray:
+    """The images at 32 x 32 pixels, each with mean 0 and norm 1: (N, 1024), distance^2 = 2 (1 -
+    correlation).
 
     The features for `memorisation`: a copy is one of pixels, and scaling down averages its noise
     away, while a network's pooled features drop the place of things and so draw different images of
@@ -180,12 +176,11 @@ def pixel_features(records: Sequence[Record], size: int = 32) -> np.ndarray:
     """
 
     def grey(record: Record) -> np.ndarray:
-        image = open_image(record.path).resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image, np.float32).reshape(size * size, -1).mean(axis=1)
+        image = open_image(record.path).resize((32, 32), Image.Resampling.BILINEAR)
+        return np.asarray(image, np.float32).reshape(1024, -1).mean(axis=1)
 
     images = np.stack([grey(record) for record in records])
-    images = images - images.mean(axis=1, keepdims=True)
-    return images / np.maximum(np.linalg.norm(images, axis=1, keepdims=True), 1e-6)
+    return normalize(images - images.mean(axis=1, keepdims=True))
 
 
 @dataclass(frozen=True)
@@ -223,16 +218,16 @@ def memorisation(train: np.ndarray, synthetic: np.ndarray) -> Memorisation:
 
 
 def closest_pairs_figure(
-    found: Memorisation, train: Sequence[Record], synthetic: Sequence[Record], pairs: int = 8
+    found: Memorisation, train: Sequence[Record], synthetic: Sequence[Record]
 ) -> Figure:
-    """The synthetic images nearest to training, above what they are nearest to, labelled with the
-    ratio.
+    """The eight synthetic images nearest to training, above what they are nearest to, labelled with
+    the ratio.
 
     train, synthetic: whose features `found` was made of, in the same order
     """
-    closest = np.argsort(found.ratio, kind="stable")[:pairs]
+    closest = np.argsort(found.ratio, kind="stable")[:8]
     rows = [[synthetic[n] for n in closest], [train[found.index[n]] for n in closest]]
-    images = [[Image.open(record.path).convert("L") for record in row] for row in rows]
+    images = [[open_image(record.path) for record in row] for row in rows]
     return contact_sheet(
         images, ("synthetic", "training"), [f"{found.ratio[n]:.2f}" for n in closest]
     )

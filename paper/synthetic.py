@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from classify import ClassifyError
 from classify.features import Extractor, classifier, features, inception
@@ -16,6 +15,7 @@ from paper.document import FIGURES, picture
 from paper.material import Selections
 from paper.results import read_by, row_folder
 from planes.datasets import Record, read_synthetic
+from planes.pictures import open_image
 
 PER_SOURCE = 35  # images of a class and source in figure 3
 
@@ -152,8 +152,7 @@ def figure_2(
     cells = []
     for records in groups.values():
         first = {record.plane: record.path for record in reversed(records)}
-        images = (Image.open(first[name]) if name in first else None for name in classes)
-        cells.append([image and image.convert("L").resize((256, 256)) for image in images])
+        cells.append([first.get(name) and open_image(first[name]) for name in classes])
     return contact_sheet(cells, list(groups), classes)
 
 
