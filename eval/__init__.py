@@ -7,5 +7,5 @@
 | FID, KID, precision, recall, density, coverage; copies of training images | `quality.py` |
 | image sheets, confusion matrices, t-SNE, losses; differences with intervals | `figures.py` |
 
-Python has a builtin `eval`: always `from eval.metrics import score`, never `import eval`.
+Python has a builtin `eval`: always `from eval.metrics import evaluate`, never `import eval`.
 """

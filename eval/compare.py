@@ -1,27 +1,17 @@
 """Two classifiers, or two data models, on the same test images: is the difference more than chance?
 
 McNemar's test counts images as if they were independent. The bootstrap draws patients, as
-`eval.metrics.bootstrap` does, and reckons with the seeds of the training; so it serves averages
+`eval.metrics.evaluate` does, and reckons with the seeds of the training; so it serves averages
 over classifiers, the F-score and the AUC too.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import bdtr, ndtri, stdtr, stdtrit
 
-from eval.metrics import LEVEL, Scores, draw_patients, expanded_interval, weighted_scores
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Images that only the first or only the second classifier reads right, and how surprising
-    their ratio is."""
-
-    only_first: int
-    only_second: int
-    p_value: float
+from eval.metrics import LEVEL, METRICS, draw_patients, expanded_interval, weighted_scores
 
 
 @dataclass(frozen=True)
@@ -41,9 +31,10 @@ class Difference:
     over: str = "patients"
 
 
-def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNemar:
+def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     """Exact two-sided test that two classifiers are right equally often (McNemar 1947, with
-    binomial probabilities).
+    binomial probabilities): how many images only the first and only the second reads right, and
+    the p-value.
 
     targets, first, second: (N,) class indices
     Given n discordant images, each is the first's or the second's with probability 1/2 if the two
@@ -51,7 +42,7 @@ def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> McNem
     """
     right_first, right_second = targets == first, targets == second
     b, c = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
-    return McNemar(b, c, min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5))))
+    return b, c, min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
 
 
 def paired_bootstrap(
@@ -76,7 +67,7 @@ def paired_bootstrap(
     """
     weights, clusters = draw_patients(patients, replicates, seed)
     cells = [
-        np.stack([weighted_scores(weights, targets, run, "notebook") for run in runs])
+        np.stack([weighted_scores(weights, targets, run) for run in runs])
         for runs in (*first, *second)
     ]
     coefficients = [-1 / len(first)] * len(first) + [1 / len(second)] * len(second)
@@ -87,8 +78,8 @@ def paired_bootstrap(
         means = (weight * cell.mean(axis=0) for weight, cell in zip(coefficients, cells))
         # rounded, for ties to be ties in whatever order the runs were summed
         found = over_patients(np.round(sum(means), 12), clusters)
-    columns = zip(fields(Scores), *(column.tolist() for column in found))
-    return {field.name: Difference(*numbers, over) for field, *numbers in columns}
+    columns = zip(METRICS, *(column.tolist() for column in found))
+    return {name: Difference(*numbers, over) for name, *numbers in columns}
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -1,22 +1,19 @@
 """Accuracy, recall, precision, F-score and AUC as the paper reports them, with intervals by
 bootstrap over patients.
 
-Each metric is a function of confusion matrices, (..., K, K): of one, or of one for each bootstrap
-replicate. Macro averages run over the classes that occur among the targets: the African set has no
-Other, and counting that class would cap recall at 80 %. Everything is a fraction; percent is for
-printing.
+Each metric is a function of confusion matrices, (..., K, K), row = target, column = prediction: of
+one, or of one for each bootstrap replicate. Macro averages run over the classes that occur among
+the targets: the African set has no Other, and counting that class would cap recall at 80 %.
+Everything is a fraction; percent is for printing.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
+from sklearn.metrics import confusion_matrix
 
-from planes import PLANES
-
-Definition = Literal["notebook", "plain"]
 LEVEL = 0.95
 """Of every interval."""
 
@@ -33,66 +30,49 @@ class Scores:
     auc: float
 
 
+METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+
+
 # --- the five metrics ---
 
 
-def confusion(
-    targets: np.ndarray, predictions: np.ndarray, classes: int = len(PLANES)
-) -> np.ndarray:
-    """Confusion matrix, (K, K) counts, row = target, column = prediction.
+def macro_scores(counts: np.ndarray, areas: np.ndarray) -> np.ndarray:
+    """The five metrics, (..., 5) in the order of Scores.
 
-    targets, predictions: (N,) class indices below `classes`
+    counts: (..., K, K); areas: (..., K) under the ROC curve of each class
+    Of a class: recall TP / (TP + FN), precision TP / (TP + FP), which is 0 without any prediction,
+    and F-score 2 TP / (2 TP + FN + FP).
     """
-    counts = np.bincount(targets * classes + predictions, minlength=classes**2)
-    return counts.reshape(classes, classes)
+    hits, targets = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1)
+    predicted, present = counts.sum(axis=-2), targets > 0
+    recall = hits / np.maximum(targets, 1)
+    precision = hits / np.maximum(predicted, 1)
+    f_score = 2 * hits / np.maximum(targets + predicted, 1)
+    macro = [
+        np.where(present, values, 0).sum(axis=-1) / present.sum(axis=-1)
+        for values in (recall, precision, f_score, areas)
+    ]
+    return np.stack([hits.sum(axis=-1) / targets.sum(axis=-1), *macro], axis=-1)
 
 
-def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Images on the diagonal / all images."""
-    hits, targets, _ = _totals(counts)
-    return hits.sum(axis=-1) / targets.sum(axis=-1)
+def label_auc(counts: np.ndarray) -> np.ndarray:
+    """(sensitivity + specificity) / 2 of each class, (..., K): the area under the ROC curve of
+    predicted labels.
 
-
-def recall(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FN): of the images of a class, those that are found."""
-    hits, targets, _ = _totals(counts)
-    return _macro(hits / np.maximum(targets, 1), targets)
-
-
-def precision(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP): of the predictions of a class, those that are right; 0 without any."""
-    hits, targets, predicted = _totals(counts)
-    return _macro(hits / np.maximum(predicted, 1), targets)
-
-
-def f_score(counts: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FN + FP), the harmonic mean of a class's precision and recall."""
-    hits, targets, predicted = _totals(counts)
-    return _macro(2 * hits / np.maximum(targets + predicted, 1), targets)
-
-
-def auc(counts: np.ndarray, definition: Definition) -> np.ndarray:
-    """(sensitivity + specificity) / 2, the area under the ROC curve of predicted labels.
-
-    definition: "plain", one class against the rest; "notebook", as the authors do: a prediction
-        that is no class of the targets (Other, on the African set) is positive for every class
+    As the authors do it, a prediction that is no class of the targets (Other, on the African set)
+    is positive for every class.
     """
-    hits, targets, predicted = _totals(counts)
-    absent = targets == 0
-    astray = (counts * absent[..., None, :]).sum(axis=-1) * (definition == "notebook")
-    true_positives = hits + astray
-    false_positives = predicted - hits + astray.sum(axis=-1, keepdims=True) - astray
+    hits, targets = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1)
+    astray = (counts * (targets == 0)[..., None, :]).sum(axis=-1)
+    false_positives = counts.sum(axis=-2) - hits + astray.sum(axis=-1, keepdims=True) - astray
     with np.errstate(invalid="ignore"):  # 0 / 0 if there is but one class
-        negatives = targets.sum(axis=-1, keepdims=True) - targets
-        specificity = 1 - false_positives / negatives
-    return _macro((true_positives / np.maximum(targets, 1) + specificity) / 2, targets)
+        specificity = 1 - false_positives / (targets.sum(axis=-1, keepdims=True) - targets)
+    return ((hits + astray) / np.maximum(targets, 1) + specificity) / 2
 
 
-def rank_auc(
-    weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray, counts: np.ndarray
-) -> np.ndarray:
-    """Area under the ROC curve of each class against the rest: the share of (positive, negative)
-    pairs of images that its probability ranks right, ties half.
+def rank_auc(weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each class against the rest, (R, K): the share of (positive,
+    negative) pairs of images that its probability ranks right, ties half.
 
     weights: (R, N) how often an image counts; targets: (N,); probabilities: (N, K)
     """
@@ -105,78 +85,31 @@ def rank_auc(
             return (positives @ right * negatives).sum(axis=1) / pairs
 
     areas = [area(targets == c, values) for c, values in enumerate(probabilities.T)]
-    return _macro(np.stack(areas, axis=1), counts.sum(axis=-1))
-
-
-def _totals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each class, (..., K): true positives, targets, predictions."""
-    return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
-
-
-def _macro(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Mean over the classes that have targets."""
-    present = targets > 0
-    return np.where(present, values, 0).sum(axis=-1) / present.sum(axis=-1)
+    return np.stack(areas, axis=1)
 
 
 # --- of a test set, and of bootstrap replicates of it ---
-
-
-def score(
-    targets: np.ndarray,
-    predictions: np.ndarray,
-    definition: Definition = "notebook",
-    probabilities: np.ndarray | None = None,
-) -> Scores:
-    """The paper's five metrics of predicted planes.
-
-    targets, predictions: (N,) class indices
-    definition: of the AUC, see `auc`
-    probabilities: (N, K) that the plain AUC ranks images by; without it the predicted labels do
-    """
-    weights = np.ones((1, len(targets)))
-    scores = weighted_scores(weights, targets, predictions, definition, probabilities)
-    return Scores(*scores[0].tolist())
-
-
-def bootstrap(
-    targets: np.ndarray,
-    predictions: np.ndarray,
-    patients: Sequence[Hashable],
-    definition: Definition = "notebook",
-    probabilities: np.ndarray | None = None,
-    *,
-    replicates: int = 1000,
-    seed: int = 0,
-) -> dict[str, tuple[float, float]]:
-    """Intervals by bootstrap over patients (Efron and Tibshirani 1993): metric's name -> (low,
-    high).
-
-    targets, predictions, definition, probabilities: as for `score`
-    patients: (N,) whose image it is; images of a patient resemble each other, so patients are
-        drawn, not images
-
-    A class that no drawn patient has is left out of that replicate's averages, as `score` does.
-    """
-    weights, clusters = draw_patients(patients, replicates, seed)
-    scores = weighted_scores(weights, targets, predictions, definition, probabilities)
-    low, high = expanded_interval(scores[1:], clusters).tolist()
-    return {field.name: ends for field, *ends in zip(fields(Scores), low, high)}
 
 
 def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[Hashable]) -> dict:
     """Scores and 95 % intervals by both definitions, the plain AUC by probability, and the
     confusion matrix, for JSON.
 
-    targets: (N,) class indices; probabilities: (N, K); patients: (N,)
+    targets: (N,) class indices; probabilities: (N, K)
+    patients: (N,) whose image it is; images of a patient resemble each other, so the bootstrap
+        (Efron and Tibshirani 1993) draws patients, not images. A class that no drawn patient has
+        is left out of that replicate's averages.
     """
-    predictions, classes = probabilities.argmax(axis=1), probabilities.shape[1]
+    predictions = probabilities.argmax(axis=1)
+    weights, clusters = draw_patients(patients, 1000, seed=0)
     scores, intervals = {}, {}
-    for definition in get_args(Definition):
-        scores[definition] = asdict(score(targets, predictions, definition, probabilities))
-        intervals[definition] = bootstrap(targets, predictions, patients, definition, probabilities)
-    matrix = confusion(targets, predictions, classes).tolist()
-    return {"scores": scores, "intervals": intervals, "confusion": matrix}
+    for definition, ranked in (("notebook", None), ("plain", probabilities)):
+        found = weighted_scores(weights, targets, predictions, ranked)
+        scores[definition] = dict(zip(METRICS, found[0].tolist()))
+        ends = expanded_interval(found[1:], clusters).T.tolist()
+        intervals[definition] = dict(zip(METRICS, ends))
+    matrix = confusion_matrix(targets, predictions, labels=range(probabilities.shape[1]))
+    return {"scores": scores, "intervals": intervals, "confusion": matrix.tolist()}
 
 
 def draw_patients(
@@ -195,12 +128,14 @@ def weighted_scores(
     weights: np.ndarray,
     targets: np.ndarray,
     predictions: np.ndarray,
-    definition: Definition,
     probabilities: np.ndarray | None = None,
 ) -> np.ndarray:
     """Scores in which an image counts any number of times, as it does in a bootstrap replicate.
 
-    weights: (R, N) counts, a row for each replicate; the others as for `score`
+    weights: (R, N) counts, a row for each replicate
+    targets, predictions: (N,) class indices
+    probabilities: (N, K) that the plain AUC ranks images by; without them it is the notebook's, of
+        predicted labels
     Returns (R, 5) in the order of Scores.
     """
     k = 1 + max(targets.max(), predictions.max())
@@ -208,12 +143,9 @@ def weighted_scores(
         k = probabilities.shape[1]
     # a confusion matrix per replicate
     counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)
-    if definition == "plain" and probabilities is not None:
-        area = rank_auc(weights, targets, probabilities, counts)
-    else:
-        area = auc(counts, definition)
-    metrics = accuracy(counts), recall(counts), precision(counts), f_score(counts), area
-    return np.stack(metrics, axis=1)
+    if probabilities is None:
+        return macro_scores(counts, label_auc(counts))
+    return macro_scores(counts, rank_auc(weights, targets, probabilities))
 
 
 def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:

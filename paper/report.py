@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from eval.figures import Point, confusion_figure, forest_figure, save
-from eval.metrics import confusion
 from harness.files import whole_file, write_table, write_text
 from paper import tables
 from paper.document import FIGURES, picture, to_html
@@ -178,7 +178,8 @@ def _confusion_matrices(out: Path, cells: Cells) -> str:
     classes = next(iter(cells.values()))[0].classes
     matrices = {
         (data, classifier_name(classifier)): sum(
-            confusion(run.targets, run.predictions, len(classes)) for run in runs
+            confusion_matrix(run.targets, run.predictions, labels=range(len(classes)))
+            for run in runs
         )
         for (data, classifier), runs in cells.items()
     }

@@ -5,21 +5,20 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from classify.data import PlaneImages, batches
 from classify.models import load
 from classify.train import predict
 from eval.compare import Difference, over_both, over_patients, paired_bootstrap
-from eval.metrics import Definition, Scores, confusion, draw_patients, weighted_scores
+from eval.metrics import METRICS, draw_patients, weighted_scores
 from paper.plan import Row
 from planes import PLANES
 from planes.datasets import Record
-
-METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 
 
 def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
@@ -90,22 +89,17 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        # behind image, patient, center, target, prediction and copy
-        classes = tuple(rows[0])[6:]
-        targets, predictions = (
-            np.array([classes.index(row[key]) for row in rows]) for key in ("target", "prediction")
-        )
-        patients, centers, images, copied = (
-            np.array([row[key] for row in rows]) for key in ("patient", "center", "image", "copy")
-        )
-        probabilities = np.array([[float(row[name]) for name in classes] for row in rows])
+            header, *rows = csv.reader(file)
+        cells, classes = np.array(rows), tuple(header[6:])
+        images, patients, centers, *named, copied = cells[:, :6].T
+        targets, predictions = (np.array([*map(classes.index, names)]) for names in named)
+        probabilities = cells[:, 6:].astype(float)
         training, counts = metrics["training"], metrics["confusion"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(
             f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again"
         ) from None
-    if confusion(targets, predictions, len(classes)).tolist() != counts:
+    if confusion_matrix(targets, predictions, labels=range(len(classes))).tolist() != counts:
         raise ResultError(
             f"{folder}: metrics.json and predictions.csv are of different runs; run the row again"
         )
@@ -135,11 +129,12 @@ def require_same_test(results: Sequence[Result]) -> None:
 
 
 def estimate(
-    seeds: Sequence[Result], definition: Definition = "notebook", distinct: bool = False
+    seeds: Sequence[Result], plain: bool = False, distinct: bool = False
 ) -> dict[str, Estimate]:
     """Scores of one row over its seeds: metric's name -> Estimate.
 
     seeds: the row's results, all of the same test images
+    plain: by the plain AUC, not the notebook's
     distinct: leave out the test images that are copies
     Each of 1000 replicates draws the same patients for all seeds. Ends of intervals are fractions:
     none beyond 0 and 1.
@@ -148,7 +143,8 @@ def estimate(
     # row 0 of the weights: the test set itself
     weights, clusters = draw_patients(seeds[0].patients[kept], 1000, seed=0)
     runs = (
-        (r.targets[kept], r.predictions[kept], definition, r.probabilities[kept]) for r in seeds
+        (r.targets[kept], r.predictions[kept], r.probabilities[kept] if plain else None)
+        for r in seeds
     )
     scores = np.stack([weighted_scores(weights, *run) for run in runs])
     single = len(seeds) == 1

@@ -7,11 +7,12 @@ from itertools import product
 import numpy as np
 
 from eval.compare import Difference, mcnemar
+from eval.metrics import METRICS
 from paper.document import table
 from paper.gain import Cells, Gain, Row, points_between
 from paper.plan import classifier_name
 from paper.published import PUBLISHED
-from paper.results import METRICS, Estimate, Result, estimate
+from paper.results import Estimate, Result, estimate
 
 NAMES = dict(zip(METRICS, ("ACC", "Recall", "Precision", "F-score", "AUC")))
 NONE = "–"
@@ -83,7 +84,7 @@ def gain_table(gains: Sequence[Gain], compared: bool, cells: Cells | None = None
                 for other in cells[step.data, names[0]]
                 if one.seed == other.seed
             ]
-            tests = (f"{m.only_first} : {m.only_second}, {p_value(m.p_value)}" for m in pairs)
+            tests = (f"{before} : {after}, {p_value(p)}" for before, after, p in pairs)
             line.append("; ".join(tests) or NONE)
         published = NONE if np.isnan(gain.published) else f"{100 * gain.published:+.2f}"
         body.append(line + [published] * compared)
@@ -95,7 +96,7 @@ def variants_table(cells: Cells) -> str:
     header = ["AUC, notebook", "AUC, plain", *(f"{NAMES[m]}, no copies" for m in COMPARED)]
     body = []
     for row, runs in cells.items():
-        found = [estimate(runs, definition)["auc"] for definition in ("notebook", "plain")]
+        found = [estimate(runs, plain)["auc"] for plain in (False, True)]
         distinct = estimate(runs, distinct=True)
         found += [distinct[metric] for metric in COMPARED]
         body.append([*_names(row), *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
@@ -143,7 +144,9 @@ def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
         line |= {f"n_{kind}": count for kind, count in zip(SOURCES, _counts(result))}
         line |= {"n_test": len(result.targets), "n_copies": int(result.copies.sum())}
         for images, definition in product(("all", "distinct"), ("notebook", "plain")):
-            for metric, ours in estimate([result], definition, images == "distinct").items():
+            for metric, ours in estimate(
+                [result], definition == "plain", images == "distinct"
+            ).items():
                 for end, value in ("", ours.mean), ("_low", ours.low), ("_high", ours.high):
                     line[f"{images}_{definition}_{metric}{end}"] = f"{value:.6f}"
         rows.append(line)
