@@ -36,43 +36,49 @@ METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 # --- the five metrics ---
 
 
-def macro_scores(counts: np.ndarray, areas: np.ndarray) -> np.ndarray:
-    """The five metrics, (..., 5) in the order of Scores.
+def accuracy(counts: np.ndarray) -> np.ndarray:
+    """Images on the diagonal / all images."""
+    hits, targets, _ = _totals(counts)
+    return hits.sum(axis=-1) / targets.sum(axis=-1)
 
-    counts: (..., K, K); areas: (..., K) under the ROC curve of each class
-    Of a class: recall TP / (TP + FN), precision TP / (TP + FP), which is 0 without any prediction,
-    and F-score 2 TP / (2 TP + FN + FP).
-    """
-    hits, targets = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1)
-    predicted, present = counts.sum(axis=-2), targets > 0
-    recall = hits / np.maximum(targets, 1)
-    precision = hits / np.maximum(predicted, 1)
-    f_score = 2 * hits / np.maximum(targets + predicted, 1)
-    macro = [
-        np.where(present, values, 0).sum(axis=-1) / present.sum(axis=-1)
-        for values in (recall, precision, f_score, areas)
-    ]
-    return np.stack([hits.sum(axis=-1) / targets.sum(axis=-1), *macro], axis=-1)
+
+def recall(counts: np.ndarray) -> np.ndarray:
+    """TP / (TP + FN): of the images of a class, those that are found."""
+    hits, targets, _ = _totals(counts)
+    return _macro(hits / np.maximum(targets, 1), counts)
+
+
+def precision(counts: np.ndarray) -> np.ndarray:
+    """TP / (TP + FP): of the predictions of a class, those that are right; 0 without any."""
+    hits, _, predicted = _totals(counts)
+    return _macro(hits / np.maximum(predicted, 1), counts)
+
+
+def f_score(counts: np.ndarray) -> np.ndarray:
+    """2 TP / (2 TP + FN + FP), the harmonic mean of a class's precision and recall."""
+    hits, targets, predicted = _totals(counts)
+    return _macro(2 * hits / np.maximum(targets + predicted, 1), counts)
 
 
 def label_auc(counts: np.ndarray) -> np.ndarray:
-    """(sensitivity + specificity) / 2 of each class, (..., K): the area under the ROC curve of
-    predicted labels.
+    """(sensitivity + specificity) / 2, the area under the ROC curve of predicted labels.
 
     As the authors do it, a prediction that is no class of the targets (Other, on the African set)
     is positive for every class.
     """
-    hits, targets = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1)
+    hits, targets, predicted = _totals(counts)
     astray = (counts * (targets == 0)[..., None, :]).sum(axis=-1)
-    false_positives = counts.sum(axis=-2) - hits + astray.sum(axis=-1, keepdims=True) - astray
+    false_positives = predicted - hits + astray.sum(axis=-1, keepdims=True) - astray
     with np.errstate(invalid="ignore"):  # 0 / 0 if there is but one class
         specificity = 1 - false_positives / (targets.sum(axis=-1, keepdims=True) - targets)
-    return ((hits + astray) / np.maximum(targets, 1) + specificity) / 2
+    return _macro(((hits + astray) / np.maximum(targets, 1) + specificity) / 2, counts)
 
 
-def rank_auc(weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of each class against the rest, (R, K): the share of (positive,
-    negative) pairs of images that its probability ranks right, ties half.
+def rank_auc(
+    counts: np.ndarray, weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray
+) -> np.ndarray:
+    """Area under the ROC curve of a class against the rest: the share of (positive, negative) pairs
+    of images that its probability ranks right, ties half.
 
     weights: (R, N) how often an image counts; targets: (N,); probabilities: (N, K)
     """
@@ -85,7 +91,18 @@ def rank_auc(weights: np.ndarray, targets: np.ndarray, probabilities: np.ndarray
             return (positives @ right * negatives).sum(axis=1) / pairs
 
     areas = [area(targets == c, values) for c, values in enumerate(probabilities.T)]
-    return np.stack(areas, axis=1)
+    return _macro(np.stack(areas, axis=1), counts)
+
+
+def _totals(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class, (..., K): true positives, targets, predictions."""
+    return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(axis=-1), counts.sum(axis=-2)
+
+
+def _macro(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Mean over the classes that have targets."""
+    present = counts.sum(axis=-1) > 0
+    return np.where(present, values, 0).sum(axis=-1) / present.sum(axis=-1)
 
 
 # --- of a test set, and of bootstrap replicates of it ---
@@ -144,8 +161,11 @@ def weighted_scores(
     # a confusion matrix per replicate
     counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)
     if probabilities is None:
-        return macro_scores(counts, label_auc(counts))
-    return macro_scores(counts, rank_auc(weights, targets, probabilities))
+        area = label_auc(counts)
+    else:
+        area = rank_auc(counts, weights, targets, probabilities)
+    metrics = accuracy(counts), recall(counts), precision(counts), f_score(counts), area
+    return np.stack(metrics, axis=1)
 
 
 def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:
