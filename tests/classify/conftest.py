@@ -1,14 +1,13 @@
 """classify.py in this process, on two small sites and a tiny network."""
 
 import runpy
-from pathlib import Path
 
 import pytest
+from common import ROOT
 from small import tiny, write_site
 
 from classify.models import MODELS
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--model tiny --weights none --size 64 --epochs 2 --batch-size 8 --workers 0 --device cpu"
 
 

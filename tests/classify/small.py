@@ -1,7 +1,5 @@
 """Two small sites of drawn images, and a tiny network."""
 
-import csv
-
 import numpy as np
 from PIL import Image
 from torch import nn
@@ -38,8 +36,3 @@ def write_site(folder, seed, train, test):
         Image.fromarray(pixels).save(folder / f"{n}.png")
         lines.append(f"{n}.png,{'ab'[n % 2]},{n // 2},{'train' if n < train else 'test'}")
     (folder / "images.csv").write_text("\n".join(lines) + "\n")
-
-
-def table(path):
-    with open(path, encoding="utf-8") as file:
-        return list(csv.DictReader(file))

@@ -4,10 +4,10 @@ are found."""
 import json
 import runpy
 from math import erfc, isnan, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import DATA, REFERENCES, real_data
 from PIL import Image
 
 from eval.quality import (
@@ -24,8 +24,6 @@ from eval.quality import (
 from planes.datasets import Record, read_african
 from planes.leaks import leaks
 
-REFERENCES = Path(__file__).parents[1] / "references"
-AFRICAN = Path(__file__).resolve().parents[3] / "shared" / "data" / "Zenodo_dataset"
 SCRIPT = runpy.run_path(str(REFERENCES / "make_quality.py"))
 CASES = SCRIPT["cases"]()
 
@@ -163,9 +161,9 @@ def test_memorisation_bears_training_images_that_repeat_each_other_and_distances
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not AFRICAN.is_dir(), reason="the real images are not here")
+@real_data
 def test_memorisation_finds_the_african_test_images_known_to_repeat_training_ones_and_no_others():
-    records = read_african(AFRICAN)
+    records = read_african(DATA)
     train, test = ([record for record in records if record.train is flag] for flag in (True, False))
     found = memorisation(pixel_features(train), pixel_features(test))
     pairs = {(test[n].name, train[found.index[n]].name) for n in np.flatnonzero(found.copied)}

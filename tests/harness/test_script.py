@@ -7,13 +7,12 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
+from common import ROOT
 
 from harness.script import LOCK, alone, alone_in, progress, run
 
-ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from pathlib import Path

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from common import refused
 
 from ldm.generate import generate, make_nodes
 from ldm.unet import UNet, UNetConfig
@@ -61,24 +62,16 @@ def test_generate_is_the_sampler_to_the_bit_and_an_image_is_its_seeds_alone(
     torch.testing.assert_close(alone, expected[1:], atol=1e-4, rtol=0)  # of values of 10
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"spacing": "time_uniform"}, "unknown spacing 'time_uniform'"),
-        ({"order": 2}, "order 2: UniPC has one, euler does not"),
-        ({"sampler": "unipc", "order": 4}, "order 4"),
-        ({"steps": 1000}, "1000 steps"),
-    ],
-)
-def test_a_setting_that_the_sampler_does_not_have_is_one_line(settings, words):
-    with pytest.raises(SamplerError, match=words) as error:
-        make_nodes(**{"sampler": "euler", "steps": 20} | settings)
-    assert "\n" not in str(error.value)
+def test_a_setting_that_the_sampler_does_not_have_is_one_line():
+    with refused(SamplerError, "order 2: UniPC has one, euler does not"):
+        make_nodes("euler", 20, order=2)
+    with refused(SamplerError, "order 4"):
+        make_nodes("unipc", 20, order=4)
     make_nodes("unipc", 20, order=3)
 
 
 def test_what_is_not_finite_is_told(unet, texts):
-    with pytest.raises(SamplerError, match=r"at t = 999 is not finite in float32: take a wider"):
+    with refused(SamplerError, r"at t = 999 is not finite in float32: take a wider"):
         generate(unet, texts[0] * math.nan, texts[1], SEEDS, (8, 6), steps=1)
 
 

@@ -2,10 +2,10 @@
 tests/references/make_lora.py."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
+from common import REFERENCES, ROOT
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,8 +17,8 @@ from lora.files.formats import kohya_name
 from lora.training import make_optimizer
 from samplers import NoiseSchedule
 
-HERE = Path(__file__).parents[1] / "references" / "lora"
-LARGE = Path(__file__).parents[3] / "shared" / "reference" / "lora"
+HERE = REFERENCES / "lora"
+LARGE = ROOT.parent / "shared" / "reference" / "lora"
 SIZES = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 4, "cross_attention_dim": 8}
 TEXT = {"vocab_size": 50, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "max_position_embeddings": 12}

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from common import DATA, exits, real_data, refused
 
 import reproduce
 from classify import ClassifyError
@@ -19,8 +20,6 @@ from paper.stages import is_done
 from planes import PLANES
 from planes.datasets import read_african
 from planes.phantoms.phantom import write_african_layout
-
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def test_the_plan_is_both_tables_the_controls_and_the_style_words():
@@ -60,9 +59,8 @@ def test_rows_are_chosen_by_row_data_model_classifier_or_table(name, count):
     ],
 )
 def test_flags_that_cannot_be_are_refused_in_one_line(capsys, flags, line):
-    with pytest.raises(SystemExit) as refused:
+    with exits(capsys, line):
         reproduce.parse_args(flags)
-    assert refused.value.code == 2 and line in capsys.readouterr().err
 
 
 def test_seeds_and_weights_follow_from_what_is_asked_for():
@@ -158,11 +156,11 @@ def test_a_class_that_nobody_can_learn_is_told(tmp_path):
         (tmp_path / name / "images.csv").write_text("\n".join(["image,class", *rows]))
     sites = {"source": tmp_path / "shop", "target": tmp_path / "shed"}
     words = "nobody can learn rivet, as .*shop has images of bolt, nut alone"
-    with pytest.raises(ClassifyError, match=words):
+    with refused(ClassifyError, words):
         choose_records(SimpleNamespace(spanish=None, african=None, **sites), str)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="the real datasets are not beside the checkout")
+@real_data
 def test_selections_follow_the_authors_lists_or_the_same_rule():
     roots = DATA / "FETAL_PLANES_ZENODO", DATA / "Zenodo_dataset"
     theirs = Selections(roots, DATA / "manifests", {"balanced": 230}, seed=0).source("balanced")

@@ -1,16 +1,15 @@
 """One whole reproduction, interrupted once: two folders of hardware in the place of fetuses, on a
 tiny Stable Diffusion; and what finished classifiers say at another site."""
 
-import csv
 import io
 import json
 import re
 import runpy
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
+from common import ROOT, refused, table
 from PIL import Image
 
 import paper.elsewhere
@@ -24,7 +23,6 @@ from planes.phantoms.sites import SITE_C
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("bolt", "hex nut", "washer")
 SCALE = Scale(
     per_plane={"all": None, "balanced": 23, "lora": 20},
@@ -87,11 +85,6 @@ def made(tiny_model, tmp_path_factory):
                     assert number == 0
             said.append(spoken.getvalue())
     return root / "run", args, said
-
-
-def table(path):
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_goes_on_where_it_was_stopped_and_does_nothing_twice(made):
@@ -190,13 +183,13 @@ def test_elsewhere_a_row_says_of_the_same_images_what_it_said_and_of_others_make
 
 
 def test_elsewhere_a_folder_without_rows_and_a_broken_classifier_are_named(run, tmp_path):
-    with pytest.raises(ResultError, match="no finished row"):
+    with refused(ResultError, "no finished row"):
         retest(tmp_path, run / "b", tmp_path / "x")
     row = "rows/ES/resnet18/seed3"
     (tmp_path / row).mkdir(parents=True)
     for file in (run / "run" / row).glob("*.*"):
         broken = b"x" if file.suffix == ".safetensors" else file.read_bytes()
         (tmp_path / row / file.name).write_bytes(broken)
-    with pytest.raises(ClassifyError, match=r"model\.safetensors"):
+    with refused(ClassifyError, r"model\.safetensors"):
         retest(tmp_path, run / "b", tmp_path / "x")
     assert not (tmp_path / "x").exists()

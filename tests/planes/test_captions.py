@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from common import refused
 
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.captions import (
@@ -32,7 +33,7 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
     assert read_prompts(str(path)) == {name: tuple(texts) for name, texts in OWN.items()}
     assert prompts_beside([tmp_path / "a.safetensors"]) == {"bolt": "a bolt", "nut": "a nut"}
     assert prompts_beside([tmp_path / "x" / "a.safetensors"]) == PROMPTS
-    with pytest.raises(DatasetError, match="of the paper's planes, not of bolt, nut"):
+    with refused(DatasetError, "of the paper's planes, not of bolt, nut"):
         read_prompts("detailed", OWN)
 
 
@@ -53,9 +54,8 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
 def test_a_file_of_prompts_that_cannot_be_used_is_refused_in_one_line(content, words, tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(content)
-    with pytest.raises(DatasetError) as stop:
+    with refused(DatasetError, words, path):
         read_prompts(str(path))
-    assert str(path) in str(stop.value) and words in str(stop.value) and "\n" not in str(stop.value)
 
 
 def test_a_prompt_is_chosen_by_the_seed_alone_at_random_or_in_turn():
@@ -85,7 +85,7 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     again, held_out = training_images(tmp_path / "spanish", None, None, 1, 0, held_out=3)
     assert again == drawn and len(held_out) == 3 and all(of[i.path].train for i in held_out)
     assert not {of[i.path].patient for i in held_out} & {of[i.path].patient for i in drawn}
-    with pytest.raises(DatasetError, match="99 images cannot be held out"):
+    with refused(DatasetError, "99 images cannot be held out"):
         training_images(tmp_path / "spanish", None, None, 1, 0, held_out=99)
 
     own = tmp_path / "own" / "20_fetal brain"  # of a folder: no longer trained on
@@ -96,7 +96,7 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     rest, held_out = training_images(None, own.parent, None, 20, 0, held_out=1)
     assert [(i.caption, i.repeats) for i in every] == [("fetal brain", 20)] * 3
     assert len(held_out) == 1 and sorted([*rest, *held_out], key=lambda i: i.path) == every
-    with pytest.raises(DatasetError, match="3 images cannot be held out"):
+    with refused(DatasetError, "3 images cannot be held out"):
         training_images(None, own.parent, None, 20, 0, held_out=3)
 
 
@@ -106,5 +106,5 @@ def test_prior_images_are_those_of_a_manifest_and_must_be_there(tmp_path):
     path.write_text('image,prompt\na.png,"a photo, of a brain"\n')
     assert prior_pairs(path) == [(tmp_path / "a.png", "a photo, of a brain")]
     path.write_text("image,prompt\na.png,x\nb.png,y\n")
-    with pytest.raises(DatasetError, match=r"1 of 2 images are missing, such as .*b\.png"):
+    with refused(DatasetError, r"1 of 2 images are missing, such as .*b\.png"):
         prior_pairs(path)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from common import DATA, real_data, refused
 
 from planes import PAPER_COUNTS, PLANES, Plane
 from planes.datasets import (
@@ -23,9 +24,7 @@ from planes.datasets import (
 )
 from planes.leaks import describe_leaks, leaks, repeated
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 LISTS = DATA / "manifests"
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")
 
 SPANISH = """Image_name;Patient_num;Plane;Brain_plane;Operator;US_Machine;Train
 a_1;305;Fetal abdomen;Not A Brain;Op. 1;Aloka;1
@@ -75,9 +74,6 @@ def test_a_row_becomes_a_record_and_the_cervix_is_left_out(tmp_path):
         Record(egypt / "a.png", Plane.THORAX, "africa/Egypt/1", True, "africa", "Egypt"),
         Record(egypt / other, Plane.OTHER, "africa/Egypt/2", True, "africa", "Egypt"),
     ]
-    african(tmp_path, f"{AFRICAN}3,Fetal thorax,1,Egypt,a\n")  # in one country only once
-    with pytest.raises(DatasetError, match="line 5: Egypt/a is listed twice"):
-        read_african(tmp_path)
 
 
 def test_how_a_table_is_written_makes_no_difference(tmp_path):
@@ -89,9 +85,9 @@ def test_how_a_table_is_written_makes_no_difference(tmp_path):
 
 
 def test_the_top_folder_of_an_archive_is_found_and_a_missing_table_named(tmp_path):
-    with pytest.raises(DatasetError, match=r"ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"):
+    with refused(DatasetError, r"ZENODO/FETAL_PLANES_DB_data\.csv .*3904280"):
         read_spanish(tmp_path)
-    with pytest.raises(DatasetError, match=r"dataset/African_planes_database\.csv .*7540448"):
+    with refused(DatasetError, r"dataset/African_planes_database\.csv .*7540448"):
         read_african(tmp_path)
     inside = spanish(tmp_path / "FETAL_PLANES_ZENODO"), african(tmp_path / "Zenodo_dataset")
     assert read_spanish(tmp_path) == read_spanish(inside[0])
@@ -116,9 +112,8 @@ def test_the_top_folder_of_an_archive_is_found_and_a_missing_table_named(tmp_pat
 def test_a_broken_table_is_told_in_one_line_with_its_place(tmp_path, broken, complaint):
     path = spanish(tmp_path) / "FETAL_PLANES_DB_data.csv"
     path.write_bytes(broken.encode("utf-8", "surrogateescape"))
-    with pytest.raises(DatasetError, match=complaint) as error:
+    with refused(DatasetError, complaint, path):
         read_spanish(tmp_path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +142,7 @@ def test_a_list_selects_records_in_its_own_order(tmp_path, text):
 )
 def test_a_list_that_does_not_fit_the_dataset_is_refused(tmp_path, rows, complaint):
     (tmp_path / "list.csv").write_text(f"Image_name,Plane\n{rows}\n")
-    with pytest.raises(DatasetError, match=complaint):
+    with refused(DatasetError, complaint):
         read_manifest(tmp_path / "list.csv", read_spanish(spanish(tmp_path)))
 
 
@@ -158,7 +153,7 @@ def test_synthetic_images_train_and_each_is_its_own_patient(tmp_path):
     (made,) = read_synthetic(tmp_path / "manifest.csv")
     path, patient = tmp_path / "femur/unipc_12.png", "synthetic/femur/unipc/unipc_12"
     assert made == Record(path, Plane.FEMUR, patient, True, "synthetic", "unipc")
-    with pytest.raises(DatasetError, match=r"1 of 1 .*unipc_12\.png; make them with sample\.py"):
+    with refused(DatasetError, r"1 of 1 .*unipc_12\.png; make them with sample\.py"):
         require_images([made])
 
 
@@ -171,7 +166,7 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     found, lost = read_synthetic(tmp_path / "list.csv")
     patient = "synthetic/femur/published/00001-26"
     assert found == Record(path, Plane.FEMUR, patient, True, "synthetic", "published")
-    with pytest.raises(DatasetError, match=r"1 of 2 images are missing.*00002-77.*13228158"):
+    with refused(DatasetError, r"1 of 2 images are missing.*00002-77.*13228158"):
         require_images([found, lost])
 
 
@@ -187,7 +182,7 @@ def test_a_balanced_selection_takes_as_many_of_each_plane_and_depends_on_the_see
     assert balanced(iter(shuffled), 6, seed=1) == chosen
     assert set(balanced(records, 4, seed=1)) < set(chosen)
     femurless = [r for r in records if r.plane is not Plane.FEMUR]
-    with pytest.raises(DatasetError, match="only 0 images of femur, but 5 of each"):
+    with refused(DatasetError, "only 0 images of femur, but 5 of each"):
         balanced(femurless, 5, seed=0)
     assert count(chosen) == {
         "images": 30,
@@ -209,9 +204,9 @@ def test_a_validation_split_has_exactly_the_asked_images_and_no_patient_of_train
 
 def test_a_validation_split_that_whole_patients_cannot_make_is_refused():
     records = records_of({f"p{n}": 3 for n in range(10)})
-    with pytest.raises(DatasetError, match="whole patients add up to 6 validation images, not 7"):
+    with refused(DatasetError, "whole patients add up to 6 validation images, not 7"):
         validation_split(records, 7, seed=0)
-    with pytest.raises(DatasetError, match="cannot set 30 of 30 images aside"):
+    with refused(DatasetError, "cannot set 30 of 30 images aside"):
         validation_split(records, 30, seed=0)
 
 
@@ -238,7 +233,7 @@ def test_a_shared_patient_and_a_copied_file_are_both_found(tmp_path):
     assert describe_leaks([]) == "training and test share no patient and no file"
     again = record("i", 8, b"gggg")
     assert repeated([*test, again, *train]) == {test[2], again}
-    with pytest.raises(DatasetError, match="1 of 9 images are missing"):
+    with refused(DatasetError, "1 of 9 images are missing"):
         leaks(train, [*test, replace(again, path=tmp_path / "lost.png")])
 
 
@@ -270,7 +265,7 @@ def test_the_counts_and_patients_are_the_papers(spain, africa):
     require_images(africa)
     # of the 120 files, 20 show the cervix
     missing = r"^6048 of 6148 images are missing, such as .*Patient00001_Plane1_1_of_15.*/3904280$"
-    with pytest.raises(DatasetError, match=missing):
+    with refused(DatasetError, missing):
         require_images(parts[0])
 
 
@@ -297,10 +292,3 @@ def test_the_lora_images_overlap_with_the_balanced_ones_and_not_with_the_african
     assert size(list({*lora, *classifier})) == (1218, 498)
     assert leaks(lora, africa) == []
     assert len(validation_split(classifier, seed=0)[1]) == 200
-
-
-@real_data
-def test_22_african_test_images_have_a_copy_in_african_training(africa):
-    found = leaks([r for r in africa if r.train], [r for r in africa if not r.train])
-    assert {leak.kind for leak in found} == {"file"} and len({leak.test for leak in found}) == 22
-    assert all(leak.train.plane is leak.test.plane for leak in found)

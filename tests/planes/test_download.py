@@ -7,20 +7,18 @@ import json
 import runpy
 import shutil
 import sys
-import threading
 import zipfile
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from common import DATA, Answers, real_data, refused, served
 
 from planes import PLANES
 from planes.datasets import DatasetError, read_african, read_spanish, read_synthetic, require_images
 from planes.download import LIST, SOURCES, fetch, fetch_synthetic
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 SMALL = {
     "spanish": replace(SOURCES["spanish"], images=5),
     "african": replace(SOURCES["african"], images=18),
@@ -34,27 +32,16 @@ class Zenodo:
     def __init__(self):
         self.files, self.sum, self.cut, self.ranges, zenodo = {}, None, None, [], self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Answers):
             def do_GET(self):
                 name = self.path.rpartition("/")[2]
                 if name.isdigit():
-                    return self.answer(200, zenodo.listing().encode())
+                    return self.answer(200, {}, zenodo.listing().encode())
                 begin = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
                 zenodo.ranges.append((name, begin))
-                self.answer(206, zenodo.files[name][begin:], zenodo.cut)
+                self.answer(206, {}, zenodo.files[name][begin:], zenodo.cut)
 
-            def answer(self, code, body, cut=None):
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body[:cut])
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.api = f"http://127.0.0.1:{self.http.server_port}/api/records"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        self.handler = Handler
 
     def listing(self):
         files = [
@@ -84,9 +71,9 @@ def zenodo(monkeypatch, tmp_path_factory, four_pixels):
         archive = shutil.make_archive(str(root / name), *what)
         zenodo.files[SMALL[name].file] = Path(archive).read_bytes()
     zenodo.files["notes.txt"] = b"not wanted"
-    yield zenodo
-    zenodo.http.shutdown()
-    zenodo.http.server_close()
+    with served(zenodo.handler) as address:
+        zenodo.api = f"{address}/api/records"
+        yield zenodo
 
 
 def names(folder):
@@ -110,7 +97,7 @@ def test_a_dataset_is_fetched_once_to_where_its_reader_finds_it(zenodo, tmp_path
 def test_what_is_cut_off_goes_on_where_it_was(zenodo, tmp_path):
     source, part = SMALL["spanish"], tmp_path / "FETAL_PLANES_ZENODO.zip.part"
     zenodo.cut = 200
-    with pytest.raises(DatasetError, match=r"cut off after 200 bytes.*run this again.*/3904280 in"):
+    with refused(DatasetError, r"cut off after 200 bytes.*run this again.*/3904280 in"):
         fetch(source, tmp_path, zenodo.api)
     assert part.stat().st_size == 200 and names(tmp_path) == [part.name]
     zenodo.cut = None
@@ -136,26 +123,26 @@ def test_a_failed_download_is_one_line_that_says_what_to_do_and_leaves_nothing(
         zenodo.listing = lambda: "<html>Too many requests</html>"
     else:
         api = "http://127.0.0.1:9/api/records"
-    with pytest.raises(DatasetError) as error:
+    with refused(DatasetError, place=f"{source.file} cannot be fetched (") as error:
         fetch(source, tmp_path, api)
-    said = str(error.value)
-    assert "\n" not in said and said.startswith(f"{source.file} cannot be fetched (")
-    assert said.endswith(f"/3904280 in a browser and unpack it as {tmp_path / source.folder}")
+    assert str(error.value).endswith(
+        f"/3904280 in a browser and unpack it as {tmp_path / source.folder}"
+    )
     assert names(tmp_path) == []
 
 
 def test_what_is_damaged_or_incomplete_is_refused_and_never_appears(zenodo, tmp_path):
     file = tmp_path / SMALL["african"].file
     file.write_bytes(b"<html>")
-    with pytest.raises(DatasetError, match=r"tar\.xz cannot be unpacked .*delete it and run this"):
+    with refused(DatasetError, r"tar\.xz cannot be unpacked .*delete it and run this"):
         fetch(SMALL["african"], tmp_path, zenodo.api)
     file.unlink()
     more = replace(SMALL["african"], images=19)
-    with pytest.raises(DatasetError, match=r"cannot be unpacked \(18 of 19 images are there\)"):
+    with refused(DatasetError, r"cannot be unpacked \(18 of 19 images are there\)"):
         fetch(more, tmp_path, zenodo.api)
     assert names(tmp_path) == [file.name]
     folder = fetch(SMALL["african"], tmp_path, zenodo.api)
-    with pytest.raises(DatasetError, match=r"Zenodo_dataset: 18 of 19 images are there; move it"):
+    with refused(DatasetError, r"Zenodo_dataset: 18 of 19 images are there; move it"):
         fetch(more, tmp_path, zenodo.api)
     assert len(list(folder.rglob("*.png"))) == 18  # the user's: not touched
 
@@ -172,7 +159,7 @@ def test_the_authors_images_are_fetched_with_a_list_from_the_record_or_beside_th
     rows = [f"{n:05}-{77 + n},{'fetal ' * (n < 4)}{plane}" for n, plane in enumerate(PLANES)]
     text = "\n".join(["\ufeffImage_name,Plane", *rows])
 
-    with pytest.raises(DatasetError, match=f"has no {LIST} that says"):
+    with refused(DatasetError, f"has no {LIST} that says"):
         fetch_synthetic(tmp_path / "z", None, zenodo.api)
     (tmp_path / LIST).write_text(text, encoding="utf-8")
     beside = read_synthetic(fetch_synthetic(tmp_path / "z", tmp_path, zenodo.api))
@@ -192,6 +179,6 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, monk
     assert end.value.code == 2 and said.startswith("planes.download: ") and said.count("\n") == 1
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data in ../shared/data")
+@real_data
 def test_the_real_african_set_is_complete():
-    assert fetch(SOURCES["african"], SHARED) == SHARED / "Zenodo_dataset"
+    assert fetch(SOURCES["african"], DATA) == DATA / "Zenodo_dataset"

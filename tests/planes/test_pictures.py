@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from common import refused
 from PIL import Image, PngImagePlugin
 
 from classify.data import decode
@@ -88,7 +89,7 @@ def test_more_than_eight_bits_are_refused_by_name(tmp_path, levels):
     pixels = np.linspace(0, 4000, 64 * 64).reshape(64, 64).astype(levels)
     Image.fromarray(pixels).save(tmp_path / "a.tif")
     line = r"a\.tif: has more than 8 bits per channel \([IF].*\); convert it to 8 bits$"
-    with pytest.raises(ImageError, match=line):
+    with refused(ImageError, line):
         open_image(tmp_path / "a.tif")
 
 
@@ -105,7 +106,6 @@ DAMAGED = {
     "a wrong sum": lambda whole: whole[:-13] + bytes([whole[-13] ^ 1]) + whole[-12:],
     "a bomb": lambda whole: resized(whole, 1 << 20),
     "text": lambda whole: b"no image",
-    "empty": lambda whole: b"",
     "gif header": lambda whole: b"GIF89a" + b"\xff" * 40,
 }
 
@@ -121,6 +121,5 @@ def test_a_damaged_file_is_one_line_whatever_its_decoder_raises(tmp_path, kind):
     picture().save(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(DAMAGED[kind]((tmp_path / "a.png").read_bytes()))
     line = r"a\.png: not a readable image \(.+\); replace or remove it$"
-    with pytest.raises(ImageError, match=line) as error:
+    with refused(ImageError, line):
         open_image(tmp_path / "a.png")
-    assert "\n" not in str(error.value)

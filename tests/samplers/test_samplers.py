@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from common import noise
 
 from samplers import NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 from samplers.unipc import coefficients
@@ -32,12 +33,6 @@ def each(samplers):
 
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
 
 
 def nonlinear(x, sigma):

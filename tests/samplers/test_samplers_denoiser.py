@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from common import noise, refused
 
 from samplers import (
     Denoiser,
@@ -21,12 +22,6 @@ every_sampler = pytest.mark.parametrize(
     "sample", [sample_euler, sample_unipc], ids=["euler", "unipc"]
 )
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
 
 
 def network(x_vp, t, context):
@@ -145,10 +140,8 @@ def test_a_prediction_that_is_not_finite_is_told_with_its_step(value, guidance_s
 
     zeros = torch.zeros(1, 1, 1, dtype=torch.float64)
     denoise = Denoiser(broken, nodes, zeros, zeros, guidance_scale)
-    with pytest.raises(
-        SamplerError, match=r"predicts at t = 333 is not finite in float64: take a wider --dtype"
-    ):
+    with refused(SamplerError, "predicts at t = 333 is not finite in float64: take a wider"):
         sample_euler(denoise, nodes.init_scale * noise(1, 1, 3, 3), nodes.sigmas)
         denoise.require_finite()
-    with pytest.raises(SamplerError, match="must be a finite number"):
+    with refused(SamplerError, "must be a finite number"):
         Denoiser(network, nodes, zeros, zeros, value)

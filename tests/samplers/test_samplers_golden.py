@@ -6,11 +6,11 @@ They are kept in references/samplers.safetensors, made by references/make_sample
 import json
 import math
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import REFERENCES
 from safetensors import safe_open
 from torch.nn.functional import conv2d
 
@@ -31,7 +31,7 @@ STATE_TOLERANCE = {"f64": 1e-12, "f32": 1e-4}
 SIGMA_TOLERANCE = {"f64": 1e-11, "f32": 1e-4}
 TIME_TOLERANCE = {"f64": 1e-9, "f32": 1e-2}
 
-with safe_open(Path(__file__).parents[1] / "references" / "samplers.safetensors", "pt") as file:
+with safe_open(REFERENCES / "samplers.safetensors", "pt") as file:
     RECORDS = json.loads(file.metadata()["records"])
     TENSORS = {key: file.get_tensor(key) for key in file.offset_keys()}
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from common import noise, refused
 
 from samplers import (
     Denoiser,
@@ -20,12 +21,6 @@ from samplers import (
 )
 
 SCHEDULE = NoiseSchedule()
-
-
-def noise(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(dtype)
 
 
 def test_the_noise_schedule_is_stable_diffusions():
@@ -114,10 +109,6 @@ CONTEXT = torch.zeros(1, 2, 4)
             lambda: euler_nodes(SCHEDULE, 20, "time_uniform"),
             "unknown spacing 'time_uniform': choose one of linspace",
         ),
-        (
-            lambda: unipc_nodes(SCHEDULE, 20, "cosine"),
-            "unknown spacing 'cosine': choose one of time_uniform, linspace",
-        ),
         (lambda: euler_nodes(SCHEDULE, 0), "0 steps: choose from 1 to 999"),
         (lambda: unipc_nodes(SCHEDULE, 1000), "1000 steps: choose from 1 to 999"),
         (
@@ -149,10 +140,6 @@ CONTEXT = torch.zeros(1, 2, 4)
             r"\(1, 2, 1\) and \(1, 2, 4\): only their number of tokens may differ",
         ),
         (
-            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, CONTEXT[:0], 7.0),
-            r"\(0, 2, 4\) and \(1, 2, 4\): only their number of tokens may differ",
-        ),
-        (
             lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, prediction_type="sample"),
             "unknown prediction type 'sample': choose epsilon or v_prediction",
         ),
@@ -164,6 +151,5 @@ CONTEXT = torch.zeros(1, 2, 4)
     ],
 )
 def test_a_mistake_is_one_clear_line(mistake, line):
-    with pytest.raises(SamplerError, match=line) as error:
+    with refused(SamplerError, line):
         mistake()
-    assert "\n" not in str(error.value)

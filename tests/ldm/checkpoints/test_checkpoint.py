@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import REFERENCES, refused
 from safetensors.torch import load_file, save_file
 
 import ldm.checkpoints.checkpoint
@@ -22,7 +23,6 @@ from ldm.text import TextConfig, encode_prompts, tokenize
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
 
-REFERENCES = Path(__file__).parents[2] / "references"
 UNET, VAE = (f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae"))
 TEXT = "text_encoder/model.safetensors"
 
@@ -391,7 +391,7 @@ def gone(*names):
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in\n - Hub</title></head></html>"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689\nsize 4265146304\n"
 STEM = "model.diffusion_model"
-TEXT_KEY = "cond_stage_model.transformer.text_model.encoder.layers.0.adapter"
+SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 
 
@@ -411,10 +411,8 @@ FILE_ERRORS = [
     (holds(b"\x80\x02}q\x00X\x05\x00\x00\x00stateq\x01."), "a pickle that .* refuses, broken or"),
     (holds(b"PK\x03\x04" + bytes(40)), r"torch.load\(weights_only=True\) refuses"),
     (holds(b"\xff" * 100), "not a safetensors file"),
-    (holds(b"abc"), "not a safetensors file"),
     (holds(b"\xff" * 8 + b"{}"), "10 bytes, cut short or damaged"),
     (cut(-5), "bytes, cut short or damaged"),
-    (cut(100), "100 bytes, cut short or damaged"),
     (only("conditioner.embedders.0.transformer.weight"), "an SDXL checkpoint; give one of SD 1"),
     (only(f"{STEM}.double_blocks.0.img_attn.qkv.weight"), "a Flux checkpoint"),
     (only(f"{STEM}.joint_blocks.0.x_block.attn.qkv.weight"), "an SD 3 checkpoint"),
@@ -437,7 +435,6 @@ FILE_ERRORS = [
     ),
     (more(f"{STEM}.input_blocks.12.0.weight", 3), "1 unknown tensor: .*12.0.weight; a model of"),
     (more("first_stage_model.loss.logvar", 3), r"1 unknown tensor: first_stage_model\.loss"),
-    (more(TEXT_KEY, 3), "1 unknown tensor: cond_stage"),
     (
         tensors(lambda t: t | {f"{STEM}.extra.{n}": torch.zeros(1) for n in range(7)}),
         r"7 unknown tensors: (model\.diffusion_model\.extra\.\d, ){5}\.\.; a model",
@@ -449,7 +446,6 @@ FILE_ERRORS = [
 ]
 FOLDER_ERRORS = [
     (holds(POINTER, VAE), "vae/.*: a git-LFS pointer"),
-    (tensors(lambda t: t.pop("conv_in.bias") is None or t, UNET), r"1 missing .*unet\.conv_in\.b"),
     (more("add_embedding.weight", 3, name=UNET), f"{UNET}: 1 unknown tensor: add_embedding"),
     (more("final_layer_norm.weight", 12, name=TEXT), r"are both text_encoder\.text_model\.final"),
     (says("unet/config.json", act_fn="gelu"), "act_fn is 'gelu'; only 'silu' is implemented"),
@@ -458,13 +454,11 @@ FOLDER_ERRORS = [
     (says("vae/config.json", shift_factor=0.1), "shift_factor is 0.1; only None is implemented"),
     (says("text_encoder/config.json", layer_norm_eps=1e-6), "layer_norm_eps is 1e-06"),
     (says("text_encoder/config.json", num_attention_heads=5), r"\(5\).*; a model of another kind"),
-    (says("scheduler/scheduler_config.json", beta_schedule="linear"), "beta_schedule is 'linear'"),
-    (says("scheduler/scheduler_config.json", prediction_type="x0"), "'x0' is not one of epsilon"),
-    (holds(b"{", "scheduler/scheduler_config.json"), r"scheduler_config\.json: no JSON obj"),
+    (says(SCHEDULER, beta_schedule="linear"), "beta_schedule is 'linear'"),
+    (says(SCHEDULER, prediction_type="x0"), "'x0' is not one of epsilon"),
+    (holds(b"{", SCHEDULER), r"scheduler_config\.json: no JSON obj"),
     (holds(b"[]", "unet/config.json"), r"unet/config\.json: no JSON object \(a list\)"),
     (says("model_index.json", _class_name="StableDiffusionXLPipeline"), "a StableDiffusionXL"),
-    (says("model_index.json", _class_name="StableDiffusion3Pipeline"), "a StableDiffusion3"),
-    (says("model_index.json", _class_name="FluxPipeline"), "a FluxPipeline; give a model of SD 1"),
     (gone("vae/config.json"), r"vae/config\.json: no such file"),
     (gone(VAE), r"vae: no diffusion_pytorch_model\[\|\.fp16\|\.bf16\]\.safe.* by --vae"),
     (with_index("{}"), "index.json: no weight_map"),
@@ -482,13 +476,12 @@ def test_what_is_wrong_with_a_checkpoint_is_one_line_with_its_place(
     places, read, layout, change, message
 ):
     change(places[layout])
-    with pytest.raises(CheckpointError, match=message) as error:
+    with refused(CheckpointError, message, places[layout]):
         read(layout)
-    assert "\n" not in str(error.value) and str(error.value).startswith(str(places[layout]))
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"none\.safetensors: no such file or folder"):
+    with refused(CheckpointError, r"none\.safetensors: no such file or folder"):
         load(tmp_path / "none.safetensors")
 
 
@@ -506,7 +499,7 @@ def test_without_a_tokenizer_the_hub_cache_has_it_or_the_files_to_fetch_are_name
     hub = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(hub))
     message = "no tokenizer: --tokenizer openai/clip-vit-large-patch14 fetches it from the hub;"
-    with pytest.raises(CheckpointError, match=message):
+    with refused(CheckpointError, message):
         load(places["file"], config=UNTOLD)
     repository = hub / "models--openai--clip-vit-large-patch14"
     (repository / "refs").mkdir(parents=True)
@@ -569,7 +562,6 @@ def test_a_tokenizer_and_the_tokens_that_were_added_come_back(tokenizer_folder, 
     ("name", "content", "message"),
     [
         ("vocab.json", "[1", "no tokenizer of CLIP's kind .*; fetch it again$"),
-        ("merges.txt", "#version\nq z\n", "no tokenizer of CLIP's kind .*; fetch it again$"),
         ("added_tokens.json", "{", "no tokenizer of CLIP's kind .*; fetch it again$"),
         ("added_tokens.json", '{"<us>": 194}', "195 tokens, the text encoder knows 194; give the"),
     ],
@@ -577,9 +569,8 @@ def test_a_tokenizer_and_the_tokens_that_were_added_come_back(tokenizer_folder, 
 def test_a_damaged_tokenizer_is_named(tokenizer_folder, tmp_path, name, content, message):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_text(content)
-    with pytest.raises(CheckpointError, match=message) as error:
+    with refused(CheckpointError, message):
         load_tokenizer(folder, TextConfig(vocab_size=194))
-    assert "\n" not in str(error.value)
 
 
 # --- writing
@@ -591,7 +582,7 @@ def test_a_folder_saved_in_float16_loads_alike_and_is_not_overwritten(tiny, tmp_
         assert {v.dtype for v in load_file(tmp_path / "half" / name).values()} == {torch.float16}
     assert_same(load(tmp_path / "half"), parameters(tiny))  # the model's numbers are float16's
     before = (tmp_path / "half" / UNET).read_bytes()
-    with pytest.raises(CheckpointError, match="half: exists already; remove it first"):
+    with refused(CheckpointError, "half: exists already; remove it first"):
         save_folder(tiny, tmp_path / "half")
     assert (tmp_path / "half" / UNET).read_bytes() == before
 

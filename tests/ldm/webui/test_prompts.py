@@ -52,20 +52,16 @@ def tokenizer(encoder):
     [
         # plain text
         ("", [("", 1)]),
-        ("scale: 1.3", [("scale: 1.3", 1)]),
         # brackets
         ("a (b) c", [("a ", 1), ("b", 1.1), (" c", 1)]),
-        ("(b:1.3)", [("b", 1.3)]),
         ("((b:1.3))", [("b", 1.3 * 1.1)]),
         ("(a (b:1.5) c:2)", [("a ", 2), ("b", 3), (" c", 2)]),
         ("(a [b) c]", [("a ", 1.1), ("b", 1.1 / 1.1), (" c", 1 / 1.1)]),
         # weights
         ("(b:.5)(c:2.)(d:+3)", [("b", 0.5), ("c", 2), ("d", 3)]),
         ("(b: 1.3 ) c", [("b", 1.3), (" c", 1)]),
-        ("(a:b:1.3)", [("a:b", 1.3)]),
         ("(:1.3)", [("", 1)]),
         # what is no weight is text
-        ("(b:)", [("b:", 1.1)]),
         ("(b:1,3)", [("b:1,3", 1.1)]),
         ("[b:1.3]", [("b:1.3", 1 / 1.1)]),
         ("b:1.3)", [("b:1.3)", 1)]),
@@ -86,8 +82,6 @@ def tokenizer(encoder):
         ("(a) BREAK (b)", [("a", 1.1), ("", 1), BREAK, ("", 1), ("b", 1.1)]),
         ("(a BREAK b:1.5)", [("a", 1.5), ("BREAK", -1.5), ("b", 1.5)]),
         ("(BREAK:-1)", [("", -1), ("BREAK", 1), ("", -1)]),
-        # webui's other notations
-        ("[a:b:0.5] AND [c|d]", [("a:b:0.5", 1 / 1.1), (" AND ", 1), ("c|d", 1 / 1.1)]),
     ],
 )
 def test_the_grammar_is_webuis(text, pieces):
@@ -120,12 +114,10 @@ def words(number, word="fetal"):
         ("", [0]),
         (words(75), [75]),
         (words(76), [75, 1]),
-        (words(151), [75, 75, 1]),
         ("fetal BREAK fetal fetal", [1, 2]),
         ("fetal BREAK BREAK fetal", [1, 0, 1]),
         ("BREAK fetal", [0, 1]),
         ("fetal BREAK", [1]),
-        ("BREAK", [0]),
         (f"{words(75)} BREAK fetal", [75, 1]),
     ],
 )
