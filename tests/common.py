@@ -1,6 +1,7 @@
 """What tests of several rooms share: where things lie, and what a refusal is."""
 
 import csv
+import json
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +37,14 @@ def noise(*shape, seed=0, dtype=torch.float64):
     return torch.randn(
         shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     ).to(dtype)
+
+
+def agree(actual, expected, atol, rtol=0):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def table(path):

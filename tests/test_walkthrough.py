@@ -65,7 +65,7 @@ def commands():
                     yield pytest.param(words[n], words[n + 1 :], id=f"{page.name}: {line[:60]}")
 
 
-@pytest.mark.parametrize(("name", "words"), list(commands()))
+@pytest.mark.parametrize("name, words", list(commands()))
 def test_a_command_of_the_docs_has_flags_that_its_script_knows(name, words, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ldm.cli, "resolve_model", lambda source, part="model": Path(source))

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from common import ROOT, exits, refused, table
+from common import ROOT, exits, read_json, refused, table
 from PIL import Image
 from small import write_site
 from torch.nn.functional import nll_loss
@@ -35,7 +35,7 @@ def test_a_run_writes_scores_of_what_its_saved_model_predicts(classify, sites, f
     result = classify(tmp_path, *flags)
     names = "args.json confusion.png metrics.json model.safetensors predictions.csv train.csv"
     assert sorted(path.name for path in tmp_path.iterdir()) == names.split()
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics = read_json(tmp_path / "metrics.json")
     assert metrics == json.loads(json.dumps(result)) and "without_copies" not in metrics
     assert (metrics["test"]["images"], metrics["test"]["patients"]) == (8, 4)
     rows = table(tmp_path / "predictions.csv")
@@ -51,7 +51,7 @@ def test_a_run_writes_scores_of_what_its_saved_model_predicts(classify, sites, f
     losses = table(tmp_path / "train.csv")
     assert [row["epoch"] for row in losses] == ["1", "2"]
     assert {float(row["validation_accuracy"]) * 4 % 1 for row in losses} == {0}
-    record = json.loads((tmp_path / "args.json").read_text())
+    record = read_json(tmp_path / "args.json")
     assert record["arguments"]["lr"] == 0.02
     assert [*record["inputs"]] == ["training images", "validation images", "test images"]
 
@@ -151,7 +151,7 @@ def test_a_test_set_of_one_class_has_no_auc_which_json_says_by_null(classify, si
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags, words",
     [
         (["--epochs", 0], "--epochs 0: at least 1"),
         (["--validation", -1], "--validation -1: at least 0"),
@@ -169,10 +169,9 @@ def test_flags_that_cannot_be_are_one_line(classify, tmp_path, flags, words, cap
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    "flags, words",
     [
         (["--source", "{nowhere}"], "nowhere"),
-        (["--synthetic", "{nowhere}"], "nowhere"),
         (["--weights", "{nowhere}"], "nowhere"),
         (["--per-plane", 9], "9 of each"),
         (["--validation", 20], "20"),

@@ -56,7 +56,7 @@ def numbers(difference, sign=1):
 
 
 @pytest.mark.parametrize(
-    ("b", "c"), [(0, 0), (0, 3), (5, 5), (4, 9), (3, 19), (200, 150), (2400, 2600)]
+    "b, c", [(0, 0), (0, 3), (5, 5), (4, 9), (3, 19), (200, 150), (2400, 2600)]
 )
 def test_mcnemar_is_scipys_exact_binomial_test_of_the_discordant_images(b, c):
     """3 images that both read right, 2 that both read wrong, by different answers."""
@@ -241,7 +241,7 @@ def test_95_percent_intervals_over_patients_hold_the_truth_and_over_images_do_no
 
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.parametrize(("seeds", "classifiers"), [(3, 5), (3, 3), (5, 5), (5, 3)])
+@pytest.mark.parametrize("seeds, classifiers", [(3, 5), (3, 3), (5, 5), (5, 3)])
 def test_95_percent_intervals_over_patients_and_seeds_hold_the_truth_in_93_to_97_of_100_studies(
     seeds, classifiers
 ):

@@ -83,7 +83,7 @@ def test_all_scores_agree_with_scikit_learn(seed, planes):
 
 
 @pytest.mark.parametrize(
-    ("matrix", "expected"),
+    "matrix, expected",
     [
         # a class without targets, and one that is never predicted
         (np.diag([5, 5, 5, 5, 0]), Scores(1, 1, 1, 1, 1)),

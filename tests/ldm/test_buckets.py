@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from common import refused
+from common import agree, refused
 from PIL import Image
 
 from ldm.buckets import choose_bucket, read_bucketed
@@ -17,7 +17,7 @@ from planes.pictures import ImageError
 
 
 @pytest.mark.parametrize(
-    ("image", "resized", "bucket"),
+    "image, resized, bucket",
     [
         ((959, 661), (576, 397), (576, 384)),
         ((892, 592), (579, 384), (576, 384)),
@@ -38,7 +38,7 @@ def test_a_side_is_rounded_to_a_whole_pixel_before_it_is_cut_to_steps():
     assert choose_bucket(64, 168, 64, 8) == ((40, 104), (40, 104))
 
 
-@pytest.mark.parametrize(("size", "step"), [(512, 64), (128, 16), (64, 8)])
+@pytest.mark.parametrize("size, step", [(512, 64), (128, 16), (64, 8)])
 def test_a_bucket_is_in_steps_inside_the_area_and_the_image_and_keeps_the_aspect_ratio(size, step):
     draw = random.Random(size)
     for _ in range(500):
@@ -81,21 +81,19 @@ def noise_image(path, width, height):
 
 def test_an_image_within_the_area_is_cut_to_its_middle_and_not_resized(tmp_path):
     pixels = noise_image(tmp_path / "a.png", 43, 25)
-    torch.testing.assert_close(
-        read_bucketed(tmp_path / "a.png", 64, 8), pixels[:, :24, 1:41], rtol=0, atol=0
-    )
+    agree(read_bucketed(tmp_path / "a.png", 64, 8), pixels[:, :24, 1:41], 0)
 
 
 def test_a_larger_image_shrinks_by_the_mean_of_the_area_that_each_pixel_covers(tmp_path):
     # 3x and 1.5x: each pixel is repeated until the means are over whole numbers of them
     pixels = noise_image(tmp_path / "a.png", 96, 96)
     third = pixels.unflatten(2, (32, 3)).unflatten(1, (32, 3)).mean((2, 4))
-    torch.testing.assert_close(read_bucketed(tmp_path / "a.png", 32, 8), third, rtol=0, atol=1e-6)
+    agree(read_bucketed(tmp_path / "a.png", 32, 8), third, 1e-6)
     pixels = noise_image(tmp_path / "b.png", 96, 60)
     doubled = pixels.repeat_interleave(2, 1).repeat_interleave(2, 2)
     shrunk = doubled.unflatten(2, (64, 3)).unflatten(1, (40, 3)).mean((2, 4))
     assert choose_bucket(96, 60, 52, 8) == ((64, 40), (64, 40))
-    torch.testing.assert_close(read_bucketed(tmp_path / "b.png", 52, 8), shrunk, rtol=0, atol=1e-6)
+    agree(read_bucketed(tmp_path / "b.png", 52, 8), shrunk, 1e-6)
 
 
 def test_an_image_keeps_its_range_and_what_is_cut_off_after_shrinking_is_equal_on_both_sides(
@@ -107,7 +105,7 @@ def test_an_image_keeps_its_range_and_what_is_cut_off_after_shrinking_is_equal_o
     image.save(tmp_path / "a.png")
     pixels = read_bucketed(tmp_path / "a.png", 512)
     assert pixels.shape == (3, 384, 576) and pixels.is_contiguous()
-    torch.testing.assert_close(pixels, torch.ones(3, 384, 576), rtol=0, atol=1e-5)
+    agree(pixels, torch.ones(3, 384, 576), 1e-5)
 
 
 # --- images in a given size, and their latents ---

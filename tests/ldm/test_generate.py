@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import refused
+from common import agree, refused
 
 from ldm.generate import generate, make_nodes
 from ldm.unet import UNet, UNetConfig
@@ -25,9 +25,8 @@ SEEDS = [3, 8]
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(0)
-    sizes = {"block_out_channels": (8, 16), "attention": (True, False), "num_heads": (2, 2)}
-    sizes |= {"layers_per_block": 1, "cross_attention_dim": 12, "norm_num_groups": 4}
-    return UNet(UNetConfig(**sizes)).requires_grad_(False)
+    config = UNetConfig(4, 4, (8, 16), (True, False), 1, (2, 2), 12, norm_num_groups=4)
+    return UNet(config).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def texts():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "spacing", "order"),
+    "sampler, spacing, order",
     [
         ("euler", (), {}),
         ("euler", ("karras",), {}),
@@ -59,7 +58,7 @@ def test_generate_is_the_sampler_to_the_bit_and_an_image_is_its_seeds_alone(
 
     assert torch.equal(generated(context, SEEDS), expected)
     alone = generated(context[1:], SEEDS[1:])
-    torch.testing.assert_close(alone, expected[1:], atol=1e-4, rtol=0)  # of values of 10
+    agree(alone, expected[1:], 1e-4)  # of values of 10
 
 
 def test_a_setting_that_the_sampler_does_not_have_is_one_line():
@@ -80,4 +79,4 @@ def test_the_compiled_unet_is_the_plain_one(unet, texts):
     inputs = torch.randn(2, 4, 8, 6), torch.tensor([3.0, 800.5]), texts[0]
     expected = unet(*inputs)
     unet.compile(dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(unet(*inputs), expected, atol=1e-5, rtol=0)
+    agree(unet(*inputs), expected, 1e-5)

@@ -3,7 +3,7 @@ refused."""
 
 import pytest
 import torch
-from common import refused
+from common import agree, refused
 from torch import nn
 
 from ldm.text import TextConfig, TextEncoder
@@ -11,14 +11,7 @@ from ldm.unet import UNet, UNetConfig
 from lora import LoRAError, LoRALayer, inject, lora_layers, lora_parameters
 from lora.model import add_updates
 
-TINY = UNetConfig(
-    block_out_channels=(8, 16),
-    attention=(True, False),
-    layers_per_block=1,
-    num_heads=(2, 2),
-    cross_attention_dim=12,
-    norm_num_groups=4,
-)
+TINY = UNetConfig(4, 4, (8, 16), (True, False), 1, (2, 2), 12, norm_num_groups=4)
 INPUTS = torch.randn(2, 4, 4, 4), torch.tensor([3, 800]), torch.randn(2, 5, 12)
 
 
@@ -45,10 +38,10 @@ def test_the_layer_is_equation_2(base):
     BA = torch.einsum("or,ri->oi", B.flatten(1), A.flatten(1)).view_as(W0)
     h = layer(x)
     base.weight.data = W0 + 2 / 3 * BA
-    torch.testing.assert_close(h, base(x), atol=1e-12, rtol=0)
+    agree(h, base(x), 1e-12)
     base.weight.data = W0.clone()
     add_updates(base.weight, [(2 / 3, A, B)])  # in float32
-    torch.testing.assert_close(h, base(x), atol=1e-5, rtol=0)
+    agree(h, base(x), 1e-5)
 
 
 def test_half_precision_weights_are_summed_in_float32_and_rounded_once():
@@ -86,7 +79,7 @@ def test_a_depends_on_seed_and_path_alone_and_the_global_generator_is_untouched(
     assert len({A.sum().item() for A in every.values()}) == len(every) == 32
     path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     expected = torch.tensor([0.24002, 0.11810, -0.58561])
-    torch.testing.assert_close(every[path][0, :3], expected, atol=1e-5, rtol=0)
+    agree(every[path][0, :3], expected, 1e-5)
 
 
 @pytest.mark.parametrize("target", ["cross-attention", "locon"])
@@ -120,7 +113,7 @@ def test_on_a_half_precision_base_a_and_b_are_float32_and_autocast_trains_them(d
 
 
 @pytest.mark.parametrize(
-    ("target", "layers", "parameters"),
+    "target, layers, parameters",
     [
         ("cross-attention", 64, 795_648),
         ("attention", 128, 1_594_368),
@@ -149,7 +142,7 @@ def test_a_regular_expression_picks_layers_of_any_module_and_a_rank_beyond_full_
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    "setting, message",
     [
         ({"rank": 0}, "rank 0: must be a whole number of at least 1"),
         ({"rank": 2.0}, "rank 2.0"),

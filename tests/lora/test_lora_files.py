@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import exits, refused
+from common import agree, exits, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
@@ -81,7 +81,7 @@ def test_what_is_saved_and_loaded_is_w0_plus_alpha_by_r_b_a(models, trained, tmp
             BA = layer.B.weight.flatten(1) @ layer.A.weight.flatten(1)
             W = layer.base.weight + -0.7 * layer.alpha / layer.rank * BA.view_as(layer.base.weight)
             loaded = models[prefix].get_submodule(path).weight
-            torch.testing.assert_close(loaded, W, atol=1e-6, rtol=0)
+            agree(loaded, W, 1e-6)
 
 
 def test_several_files_are_summed_in_float32_whatever_their_order(models, trained, tmp_path):
@@ -148,7 +148,7 @@ def test_every_layout_is_read_to_the_same_pairs(tmp_path, layout):
 
 
 @pytest.mark.parametrize(
-    ("config", "alphas"),
+    "config, alphas",
     [
         ({"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2}, [8, 2]),
         ({"unet.lora_alpha": 8, "unet.use_rslora": True}, [16, 4]),
@@ -163,7 +163,7 @@ def test_alpha_is_read_from_pefts_configuration(tmp_path, config, alphas):
 
 
 @pytest.mark.parametrize(
-    ("alpha", "expected"),
+    "alpha, expected",
     [
         (None, 4),
         (torch.tensor(8), 8),
@@ -190,7 +190,7 @@ def test_matrices_without_a_convolutions_ones_are_read_alike(models, tmp_path):
     flat = {key: tensor.flatten(1) if tensor.ndim else tensor for key, tensor in GOOD.items()}
     save_file(flat, tmp_path / "b")
     load_loras([(tmp_path / "a", 1.0), (tmp_path / "b", -1.0)], models)
-    torch.testing.assert_close(weights_of(models), before, atol=1e-6, rtol=0)
+    agree(weights_of(models), before, 1e-6)
 
 
 def test_sd_15s_names_are_known_with_underscores_and_in_compvis_numbers(tmp_path):
@@ -292,7 +292,7 @@ def test_a_bad_file_is_refused_in_one_line_and_no_file_changes_anything(models, 
     assert all(map(torch.equal, weights_of(models), before))
 
 
-@pytest.mark.parametrize(("width", "family"), [(768, "SD 1"), (1024, "SD 2"), (2048, "SDXL")])
+@pytest.mark.parametrize("width, family", [(768, "SD 1"), (1024, "SD 2"), (2048, "SDXL")])
 def test_a_file_without_metadata_tells_its_base_by_the_width_of_its_text(
     models, tmp_path, width, family
 ):
@@ -309,7 +309,7 @@ class _Payload:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content, message",
     [
         (b"<!DOCTYPE html><html></html>", "begins with b'<!DOCTYPE html"),
         (pickle.dumps(_Payload()), "no whole safetensors file"),
@@ -423,7 +423,7 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    ("alpha", "layout", "dtype"),
+    "alpha, layout, dtype",
     [
         (4, "peft", torch.float16),
         (3, "peft", torch.float32),  # 3 / 4 goes into B
@@ -447,7 +447,7 @@ def test_conversion_keeps_bits_or_is_in_float32(tmp_path, alpha, layout, dtype):
 
 
 @pytest.mark.parametrize(
-    ("width", "base"), [(768, ["sd_v1", "False"]), (1024, ["sd_v2", "True"]), (12, [None, None])]
+    "width, base", [(768, ["sd_v1", "False"]), (1024, ["sd_v2", "True"]), (12, [None, None])]
 )
 def test_the_command_converts_says_nothing_and_names_the_base(
     tmp_path, monkeypatch, capsys, width, base
@@ -464,7 +464,7 @@ def test_the_command_converts_says_nothing_and_names_the_base(
 
 
 @pytest.mark.parametrize(
-    ("name", "out", "message"),
+    "name, out, message",
     [
         ("lora_unet_mid_block_x", "out", "lora_unet_mid_block_x is no layer of Stable Diffusion"),
         (IN, "no/out", "cannot be written"),
@@ -544,7 +544,7 @@ def test_the_metadata_of_a_training_are_kohyas(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("said", "prediction", "told"),
+    "said, prediction, told",
     [
         ({"ss_clip_skip": "2"}, "epsilon", "was trained with clip skip 2, this is --clip-skip 1"),
         ({"ss_clip_skip": "None", "ss_v_parameterization": "False"}, "epsilon", None),
@@ -599,8 +599,8 @@ def test_live_diffusers_gives_our_output_with_our_file(models, tmp_path, layout)
     ids, latents, t = torch.tensor([[1, 5, 9, 2]]), torch.randn(2, 4, 8, 8), torch.tensor([17, 801])
     with torch.no_grad():
         context = trained["lora_te"](ids)
-        torch.testing.assert_close(context, text(ids).last_hidden_state, atol=1e-5, rtol=0)
+        agree(context, text(ids).last_hidden_state, 1e-5)
         context = context.expand(2, -1, -1)
         eps = trained["lora_unet"](latents, t, context)
-        torch.testing.assert_close(eps, unet(latents, t, context).sample, atol=1e-5, rtol=0)
+        agree(eps, unet(latents, t, context).sample, 1e-5)
         assert (eps - models["lora_unet"](latents, t, context)).abs().max() > 0.05

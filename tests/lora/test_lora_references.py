@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from common import REFERENCES, ROOT
+from common import REFERENCES, ROOT, agree
 from safetensors.torch import load_file
 from torch import nn
 
@@ -45,7 +45,7 @@ def models(base):
 
 @pytest.mark.parametrize("strength", [-0.5, 1.0])
 @pytest.mark.parametrize(
-    ("name", "ranks"),
+    "name, ranks",
     [
         ("kohya", {(4, 2): 204}),
         ("lora_down", {(4, 4): 140}),
@@ -78,7 +78,7 @@ def test_weights_are_merged_as_sd_scripts_merges_them(name):
     load_loras([(HERE / f"sd_scripts_{name}.safetensors", 1.0)], {"lora_unet": unet})
     for path in paths:
         merged = unet.get_submodule(path).weight
-        torch.testing.assert_close(merged, weights[f"{name}.{path}"], atol=1e-6, rtol=0)
+        agree(merged, weights[f"{name}.{path}"], 1e-6)
 
 
 def three_steps(models, start, batches, clip):
@@ -124,7 +124,7 @@ def test_three_training_steps_are_peers_steps(models, tmp_path):
     batches = [[*(reference[f"{part}_{n}"] for part in ("x", "noise", "t")), ids] for n in range(3)]
     for step, found in enumerate(three_steps(models, start, batches, clip=0.05)):
         for what, value in zip(("loss", "norm"), found):
-            torch.testing.assert_close(value, reference[f"{what}_{step}"], rtol=1e-5, atol=0)
+            agree(value, reference[f"{what}_{step}"], 0, 1e-5)
     # without weight decay it is 1e-3
     assert share_of_the_way(models, start, end, tmp_path / "ours") < 2e-4
 
@@ -147,6 +147,6 @@ def test_three_training_steps_are_those_of_sd_scripts_own_code(tmp_path):
     parts = ("latents", "noise", "t", "ids")
     steps = [[batches[f"{part}_{n}"] for part in parts] for n in range(3)]
     for step, (loss, norm) in enumerate(three_steps(models, start, steps, clip=1.0)):
-        torch.testing.assert_close(loss, reference[f"loss_{step}"], rtol=1e-6, atol=0)
-        torch.testing.assert_close(norm, reference[f"gradnorm_{step}"], rtol=1e-5, atol=0)
+        agree(loss, reference[f"loss_{step}"], 0, 1e-6)
+        agree(norm, reference[f"gradnorm_{step}"], 0, 1e-5)
     assert share_of_the_way(models, start, end, tmp_path / "ours") < 5e-4

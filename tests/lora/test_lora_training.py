@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import agree
 from torch import nn
 
 from lora.training import Draws, held_out_loss, loss_weights, make_optimizer
@@ -71,11 +72,11 @@ def test_errors_count_1_or_with_debiased_the_root_of_the_noise_to_signal_ratio()
     }.items():
         weights = loss_weights(abar, prediction_type, True)
         expected = torch.tensor(expected)
-        torch.testing.assert_close(weights[[0, 1, 500, 999]], expected, rtol=1e-6, atol=1e-7)
+        agree(weights[[0, 1, 500, 999]], expected, 1e-7, 1e-6)
 
 
 @pytest.mark.parametrize(
-    ("prediction_type", "expected"), [("epsilon", 0.467102), ("v_prediction", 0.743497)]
+    "prediction_type, expected", [("epsilon", 0.467102), ("v_prediction", 0.743497)]
 )
 def test_the_held_out_loss_is_at_the_same_noise_and_times_at_every_look(prediction_type, expected):
     seen, state = [], torch.get_rng_state()

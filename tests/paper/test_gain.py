@@ -81,7 +81,7 @@ def test_one_seed_cannot_tell_however_large_the_difference():
 
 
 @pytest.mark.parametrize(
-    ("right", "words"),
+    "right, words",
     [(0.7, "is better than"), (0.3, "is worse than"), (0.525, "is not shown to differ from")],
 )
 def test_the_first_lines_say_what_was_found_and_how_sure_it_is(right, words):

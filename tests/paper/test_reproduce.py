@@ -2,14 +2,13 @@
 tiny Stable Diffusion; and what finished classifiers say at another site."""
 
 import io
-import json
 import re
 import runpy
 from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-from common import ROOT, refused, table
+from common import ROOT, read_json, refused, table
 from PIL import Image
 
 import paper.elsewhere
@@ -126,12 +125,12 @@ def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
     rows = table(out / "results.csv")
     assert [row["data"] for row in rows if row["classifier"] != "resnet18"] == ["ES", "HB"]
     assert {row["data"]: row["n_real"] for row in rows}["HB+DA"] == "9"  # by the rarest class
-    assert json.loads((out / "environment.json").read_text())["inputs"] == {}
+    assert read_json(out / "environment.json")["inputs"] == {}
 
 
 def test_captions_images_and_classifiers_have_the_sites_classes(made):
     out, _, _ = made
-    prompts = json.loads((out / "lora_r4" / "prompts.json").read_text())
+    prompts = read_json(out / "lora_r4" / "prompts.json")
     assert prompts["hex nut"] == ["a photograph of a hex nut"]
     rows = table(out / "synthetic_r4" / "manifest.csv")
     assert {row["prompt"] for row in rows} == {f"a photograph of a {name}" for name in CLASSES}
@@ -140,11 +139,11 @@ def test_captions_images_and_classifiers_have_the_sites_classes(made):
     row = out / "rows" / "HB+DA" / "resnet18" / "seed0"
     predictions = table(row / "predictions.csv")
     assert tuple(predictions[0])[-3:] == CLASSES and len(predictions) == 6
-    metrics = json.loads((row / "metrics.json").read_text())
+    metrics = read_json(row / "metrics.json")
     assert metrics["training"]["sources"] == {"source": 9, "synthetic": 18}
     assert np.array(metrics["confusion"]).shape == (3, 3)
     for name, read in (("lora_r4", "images model"), ("synthetic_without_lora", "model prompts")):
-        assert [*json.loads((out / name / "inputs.json").read_text())] == read.split()
+        assert [*read_json(out / name / "inputs.json")] == read.split()
 
 
 # --- at one more site ---

@@ -38,7 +38,7 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    "content, words",
     [
         ("{", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),

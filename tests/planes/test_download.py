@@ -80,7 +80,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize(("name", "read"), [("spanish", read_spanish), ("african", read_african)])
+@pytest.mark.parametrize("name, read", [("spanish", read_spanish), ("african", read_african)])
 def test_a_dataset_is_fetched_once_to_where_its_reader_finds_it(zenodo, tmp_path, name, read):
     source, to = SMALL[name], tmp_path / "new" / "data"
     folder = fetch(source, to, zenodo.api)

@@ -31,7 +31,7 @@ def test_a_site_is_folders_of_classes_or_a_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    "rows, words",
     [
         ("a/0.png,a,", "has images of a alone; a classifier tells two apart"),
         ("a/0.png,a,\nb/0.png,,", "line 3: image or class is empty"),

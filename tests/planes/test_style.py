@@ -26,7 +26,7 @@ def test_upper_quartile_and_spread_are_those_of_the_middle_whatever_the_size_and
 
 
 @pytest.mark.parametrize(
-    ("mean", "spread", "words"),
+    "mean, spread, words",
     [
         *((mean, 0, (n, 0)) for mean, n in ((65, 0), (66, 1), (105, 1), (106, 2), (151, 3))),
         *((99, spread, (2, n)) for spread, n in ((30, 0), (31, 1), (42, 1), (43, 2))),

@@ -28,7 +28,7 @@ def test_a_cell_in_quotation_marks_holds_any_line_end_and_costs_no_row(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("rows", "line"),
+    "rows, line",
     [
         ('a,Other,x\nb,Other,"open\nc,Other,\nd,Other,\n', 3),  # to the end of the file
         # shut by another cell's: not a quote alone

@@ -3,7 +3,7 @@ prdc.
 
     python tests/references/make_quality.py
 
-The tests take `cases` and `reference` from here, the latter where the two packages are installed.
+The tests take `cases` from here.
 """
 
 import json

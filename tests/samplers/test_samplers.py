@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from common import noise
+from common import agree, noise
 
 from samplers import NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 from samplers.unipc import coefficients
@@ -75,7 +75,7 @@ def quadrature(h, positions, k, variant):
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize(
-    ("positions", "exact_to"),
+    "positions, exact_to",
     [([], 0), ([-1.3], 0), ([1.0], 0), ([-2.9, -1.3], 2), ([-1.3, 1.0], 2), ([-2.9, -1.3, 1.0], 3)],
     ids=["UniP-1", "UniP-2", "UniC-1", "UniP-3", "UniC-2", "UniC-3"],
 )
@@ -96,7 +96,7 @@ def test_a_single_neighbour_takes_the_papers_b_of_h_and_more_make_the_variants_e
     assert coefficients(h, [-1.3, 1.0], "bh1") == coefficients(h, [-1.3, 1.0], "bh2")
 
 
-@pytest.mark.parametrize(("order", "degree"), [(2, 2), (3, 3)])
+@pytest.mark.parametrize("order, degree", [(2, 2), (3, 3)])
 def test_the_corrector_looks_at_the_model_where_the_step_ends(order, degree):
     """D = (lambda - lambda_0)^k depends on sigma alone; an order-p corrected state is then exact
     for k <= p."""
@@ -126,7 +126,7 @@ def test_unipc_of_order_1_without_its_corrector_is_euler(final):
 
 
 @pytest.mark.parametrize(
-    ("corrector", "expected"), [(True, [1, 2, 3, 4, 5]), (range(3, 6), [3, 4, 5]), (False, [])]
+    "corrector, expected", [(True, [1, 2, 3, 4, 5]), (range(3, 6), [3, 4, 5]), (False, [])]
 )
 def test_the_corrector_is_applied_at_the_named_nodes_only(corrector, expected):
     nodes, predicted, corrected = unipc_nodes(SCHEDULE, 6), [], []
@@ -153,7 +153,7 @@ def test_a_final_sigma_of_zero_ends_at_the_last_x0(sample):
             nonlinear, x, nodes.sigmas, callback=lambda i, x, x0, seen=seen: seen.append(x0)
         )
         assert len(seen) == steps and last.isfinite().all()
-        torch.testing.assert_close(last, seen[-1], rtol=0, atol=0)
+        agree(last, seen[-1], 0)
 
 
 @each(SAMPLERS | FULL_ORDER)
@@ -166,9 +166,7 @@ def test_a_repeated_sigma_changes_nothing_but_the_cost(sample):
     def denoise(x, sigma):
         return torch.full_like(x, math.sin(3 * math.log(sigma)))
 
-    torch.testing.assert_close(
-        sample(denoise, x, repeated), sample(denoise, x, sigmas), rtol=1e-12, atol=1e-12
-    )
+    agree(sample(denoise, x, repeated), sample(denoise, x, sigmas), 1e-12, 1e-12)
     nodes = unipc_nodes(SCHEDULE, 10, "karras")  # its last step is of length zero
     assert nodes.sigmas[-2] == SCHEDULE.sigma_min == nodes.sigmas[-1]
     assert sample(nonlinear, nodes.init_scale * x, nodes.sigmas).isfinite().all()

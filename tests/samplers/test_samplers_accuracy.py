@@ -47,7 +47,7 @@ ALONE = FULL | {"corrector": False}
 
 
 @pytest.mark.parametrize(
-    ("sample", "options", "order", "window"),
+    "sample, options, order, window",
     [
         (sample_euler, {}, 1, 0.1),
         (sample_unipc, {"order": 1, **ALONE}, 1, 0.1),

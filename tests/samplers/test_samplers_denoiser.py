@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import noise, refused
+from common import agree, noise, refused
 
 from samplers import (
     Denoiser,
@@ -124,7 +124,7 @@ def test_guidance_combines_the_predictions_of_a_half_precision_network_in_float3
 
         return Denoiser(model, nodes, context, negative, 7.0, prediction_type)(x, nodes.sigmas[0])
 
-    torch.testing.assert_close(denoise(widen=False), denoise(widen=True), rtol=0, atol=0)
+    agree(denoise(widen=False), denoise(widen=True), 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

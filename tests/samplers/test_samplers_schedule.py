@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from common import noise, refused
+from common import agree, noise, refused
 
 from samplers import (
     Denoiser,
@@ -30,7 +30,7 @@ def test_the_noise_schedule_is_stable_diffusions():
     assert 1 - alphas_cumprod[0].item() == pytest.approx(0.00085, rel=1e-12)
     assert beta[-1].item() == pytest.approx(0.012, rel=1e-10)
     even = beta.sqrt().diff().mean().expand(998)
-    torch.testing.assert_close(beta.sqrt().diff(), even, rtol=1e-8, atol=0)
+    agree(beta.sqrt().diff(), even, 0, 1e-8)
     assert SCHEDULE.sigma_min == pytest.approx(0.029167158, rel=1e-8)
     assert SCHEDULE.sigma_max == pytest.approx(14.614641229, rel=1e-9)
 
@@ -103,7 +103,7 @@ CONTEXT = torch.zeros(1, 2, 4)
 
 
 @pytest.mark.parametrize(
-    ("mistake", "line"),
+    "mistake, line",
     [
         (
             lambda: euler_nodes(SCHEDULE, 20, "time_uniform"),

@@ -35,9 +35,7 @@ from ldm.vae import VAEConfig
 SD_1 = Config(
     unet=UNetConfig(block_out_channels=(32,) * 4, cross_attention_dim=12),
     vae=VAEConfig(block_out_channels=(32,) * 4),
-    text_encoder=TextConfig(
-        vocab_size=200, hidden_size=12, intermediate_size=4, num_hidden_layers=2
-    ),
+    text_encoder=TextConfig(200, 12, 4, 2),
 )
 SD_2 = Config(
     unet=UNetConfig(
@@ -47,19 +45,12 @@ SD_2 = Config(
         use_linear_projection=True,
     ),
     vae=VAEConfig(block_out_channels=(32,) * 4),
-    text_encoder=TextConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=8,
-        num_hidden_layers=23,
-        num_attention_heads=1,
-        hidden_act="gelu",
-    ),
+    text_encoder=TextConfig(200, 64, 8, 23, 1, hidden_act="gelu"),
     prediction_type="v_prediction",
     sample_size=96,
 )
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +82,7 @@ def sd_1(kept, tmp_path):
 # --- written and read again
 
 
+@slow
 @pytest.mark.parametrize("family", ["1", "2"])
 def test_a_saved_model_comes_back_bit_for_bit_and_diffusers_reads_it_too(
     models, kept, read, family
@@ -125,6 +117,7 @@ def test_a_saved_model_comes_back_bit_for_bit_and_diffusers_reads_it_too(
         assert theirs.unet.config.sample_size * theirs.vae_scale_factor == side
 
 
+@slow
 @pytest.mark.parametrize("case", ["sd1", "sd2"])
 def test_a_reference_file_written_again_has_every_tensor_it_was_read_from(
     built, read, tmp_path, case
@@ -169,7 +162,8 @@ def test_a_single_file_is_not_overwritten_and_none_of_a_model_that_it_does_not_t
 # --- what the U-Net predicts
 
 
-@pytest.mark.parametrize(("shift", "expected"), [(-4, "v_prediction"), (4, "epsilon")])
+@slow
+@pytest.mark.parametrize("shift, expected", [(-4, "v_prediction"), (4, "epsilon")])
 def test_what_an_sd_2_file_predicts_is_probed_where_nothing_says_it(
     kept, tmp_path, read, shift, expected
 ):
@@ -184,9 +178,10 @@ def test_what_an_sd_2_file_predicts_is_probed_where_nothing_says_it(
     assert read(path, prediction_type="epsilon").prediction_type == "epsilon"
 
 
+@slow
 @pytest.mark.parametrize("family", ["1", "2"])
 @pytest.mark.parametrize(
-    ("text", "expected"), [('  parameterization: "v"\n', "v_prediction"), ("model:\n", "epsilon")]
+    "text, expected", [('  parameterization: "v"\n', "v_prediction"), ("model:\n", "epsilon")]
 )
 def test_webuis_yaml_beside_the_file_says_what_it_predicts(
     kept, tmp_path, read, family, text, expected
@@ -197,8 +192,9 @@ def test_webuis_yaml_beside_the_file_says_what_it_predicts(
     assert read(path).prediction_type == expected
 
 
+@slow
 @pytest.mark.parametrize(
-    ("mark", "header", "option", "expected"),
+    "mark, header, option, expected",
     [
         ({}, None, None, "epsilon"),
         ({"v_pred": torch.zeros(0)}, None, None, "v_prediction"),
@@ -223,6 +219,7 @@ def test_an_argument_says_what_a_folder_predicts(kept, read):
 # --- the average
 
 
+@slow
 def test_the_average_is_taken_only_where_it_is_asked_for(tokenizer_folder, kept, read, tmp_path):
     model, path = random_model(CONFIG, tokenizer_folder), tmp_path / "both.safetensors"
     save_single_file(model, path)  # the average is the trained U-Net plus one
@@ -240,6 +237,7 @@ def test_the_average_is_taken_only_where_it_is_asked_for(tokenizer_folder, kept,
 # --- pickles
 
 
+@slow
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("end", [".ckpt", ".safetensors"])
 def test_a_pickle_of_plain_tensors_loads_whatever_its_name(models, sd_1, read, zipped, end):
@@ -284,7 +282,7 @@ def foreign(tokenizer_folder):
 
 
 @pytest.mark.parametrize(
-    ("form", "base"),
+    "form, base",
     [
         ("CompVis", "sd1"),
         ("first_stage_model", "sd1.safetensors"),
@@ -324,6 +322,7 @@ def test_a_model_without_a_vae_takes_anothers(models, kept, sd_1, read):
     assert_same(read(sd_1, vae=kept / "sd1"), parameters(models["1"]))
 
 
+@slow
 def test_what_is_no_vae_or_none_of_this_family_or_not_whole_is_named(sd_1, kept, tmp_path):
     save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     scaled = Path(shutil.copytree(kept / "sd1" / "vae", tmp_path / "scaled"))

@@ -18,8 +18,6 @@ from ldm.checkpoints.folder import network_files
 from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.cli import lora_path
 
-pytestmark = pytest.mark.slow
-
 READ = [  # of a diffusers folder
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -129,6 +127,7 @@ def test_a_path_that_exists_is_itself_even_where_it_could_be_an_id(hub, tmp_path
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_of_a_repository_only_what_the_loader_reads_is_downloaded_and_once(hub):
     files = published() | {name: (MINI / name).read_bytes() for name in READ}
     hub.repositories["owner/name"] = {"main": files}
@@ -163,7 +162,7 @@ def shards(variant):
 
 
 @pytest.mark.parametrize(
-    ("there", "taken"),
+    "there, taken",
     [
         (["{}.safetensors", "{}.bf16.safetensors"], ["{}.safetensors"]),
         (["{}.bf16.safetensors", "{}.fp16.safetensors"], ["{}.fp16.safetensors"]),
@@ -197,6 +196,7 @@ def test_a_single_file_of_a_repository_has_its_name_behind_it(hub):
     fails("owner/name/b.safetensors", r"the repository has no b\.safetensors")
 
 
+@pytest.mark.slow
 def test_a_vae_or_a_tokenizer_is_found_at_the_top_or_in_its_subfolder(hub):
     files = published() | {name: (MINI / name).read_bytes() for name in READ}
     alone = {name.removeprefix("vae/"): b for name, b in files.items() if name.startswith("vae/")}
@@ -242,7 +242,7 @@ SUCCESSORS = {
 
 
 @pytest.mark.parametrize(
-    ("source", "held", "message"),
+    "source, held, message",
     [
         *((source, None, NO_PATH) for source in ("sd15", "./owner/name", "/owner/name", "a/b/c")),
         *((source, None, NO_PATH) for source in ("models/v1-5.safetensors", "a/b.ckpt")),

@@ -1,10 +1,10 @@
 """The embedded miniature model: its size, what its autoencoder keeps of real images, that the peers
 open it."""
 
-from pathlib import Path
-
 import pytest
 import torch
+from common import DATA, real_data
+from test_checkpoint import assert_near
 
 from ldm import MINI
 from ldm.checkpoints import load
@@ -12,8 +12,6 @@ from ldm.images import read_image
 from ldm.text import encode_prompts
 from planes import PROMPTS
 from planes.datasets import read_manifest, read_spanish
-
-SHARED = Path(__file__).resolve().parents[4] / "shared"
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +32,10 @@ def test_every_prompt_is_whole_words_and_differs_for_the_text_encoder(mini):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real images are not here (../shared)")
+@real_data
 def test_its_vae_reconstructs_real_images_it_never_saw_with_at_least_22_db(mini):
-    spanish = read_spanish(SHARED / "data" / "FETAL_PLANES_ZENODO")
-    records = read_manifest(SHARED / "data" / "manifests" / "lora_train_data.csv", spanish)[::5]
+    spanish = read_spanish(DATA / "FETAL_PLANES_ZENODO")
+    records = read_manifest(DATA / "manifests" / "lora_train_data.csv", spanish)[::5]
     side = mini.sample_size * mini.vae.config.downsampling
     images = torch.stack([read_image(record.path, side) for record in records])
     decoded = mini.vae.decode(mini.vae.to_latents(images)).clamp(-1, 1)
@@ -53,19 +51,11 @@ def test_diffusers_opens_the_folder_and_its_networks_say_the_same(mini):
     x = torch.randn(2, 4, side, side, generator=torch.Generator().manual_seed(0))
     context = encode_prompts(mini.tokenizer, mini.text_encoder, [*PROMPTS.values()][:2])
     t = torch.tensor([999, 20])
+    vae = diffusers.AutoencoderKL.from_pretrained(MINI / "vae")
     with torch.no_grad():
-        ours, theirs = mini.unet(x, t, context), unet(x, t, context).sample
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
-    vae, scale = (
-        diffusers.AutoencoderKL.from_pretrained(MINI / "vae"),
-        mini.vae.config.scaling_factor,
-    )
-    with torch.no_grad():
-        images, expected = mini.vae.decode(x), vae.decode(x / scale).sample
+        assert_near(mini.unet(x, t, context), unet(x, t, context).sample, 1e-5)
+        images = mini.vae.decode(x)
+        assert_near(images, vae.decode(x / mini.vae.config.scaling_factor).sample, 1e-5)
         posterior, known = mini.vae.encode(images), vae.encode(images).latent_dist
-    for ours, theirs in (
-        (images, expected),
-        (posterior.mean, known.mean),
-        (posterior.std, known.std),
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+    assert_near(posterior.mean, known.mean, 1e-5)
+    assert_near(posterior.std, known.std, 1e-5)
