@@ -254,3 +254,16 @@ def test_a_half_precision_encoder_is_weighted_in_float32(tokenizer, encoder):
     w[end - size : end] = 1.4
     expected = (w * z * (z.mean() / (w * z).mean())).half()
     assert torch.equal(encode_weighted(tokenizer, half, "fetal (brain:1.4)"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [40, 151])
+def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
+    """Without commas and weights, to 1e-5: compel ends chunks at other places and weights by
+    another formula, away from the empty prompt's embeddings."""
+    compel = pytest.importorskip("compel")
+    brutal = compel.SplitLongTextMode.BRUTAL
+    how = {"truncate_long_prompts": False, "split_long_text_mode": brutal, "model_max_length": 77}
+    theirs = compel.Compel(tokenizer, encoder.text_model, **how)
+    prompt = words(number // 2) + " " + words(number - number // 2, "brain")
+    agree(encode_weighted(tokenizer, encoder, prompt), theirs(prompt), 0, 1e-5)
