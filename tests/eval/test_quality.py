@@ -37,7 +37,7 @@ def gaussian(seed, count, width, mean=0.0):
 
 @pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
-def test_fid_kid_and_prdc_agree_with_torch_fidelity_and_prdc_stored_and_live_within_1e_6(
+def test_fid_kid_and_prdc_are_those_of_torch_fidelity_and_prdc_stored_and_live_within_1e_6(
     case, live
 ):
     real, synthetic, k = CASES[case]
