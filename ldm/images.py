@@ -15,24 +15,19 @@ from planes.pictures import ImageError, open_image
 AT_ONCE = 4  # images that the decoder is given on a GPU
 
 
-def read_image(path: Path, size: int | tuple[int, int], resize: str = "squash") -> Tensor:
-    """An image file as (3, h, w) in [-1, 1].
+def read_image(path: Path, size: int, resize: str = "squash") -> Tensor:
+    """An image file as (3, size, size) in [-1, 1].
 
-    size: (w, h) in px, or the side of a square
-    resize: "squash" the whole frame into it, as the classifiers do, or "crop" the middle of the
-        same aspect ratio
+    resize: "squash" the whole frame into it, as the classifiers do, or "crop" its middle square
 
     Raises ImageError as `planes.pictures.open_image`.
     """
     image = open_image(path).convert("RGB")
-    width, height = (size, size) if isinstance(size, int) else size
     if resize == "crop":
-        scale = min(image.width / width, image.height / height)
-        wide = min(image.width, round(width * scale))
-        high = min(image.height, round(height * scale))
-        left, top = (image.width - wide) // 2, (image.height - high) // 2
-        image = image.crop((left, top, left + wide, top + high))
-    return to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
