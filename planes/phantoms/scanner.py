@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import map_coordinates
 
 BONE, BRIGHT, TISSUE, DIM, FLUID = 0.0, -10.0, -24.0, -33.0, -60.0  # echo levels, dB
 
@@ -133,10 +134,7 @@ def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
     column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * beams
     inside = (row >= 0) & (row <= depths) & (column >= 0) & (column <= beams)
     r, c = np.clip(row, 0, depths - 0.001), np.clip(column, 0, beams - 0.001)
-    r0, c0 = r.astype(int), c.astype(int)
-    fr, fc = r - r0, c - c0
-    value = (1 - fr) * ((1 - fc) * polar[r0, c0] + fc * polar[r0, c0 + 1])
-    value += fr * ((1 - fc) * polar[r0 + 1, c0] + fc * polar[r0 + 1, c0 + 1])
+    value = map_coordinates(polar, (r, c), output=float, order=1)
     return np.where(inside, value * 255, 0).round().astype(np.uint8)
 
 
