@@ -45,7 +45,7 @@ class Tissue:
     shape by shape."""
 
     def __init__(self, probe: Probe, rng: Rng, level: float = TISSUE):
-        depths, beams = probe.height, max(48, round(probe.width * 0.75))
+        depths, beams = probe.height, round(probe.width * 0.75)
         self.depth = np.linspace(0, 1, depths, dtype=np.float32)[:, None]
         self.angle = np.linspace(-probe.half_angle, probe.half_angle, beams, dtype=np.float32)[None]
         reach = probe.radius + self.depth
@@ -72,25 +72,38 @@ class Tissue:
         x, y, c, s = self.x - cx, self.y - cy, np.cos(angle), np.sin(angle)
         return c * x + s * y, c * y - s * x
 
-    def ellipse(self, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
-        """Signed distance (first order) to an ellipse with half axes rx, ry."""
-        u, v = self.local(cx, cy, angle)
-        return (np.hypot(u / rx, v / ry) - 1) * min(rx, ry)
+    def ellipse(
+        self,
+        cx: float,
+        cy: float,
+        rx: float,
+        ry: float,
+        angle: float,
+        *look: float,
+        line: float = 0,
+    ) -> None:
+        """Paint an ellipse with half axes rx, ry, or its outline alone, `line` wide.
 
-    def ring(
-        self, cx: float, cy: float, rx: float, ry: float, thick: float, angle: float = 0.0
-    ) -> np.ndarray:
-        """Signed distance to the outline of an ellipse, `thick` wide."""
-        return np.abs(self.ellipse(cx, cy, rx, ry, angle)) - thick / 2
+        look: level and attenuation, as of `paint`
+        """
+        u, v = self.local(cx, cy, angle)
+        distance = (np.hypot(u / rx, v / ry) - 1) * min(rx, ry)  # to first order
+        self.paint(np.abs(distance) - line / 2 if line else distance, *look)
 
     def rod(
-        self, cx: float, cy: float, half: float, thick: float, angle: float, bend: float = 0.0
-    ) -> np.ndarray:
-        """Signed distance to a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 /
-        depth)."""
+        self,
+        cx: float,
+        cy: float,
+        half: float,
+        thick: float,
+        angle: float,
+        *look: float,
+        bend: float = 0.0,
+    ) -> None:
+        """Paint a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 / depth)."""
         u, v = self.local(cx, cy, angle)
         v = v - bend * u**2 / 2
-        return np.hypot(np.maximum(np.abs(u) - half, 0), v) - thick / 2
+        self.paint(np.hypot(np.maximum(np.abs(u) - half, 0), v) - thick / 2, *look)
 
 
 def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
@@ -147,11 +160,11 @@ def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
     shade = int(rng.integers(120, 256))
     if letters:
         text = "".join(chr(c) for c in rng.integers(48, 91, letters))
-        at = rng.integers(1, max(2, width // 4)), rng.choice([1, height - 13])
+        at = rng.integers(1, width // 4), rng.choice([1, height - 13])
         draw.text(at, text, fill=shade)
     if rng.random() < 0.6:
         x = width - 3
-        for y in range(4, height - 4, max(4, height // 12)):
+        for y in range(4, height - 4, height // 12):
             draw.line((x - 2, y, x, y), fill=shade)
     if rng.random() < 0.4:
         bar = np.linspace(255, 0, height // 3).astype(np.uint8)[:, None].repeat(4, axis=1)

@@ -40,8 +40,8 @@ def test_bone_is_bright_and_throws_a_shadow_fluid_and_what_lies_outside_the_sect
         return scan(tissue, PROBE, rng(1)).astype(float)
 
     plain = image(lambda tissue: None)
-    bone = image(lambda tissue: tissue.paint(tissue.rod(0, 0.4, 0.2, 0.05, 0), BONE, 160))
-    fluid = image(lambda tissue: tissue.paint(tissue.ellipse(0, 0.5, 0.2, 0.15), FLUID))
+    bone = image(lambda tissue: tissue.rod(0, 0.4, 0.2, 0.05, 0, BONE, 160))
+    fluid = image(lambda tissue: tissue.ellipse(0, 0.5, 0.2, 0.15, 0, FLUID))
     middle = slice(90, 110)
     assert bone[58:70, middle].max() > plain[58:70, middle].max() + 20
     assert bone[100:140, middle].mean() < 0.6 * plain[100:140, middle].mean()
