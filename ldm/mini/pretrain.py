@@ -22,20 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from harness.resume import write_state
 from ldm.checkpoints import Model, load, save_folder
 from ldm.mini.bpe import train_tokenizer
 from ldm.mini.pretrain_vae import (
+    DEVICE,
     SIZE,
     VAE,
+    descend,
     draw_batch,
     encode_all,
     learning_rate,
-    resume,
-    save,
+    steps_left,
     train_vae,
 )
 from ldm.mini.scenes import scene
@@ -49,6 +49,7 @@ POSITIONS = 64  # tokens of a prompt, padding included
 # one token each, as in CLIP's
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})
 BATCH = 32
+PEAK_RATE = 5e-4
 SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
 
 UNET = UNetConfig(
@@ -73,10 +74,7 @@ def parse_args(argv=None):
     add("--vae-steps", type=int, default=1_800, help="0 leaves --start's autoencoder as it is")
     add("--unet-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=1e-3)
-    add("--unet-lr", type=float, default=5e-4)
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.vae_steps and not args.start:
         parser.error("--vae-steps 0: there is no autoencoder without --start")
@@ -158,12 +156,9 @@ def train_unet(
     means = [*networks["ema"].parameters()]
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = (snr.clamp(*SNR_RANGE) / snr).float().to(args.device)
+    weights = (snr.clamp(*SNR_RANGE) / snr).float().to(DEVICE)
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    path, parts = args.work / "unet.pt", networks | {"optimizer": optimizer}
-    done = resume(path, args, parts)
-    progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net")
-    for step in progress:
+    for step in steps_left("unet", args.unet_steps, networks | {"optimizer": optimizer}, args):
         index, generator = draw_batch(len(ids), BATCH, args.seed + 2, step)
         shape = (len(index), *posterior.mean.shape[1:])
         noise, wobble = torch.randn(2, *shape, generator=generator).unbind()
@@ -172,23 +167,14 @@ def train_unet(
         words = torch.where(kept[:, None], ids[index], empty)
         latents = Posterior(posterior.mean[index], posterior.logvar[index]).sample(wobble)
         noisy = schedule.add_noise(latents, noise, t)
-        noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
+        noisy, t, words, noise = (v.to(DEVICE) for v in (noisy, t, words, noise))
         # there it takes twice as long
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu"):
             eps = unet(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
-
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(values, 1.0)
-        optimizer.step()
+        descend(loss, optimizer, learning_rate(step, args.unet_steps, PEAK_RATE))
         with torch.no_grad():
             torch._foreach_lerp_(means, values, 1 - min(0.999, (1 + step) / (10 + step)))
-
-        progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.unet_steps:
-            save(path, args, parts, step + 1)
 
 
 def main(args):
@@ -201,11 +187,11 @@ def main(args):
     # the autoencoder, then the scale that gives its latents unit variance
     start = load(args.start) if args.start else None
     vae = start.vae if start else AutoencoderKL(VAE)
-    vae.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
+    vae.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last)
     scale, vae.config = vae.config.scaling_factor, VAE
     if args.vae_steps:
         train_vae(vae, images, args)
-    posterior = encode_all(vae.eval(), images, args.device)
+    posterior = encode_all(vae.eval(), images)
     if not start:
         scale = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
     vae.config = replace(VAE, scaling_factor=scale)
@@ -218,8 +204,8 @@ def main(args):
         tokenizer = train_tokenizer(captions, PLAIN_WORDS, POSITIONS)
         unet, text_encoder = UNet(UNET), make_text_encoder(len(tokenizer))
     networks = {
-        "unet": unet.requires_grad_(True).to(args.device, memory_format=torch.channels_last),
-        "text": text_encoder.requires_grad_(True).to(args.device),
+        "unet": unet.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last),
+        "text": text_encoder.requires_grad_(True).to(DEVICE),
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
     sizes = text_encoder.config

@@ -1,10 +1,11 @@
 """The autoencoder of the embedded miniature model; what both stages of its pre-training share."""
 
 import argparse
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from ldm.vae import AutoencoderKL, Posterior, VAEConfig
 
 SIZE = 96  # image side, px
 BATCH = 16
+SAVE_EVERY = 500  # steps between checkpoints
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 
 
@@ -35,44 +38,60 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * rate_share("cosine", step, steps)
 
 
+def steps_left(
+    name: str, steps: int, parts: dict[str, Any], args: argparse.Namespace
+) -> Iterator[int]:
+    """Yields the steps that are still to be done, from the last checkpoint of `parts` (networks,
+    optimizer) on, and writes checkpoints."""
+    path, done = args.work / f"{name}.pt", 0
+    if path.exists():
+        script = "ldm.mini.pretrain"
+        done = read_state(
+            path, _identity(args), script, SystemExit, partial(_restore, parts), DEVICE
+        )
+    for step in tqdm(range(done, steps), initial=done, total=steps, desc=name):
+        yield step
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save(path, args, parts, step + 1)
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step of the optimizer, at the learning rate `rate`."""
+    group = optimizer.param_groups[0]
+    group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
 def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> None:
     """Minimise the squared error plus 1e-4 times the KL divergence per latent value.
 
     Whose best answer where a pixel cannot be known is the mean: speckle comes out smooth.
     """
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    path, parts = args.work / "vae.pt", {"vae": vae, "optimizer": optimizer}
-    done = resume(path, args, parts)
-    progress = tqdm(range(done, args.vae_steps), initial=done, total=args.vae_steps, desc="VAE")
-    for step in progress:
+    for step in steps_left("vae", args.vae_steps, {"vae": vae, "optimizer": optimizer}, args):
         index, generator = draw_batch(len(images), BATCH, args.seed + 1, step)
-        x = to_input(images[index].to(args.device))
+        x = to_input(images[index].to(DEVICE))
         shape = (len(x), VAE.latent_channels, SIZE // 8, SIZE // 8)
-        noise = torch.randn(shape, generator=generator).to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        noise = torch.randn(shape, generator=generator).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
             posterior = vae.encode(x)
             decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        error = F.mse_loss(decoded.float(), x)
-        loss = error + 1e-4 * 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.vae_steps, args.vae_lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        progress.set_postfix(psnr=f"{-10 * np.log10(error.item() / 4):.2f} dB")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.vae_steps:
-            save(path, args, parts, step + 1)
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = F.mse_loss(decoded.float(), x) + 1e-4 * kl
+        descend(loss, optimizer, learning_rate(step, args.vae_steps, args.vae_lr))
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, images: Tensor, device: str) -> Posterior:
+def encode_all(vae: AutoencoderKL, images: Tensor) -> Posterior:
     """The posteriors of all images; a fresh sample of them is drawn at every training step."""
     parts = []
     for batch in tqdm(images.split(64), desc="latents", unit="batch"):
-        with torch.autocast(device, torch.bfloat16):
-            p = vae.encode(to_input(batch.to(device)).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(DEVICE, torch.bfloat16):
+            p = vae.encode(to_input(batch.to(DEVICE)).contiguous(memory_format=torch.channels_last))
         parts.append(torch.stack([p.mean, p.logvar]).float().cpu())
     return Posterior(*torch.cat(parts, dim=1))
 
@@ -83,19 +102,11 @@ def save(path: Path, args: argparse.Namespace, parts: dict[str, Any], step: int)
     write_state(path, states | {"identity": _identity(args), "step": step})
 
 
-def resume(path: Path, args: argparse.Namespace, parts: dict[str, Any]) -> int:
-    """Load what `save` wrote, if anything; returns the number of steps done. Exits where it was
-    written by other settings."""
-
-    def restore(state: dict[str, Any]) -> int:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["step"]
-
-    if not path.exists():
-        return 0
-    return read_state(path, _identity(args), "ldm.mini.pretrain", SystemExit, restore, args.device)
+def _restore(parts: dict[str, Any], state: dict[str, Any]) -> int:
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
 
 
 def _identity(args: argparse.Namespace) -> dict[str, str]:
-    return {k: str(v) for k, v in vars(args).items() if k not in ("work", "out", "save_every")}
+    return {k: str(v) for k, v in vars(args).items() if k not in ("work", "out")}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.checkpoints import load
-from ldm.mini import pretrain
+from ldm.mini import pretrain_vae
 from ldm.mini.bpe import train_tokenizer
 from ldm.mini.pretrain import (
     PLAIN_WORDS,
@@ -98,25 +98,29 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one_and_the_folder_can_
 ):
     monkeypatch.setattr("ldm.mini.pretrain.BATCH", 2)
     monkeypatch.setattr("ldm.mini.pretrain_vae.BATCH", 2)
+    monkeypatch.setattr("ldm.mini.pretrain_vae.SAVE_EVERY", 1)
+    for module in ("pretrain", "pretrain_vae"):
+        monkeypatch.setattr(f"ldm.mini.{module}.DEVICE", "cpu")
 
     def run(work, out, *flags):
         places = ["--work", str(tmp_path / work), "--out", str(tmp_path / out)]
-        main(parse_args([*places, "--scenes", "8", "--device", "cpu", "--save-every", "1", *flags]))
+        main(parse_args([*places, "--scenes", "8", *flags]))
         return {name: load_file(tmp_path / out / f"{name}.safetensors") for name in FILES}
 
     two = ("--vae-steps", "2", "--unet-steps", "2")
     whole = run("whole", "one", *two)
-    saved, save = [], pretrain.save
+    saved, save = [], pretrain_vae.save
 
-    def stop(*args):
-        save(*args)
-        saved.append(args[-1])
-        raise KeyboardInterrupt
+    def stop(path, *args):
+        save(path, *args)
+        saved.append((path.stem, args[-1]))
+        if path.stem == "unet":
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr(pretrain, "save", stop)
+        stopped.setattr(pretrain_vae, "save", stop)
         run("parts", "two", *two)
-    assert saved == [1] and not (tmp_path / "two").exists()
+    assert saved == [("vae", 1), ("vae", 2), ("unet", 1)] and not (tmp_path / "two").exists()
     parts = run("parts", "two", *two)
     assert all(whole[n][key].equal(parts[n][key]) for n in FILES for key in whole[n])
     assert load(tmp_path / "one").sample_size == 12
