@@ -4,7 +4,7 @@ own layouts.
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -122,9 +122,7 @@ def other(tissue: Tissue, rng: Rng, growth: float) -> None:
             tissue.ellipse(*center, 0.045, 0.05, 0, BRIGHT, line=0.018)
 
 
-ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = dict(
-    zip(PLANES, (abdomen, brain, femur, thorax, other))
-)
+ANATOMY = dict(zip(PLANES, (abdomen, brain, femur, thorax, other)))
 
 
 # --- images, and the datasets' layouts ---

@@ -108,8 +108,7 @@ class Tissue:
 
 def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
     """The image (height, width), uint8, that the probe makes of the tissue."""
-    shape = tissue.echo.shape
-    spread = 2 * np.cumsum(tissue.attenuation, axis=0) / shape[0]
+    spread = 2 * np.cumsum(tissue.attenuation, axis=0) / probe.height
     amplitude = 10 ** ((tissue.echo - spread) / 20)
     # two independent Gaussians add up to one
     amplitude = np.hypot(amplitude, 10 ** (probe.noise / 20))
@@ -142,7 +141,7 @@ def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
     scale = (probe.radius + 1 - top) / probe.height  # depths per pixel
     y = (np.arange(probe.height)[:, None] + 0.5) * scale + top
     x = (np.arange(probe.width)[None] + 0.5 - probe.width / 2) * scale
-    depths, beams = polar.shape[0] - 1, polar.shape[1] - 1
+    depths, beams = np.subtract(polar.shape, 1)
     row = (np.hypot(x, y) - probe.radius) * depths
     column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * beams
     inside = (row >= 0) & (row <= depths) & (column >= 0) & (column <= beams)

@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.checkpoints import load
-from ldm.mini import pretrain_vae
+from ldm.mini import pretrain
 from ldm.mini.bpe import train_tokenizer
 from ldm.mini.pretrain import (
     PLAIN_WORDS,
     POSITIONS,
     UNET,
+    learning_rate,
     main,
     make_text_encoder,
     parse_args,
     widen_unseen,
 )
-from ldm.mini.pretrain_vae import learning_rate
 from ldm.mini.scenes import scene
 from ldm.text import encode_prompts
 from planes import PLANES, PROMPTS
@@ -96,11 +96,8 @@ def test_the_rate_warms_up_over_100_steps_and_falls_by_half_a_cosine():
 def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one_and_the_folder_can_be_gone_on_from(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ldm.mini.pretrain.BATCH", 2)
-    monkeypatch.setattr("ldm.mini.pretrain_vae.BATCH", 2)
-    monkeypatch.setattr("ldm.mini.pretrain_vae.SAVE_EVERY", 1)
-    for module in ("pretrain", "pretrain_vae"):
-        monkeypatch.setattr(f"ldm.mini.{module}.DEVICE", "cpu")
+    for name, value in {"BATCH": 2, "VAE_BATCH": 2, "SAVE_EVERY": 1, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(pretrain, name, value)
 
     def run(work, out, *flags):
         places = ["--work", str(tmp_path / work), "--out", str(tmp_path / out)]
@@ -109,18 +106,18 @@ def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one_and_the_folder_can_
 
     two = ("--vae-steps", "2", "--unet-steps", "2")
     whole = run("whole", "one", *two)
-    saved, save = [], pretrain_vae.save
+    saved, write = [], pretrain.write_state
 
-    def stop(path, *args):
-        save(path, *args)
-        saved.append((path.stem, args[-1]))
+    def stop(path, state):
+        write(path, state)
         if path.stem == "unet":
+            saved.append(state["step"])
             raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr(pretrain_vae, "save", stop)
+        stopped.setattr(pretrain, "write_state", stop)
         run("parts", "two", *two)
-    assert saved == [("vae", 1), ("vae", 2), ("unet", 1)] and not (tmp_path / "two").exists()
+    assert saved == [1] and not (tmp_path / "two").exists()
     parts = run("parts", "two", *two)
     assert all(whole[n][key].equal(parts[n][key]) for n in FILES for key in whole[n])
     assert load(tmp_path / "one").sample_size == 12
