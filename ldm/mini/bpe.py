@@ -8,8 +8,6 @@ from itertools import pairwise
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-
 
 def train_tokenizer(captions: list[str], words: list[str], length: int) -> CLIPTokenizer:
     """Learn merges until every word of the captions, and every one of `words`, is a single token.
@@ -29,6 +27,7 @@ def train_tokenizer(captions: list[str], words: list[str], length: int) -> CLIPT
         both = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
         pieces = {word: both.sub("".join(best), text) for word, text in pieces.items()}
     symbols = sorted(ByteLevel.alphabet())
-    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
+    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)

@@ -88,8 +88,8 @@ def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
             rngs = [np.random.default_rng((seed, n)) for n in range(count)]
             pairs = pool.map(partial(scene, size=SIZE), rngs, chunksize=64)
         images, captions = zip(*pairs)
-        images = torch.from_numpy(np.stack(images))
-        write_state(path, {"images": images, "captions": list(captions)})
+        state = {"images": torch.from_numpy(np.stack(images)), "captions": list(captions)}
+        write_state(path, state)
     scenes = torch.load(path, weights_only=True)
     return scenes["images"], scenes["captions"]
 

@@ -81,7 +81,7 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
         words.append(draw(tissue, rng, IMAGE))
     image = scan(tissue, probe, rng)
     if rng.random() < 0.5:
-        image = annotate(image, rng, letters=int(rng.integers(3, 14)))
+        image = annotate(image, rng, letters=rng.integers(3, 14))
     picture = _crop(image, rng).resize((size, size), Image.Resampling.BICUBIC)
     looks = (
         "wide" if wide > 0.5 else "narrow",
@@ -134,7 +134,7 @@ def _rod(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     (size, half), (level, echo) = _size(rng, *SIZES), _level(rng)
     (shadow, attenuation), (u, v) = _shadow(rng, level), rng.uniform(-0.6, 0.6, 2)
     half, angle = min(0.8 * half, 0.9 * frame.rx), rng.uniform(0, np.pi)
-    bend = float(rng.choice(2)) * rng.normal()
+    bend = rng.choice(2) * rng.normal()
     thick = rng.uniform(0.014, 0.055)
     tissue.rod(*frame.at(u, v), half, thick, angle, echo, attenuation, bend=bend)
     kind = ("thin " if thick < 0.03 else "thick ") + ("bent " if abs(bend) > 0.7 else "") + "rod"
@@ -157,12 +157,12 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     kind = rng.choice(["disc", "disc", "rod", "ring"])
     way = rng.choice(["row", "square", "around", "scattered"])
     count = 4 if way == "square" else int(rng.integers(2, 6 if way == "row" else 8))
-    reach, turn = min(frame.rx, frame.ry), rng.uniform(0, np.pi)
+    reach, turned = min(frame.rx, frame.ry), Frame(0, 0, 1, 1, rng.uniform(0, np.pi))
     if frame is IMAGE:  # anywhere in the image, and as large as it likes
         reach = rng.uniform(0.12, 0.3)
         frame = Frame(*frame.at(*rng.uniform(-0.5, 0.5, 2)), reach, reach)
     if way == "row":
-        step = 1.5 / max(count - 1, 1) * rng.uniform(0.7, 1.0)
+        step = 1.5 / (count - 1) * rng.uniform(0.7, 1.0)
         spots = [((n - (count - 1) / 2) * step, 0.1 * rng.normal()) for n in range(count)]
     elif way == "square":
         spots = [(0.45 * u, rng.uniform(0.3, 0.45) * v) for u in (-1, 1) for v in (-1, 1)]
@@ -173,9 +173,8 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
         step = away * min(2 * np.sin(np.pi / count), 1.0)
     else:
         spots, step = rng.uniform(-0.75, 0.75, (count, 2)), 0.5
-    c, s = np.cos(turn), np.sin(turn)
     half = max(0.018, reach * step * rng.uniform(0.25, 0.48))
-    middles = [frame.at(c * u - s * v, s * u + c * v) for u, v in spots]
+    middles = [frame.at(*turned.at(u, v)) for u, v in spots]
     _shapes(tissue, rng, kind, half, middles, echo, attenuation)
     return f"{NUMBERS[count]} {level} {kind}s {way}{shadow}"
 

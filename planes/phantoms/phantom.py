@@ -134,7 +134,7 @@ def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
     probe, growth = site.probe(patient), patient.uniform(0.85, 1.1)
     tissue = Tissue(probe, image, level=TISSUE + patient.normal(0, 2))
     ANATOMY[plane](tissue, image, growth)
-    return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
+    return annotate(scan(tissue, probe, image), image, letters=image.integers(*site.letters))
 
 
 def write_spanish_layout(

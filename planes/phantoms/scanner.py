@@ -45,8 +45,8 @@ class Tissue:
     shape by shape."""
 
     def __init__(self, probe: Probe, rng: Rng, level: float = TISSUE):
-        depths, beams = probe.height, round(probe.width * 0.75)
-        self.depth = np.linspace(0, 1, depths, dtype=np.float32)[:, None]
+        beams = round(probe.width * 0.75)
+        self.depth = np.linspace(0, 1, probe.height, dtype=np.float32)[:, None]
         self.angle = np.linspace(-probe.half_angle, probe.half_angle, beams, dtype=np.float32)[None]
         reach = probe.radius + self.depth
         self.x = reach * np.sin(self.angle)
@@ -102,8 +102,8 @@ class Tissue:
     ) -> None:
         """Paint a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 / depth)."""
         u, v = self.local(cx, cy, angle)
-        v = v - bend * u**2 / 2
-        self.paint(np.hypot(np.maximum(np.abs(u) - half, 0), v) - thick / 2, *look)
+        beyond = np.maximum(np.abs(u) - half, 0)
+        self.paint(np.hypot(beyond, v - bend * u**2 / 2) - thick / 2, *look)
 
 
 def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
