@@ -5,6 +5,5 @@ see README.md here.
 |---|---|
 | procedural scenes and captions that it learned from | `scenes.py` |
 | its tokenizer's vocabulary | `bpe.py` |
-| U-Net and text encoder, all in order | `pretrain.py` |
-| its autoencoder; batches and checkpoints of both trainings | `pretrain_vae.py` |
+| autoencoder, U-Net and text encoder, all in order | `pretrain.py` |
 """

@@ -5,9 +5,8 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
-
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def train_tokenizer(captions: list[str], words: list[str], length: int) -> CLIPTokenizer:
@@ -17,20 +16,18 @@ def train_tokenizer(captions: list[str], words: list[str], length: int) -> CLIPT
     """
     counts = Counter(word for caption in captions for word in re.findall(r"\w+|[^\w\s]", caption))
     counts.update(words)
-    pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in counts}
+    # the symbols of a word, with blanks between them
+    pieces = {word: " ".join([*word[:-1], word[-1] + "</w>"]) for word in counts}
     merges = []
-    while pairs := Counter({pair: counts[w] for w, p in pieces.items() for pair in pairwise(p)}):
+    while pairs := Counter(
+        {pair: counts[word] for word, text in pieces.items() for pair in pairwise(text.split())}
+    ):
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        for word, p in pieces.items():
-            k = 0
-            while k < len(p) - 1:
-                if (p[k], p[k + 1]) == best:
-                    p[k : k + 2] = ["".join(best)]
-                k += 1
-            pieces[word] = p
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
-    symbols = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges), BOS, EOS]
+        both = re.compile(rf"(?<!\S){re.escape(' '.join(best))}(?!\S)")
+        pieces = {word: both.sub("".join(best), text) for word, text in pieces.items()}
+    symbols = sorted(ByteLevel.alphabet())
+    tokens = [*symbols, *(c + "</w>" for c in symbols), *("".join(m) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: n for n, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)

@@ -16,41 +16,41 @@ import math
 import multiprocessing
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTokenizer
 
-from harness.resume import write_state
+from harness.resume import rate_share, read_state, write_state
 from ldm.checkpoints import Model, load, save_folder
 from ldm.mini.bpe import train_tokenizer
-from ldm.mini.pretrain_vae import (
-    SIZE,
-    VAE,
-    draw_batch,
-    encode_all,
-    learning_rate,
-    resume,
-    save,
-    train_vae,
-)
 from ldm.mini.scenes import scene
 from ldm.text import TextConfig, TextEncoder, tokenize
 from ldm.unet import UNet, UNetConfig
-from ldm.vae import AutoencoderKL, Posterior
+from ldm.vae import AutoencoderKL, Posterior, VAEConfig
 from planes import PROMPTS
 from samplers.schedule import NoiseSchedule
 
+SIZE = 96  # image side, px
+VAE_BATCH = 16
+SAVE_EVERY = 500  # steps between checkpoints
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POSITIONS = 64  # tokens of a prompt, padding included
 # one token each, as in CLIP's
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})
 BATCH = 32
+PEAK_RATE = 5e-4
 SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
 
+VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
 UNET = UNetConfig(
     block_out_channels=(64, 128, 192),
     # LoRA is put where attention is: it has to reach the finest level too
@@ -73,10 +73,7 @@ def parse_args(argv=None):
     add("--vae-steps", type=int, default=1_800, help="0 leaves --start's autoencoder as it is")
     add("--unet-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=1e-3)
-    add("--unet-lr", type=float, default=5e-4)
-    add("--save-every", type=int, default=500, help="steps between checkpoints")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if not args.vae_steps and not args.start:
         parser.error("--vae-steps 0: there is no autoencoder without --start")
@@ -88,17 +85,90 @@ def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
     path = work / f"scenes_{count}_{seed}.pt"
     if not path.exists():
         with multiprocessing.Pool() as pool:
-            pairs = pool.map(_draw, [(seed, n) for n in range(count)], chunksize=64)
+            rngs = [np.random.default_rng((seed, n)) for n in range(count)]
+            pairs = pool.map(partial(scene, size=SIZE), rngs, chunksize=64)
         images, captions = zip(*pairs)
-        images = torch.from_numpy(np.stack(images))
-        write_state(path, {"images": images, "captions": list(captions)})
+        state = {"images": torch.from_numpy(np.stack(images)), "captions": list(captions)}
+        write_state(path, state)
     scenes = torch.load(path, weights_only=True)
     return scenes["images"], scenes["captions"]
 
 
-def _draw(job: tuple[int, int]) -> tuple[np.ndarray, str]:
-    image, caption = scene(np.random.default_rng(job), SIZE)
-    return np.asarray(image), caption
+def to_input(images: Tensor) -> Tensor:
+    """Grey bytes (B, H, W) -> (B, 3, H, W) in [-1, 1]."""
+    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def draw_batch(count: int, size: int, seed: int, step: int) -> tuple[Tensor, torch.Generator]:
+    """The indices of one batch and the generator for its noise, both functions of (seed, step)
+    alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randint(count, (size,), generator=generator), generator
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 100 steps, then half a cosine down to zero."""
+    return peak * min(1.0, (step + 1) / 100) * rate_share("cosine", step, steps)
+
+
+def steps_left(
+    name: str, steps: int, parts: dict[str, Any], args: argparse.Namespace
+) -> Iterator[int]:
+    """Yields the steps that are still to be done, from the last checkpoint of `parts` (networks,
+    optimizer) on, and writes checkpoints."""
+    path, done = args.work / f"{name}.pt", 0
+    identity = {key: str(value) for key, value in vars(args).items() if key not in ("work", "out")}
+    if path.exists():
+        state = read_state(path, identity, "ldm.mini.pretrain", SystemExit, dict, DEVICE)
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
+        done = state["step"]
+    for step in tqdm(range(done, steps), initial=done, total=steps, desc=name):
+        yield step
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            states = {key: part.state_dict() for key, part in parts.items()}
+            write_state(path, states | {"identity": identity, "step": step + 1})
+
+
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step of the optimizer, at the learning rate `rate`."""
+    group = optimizer.param_groups[0]
+    group["lr"] = rate
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+
+
+def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> None:
+    """Minimise the squared error plus 1e-4 times the KL divergence per latent value.
+
+    Whose best answer where a pixel cannot be known is the mean: speckle comes out smooth.
+    """
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    for step in steps_left("vae", args.vae_steps, {"vae": vae, "optimizer": optimizer}, args):
+        index, generator = draw_batch(len(images), VAE_BATCH, args.seed + 1, step)
+        x = to_input(images[index].to(DEVICE))
+        shape = (len(x), VAE.latent_channels, SIZE // 8, SIZE // 8)
+        noise = torch.randn(shape, generator=generator).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            posterior = vae.encode(x)
+            decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        loss = F.mse_loss(decoded.float(), x) + 1e-4 * kl
+        descend(loss, optimizer, learning_rate(step, args.vae_steps, args.vae_lr))
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images: Tensor) -> Posterior:
+    """The posteriors of all images; a fresh sample of them is drawn at every training step."""
+    parts = []
+    for batch in tqdm(images.split(64), desc="latents", unit="batch"):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            p = vae.encode(to_input(batch.to(DEVICE)).contiguous(memory_format=torch.channels_last))
+        parts.append(torch.stack([p.mean, p.logvar]).float().cpu())
+    return Posterior(*torch.cat(parts, dim=1))
 
 
 def make_text_encoder(vocabulary: int) -> TextEncoder:
@@ -124,12 +194,13 @@ def widen_unseen(encoder: TextEncoder, tokenizer: CLIPTokenizer, captions: list[
     vocabulary = tokenizer.get_vocab()
     rare = [word for word in PLAIN_WORDS if counts[word] < 0.01 * len(captions)]
     unseen = [vocabulary[word + "</w>"] for word in rare]
-    weight = encoder.text_model.embeddings.token_embedding.weight
+    table = encoder.text_model.embeddings.token_embedding
+    weight = table.weight
     ids = tokenize(tokenizer, list(PROMPTS.values()), encoder.config).to(weight.device)
     words = torch.isin(ids, torch.tensor(unseen, device=weight.device))
     for _ in range(3):  # what is added depends on it a little
         states = encoder.text_model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        common = (states - encoder.text_model.embeddings.token_embedding(ids))[words].mean(0).norm()
+        common = (states - table(ids))[words].mean(0).norm()
         weight[unseen] *= common / weight[unseen].norm(dim=1, keepdim=True)
 
 
@@ -158,12 +229,9 @@ def train_unet(
     means = [*networks["ema"].parameters()]
     schedule = NoiseSchedule()
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    weights = (snr.clamp(*SNR_RANGE) / snr).float().to(args.device)
+    weights = (snr.clamp(*SNR_RANGE) / snr).float().to(DEVICE)
     optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    path, parts = args.work / "unet.pt", networks | {"optimizer": optimizer}
-    done = resume(path, args, parts)
-    progress = tqdm(range(done, args.unet_steps), initial=done, total=args.unet_steps, desc="U-Net")
-    for step in progress:
+    for step in steps_left("unet", args.unet_steps, networks | {"optimizer": optimizer}, args):
         index, generator = draw_batch(len(ids), BATCH, args.seed + 2, step)
         shape = (len(index), *posterior.mean.shape[1:])
         noise, wobble = torch.randn(2, *shape, generator=generator).unbind()
@@ -172,23 +240,14 @@ def train_unet(
         words = torch.where(kept[:, None], ids[index], empty)
         latents = Posterior(posterior.mean[index], posterior.logvar[index]).sample(wobble)
         noisy = schedule.add_noise(latents, noise, t)
-        noisy, t, words, noise = (v.to(args.device) for v in (noisy, t, words, noise))
+        noisy, t, words, noise = (v.to(DEVICE) for v in (noisy, t, words, noise))
         # there it takes twice as long
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.device != "cpu"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu"):
             eps = unet(noisy.contiguous(memory_format=torch.channels_last), t, text(words))
         loss = (weights[t] * (eps.float() - noise).square().mean(dim=(1, 2, 3))).mean()
-
-        optimizer.param_groups[0]["lr"] = learning_rate(step, args.unet_steps, args.unet_lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(values, 1.0)
-        optimizer.step()
+        descend(loss, optimizer, learning_rate(step, args.unet_steps, PEAK_RATE))
         with torch.no_grad():
             torch._foreach_lerp_(means, values, 1 - min(0.999, (1 + step) / (10 + step)))
-
-        progress.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.unet_steps:
-            save(path, args, parts, step + 1)
 
 
 def main(args):
@@ -201,11 +260,11 @@ def main(args):
     # the autoencoder, then the scale that gives its latents unit variance
     start = load(args.start) if args.start else None
     vae = start.vae if start else AutoencoderKL(VAE)
-    vae.requires_grad_(True).to(args.device, memory_format=torch.channels_last)
+    vae.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last)
     scale, vae.config = vae.config.scaling_factor, VAE
     if args.vae_steps:
         train_vae(vae, images, args)
-    posterior = encode_all(vae.eval(), images, args.device)
+    posterior = encode_all(vae.eval(), images)
     if not start:
         scale = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
     vae.config = replace(VAE, scaling_factor=scale)
@@ -218,8 +277,8 @@ def main(args):
         tokenizer = train_tokenizer(captions, PLAIN_WORDS, POSITIONS)
         unet, text_encoder = UNet(UNET), make_text_encoder(len(tokenizer))
     networks = {
-        "unet": unet.requires_grad_(True).to(args.device, memory_format=torch.channels_last),
-        "text": text_encoder.requires_grad_(True).to(args.device),
+        "unet": unet.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last),
+        "text": text_encoder.requires_grad_(True).to(DEVICE),
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
     sizes = text_encoder.config

@@ -7,8 +7,7 @@ plane of the paper is drawn or named here: choosing among these shapes and arran
 LoRA's job.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,8 +25,7 @@ SIZES = {"small": (0.03, 0.1), "medium": (0.1, 0.24), "large": (0.24, 0.46)}  # 
 NUMBERS = ("", "", "two", "three", "four", "five", "six", "seven")
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """Where shapes are put: the whole image, or the inside of a shape; u and v run from -1 to 1
     within it."""
 
@@ -67,10 +65,8 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
     tissue = Tissue(probe, rng, level=rng.triangular(-42, -24, -18))
     words = []
     if rng.random() < 0.2:
-        tissue.paint(
-            tissue.ellipse(rng.normal(0, 0.1), rng.uniform(0.35, 0.65), *rng.uniform(0.3, 0.6, 2)),
-            FLUID,
-        )
+        cx, cy = rng.normal(0, 0.1), rng.uniform(0.35, 0.65)
+        tissue.ellipse(cx, cy, *rng.uniform(0.3, 0.6, 2), 0, FLUID)
         words.append("fluid")
     if rng.random() < 0.15:
         words.append(_layer(tissue, rng))
@@ -85,7 +81,7 @@ def scene(rng: Rng, size: int) -> tuple[Image.Image, str]:
         words.append(draw(tissue, rng, IMAGE))
     image = scan(tissue, probe, rng)
     if rng.random() < 0.5:
-        image = annotate(image, rng, letters=int(rng.integers(3, 14)))
+        image = annotate(image, rng, letters=rng.integers(3, 14))
     picture = _crop(image, rng).resize((size, size), Image.Resampling.BICUBIC)
     looks = (
         "wide" if wide > 0.5 else "narrow",
@@ -129,7 +125,7 @@ def _single(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     half = min(half, 0.6 * min(frame.rx, frame.ry))
     u, v = rng.uniform(-0.8, 0.8, 2)
     kind, (shadow, attenuation) = rng.choice(["disc", "disc", "ring"]), _shadow(rng, level)
-    _shape(kind, half, rng)(tissue, *frame.at(u, v), echo, attenuation)
+    _shapes(tissue, rng, kind, half, [frame.at(u, v)], echo, attenuation)
     return f"{size} {level} {kind} {_place(u, v)}{shadow}"
 
 
@@ -138,9 +134,9 @@ def _rod(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     (size, half), (level, echo) = _size(rng, *SIZES), _level(rng)
     (shadow, attenuation), (u, v) = _shadow(rng, level), rng.uniform(-0.6, 0.6, 2)
     half, angle = min(0.8 * half, 0.9 * frame.rx), rng.uniform(0, np.pi)
-    bend = float(rng.choice(2)) * rng.normal()
+    bend = rng.choice(2) * rng.normal()
     thick = rng.uniform(0.014, 0.055)
-    tissue.paint(tissue.rod(*frame.at(u, v), half, thick, angle, bend), echo, attenuation)
+    tissue.rod(*frame.at(u, v), half, thick, angle, echo, attenuation, bend=bend)
     kind = ("thin " if thick < 0.03 else "thick ") + ("bent " if abs(bend) > 0.7 else "") + "rod"
     way = ("level", "rising", "upright", "falling")[round(((-angle) % np.pi) / (np.pi / 4)) % 4]
     return f"{size} {level} {kind} {way} {_place(u, v)}{shadow}"
@@ -161,12 +157,12 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     kind = rng.choice(["disc", "disc", "rod", "ring"])
     way = rng.choice(["row", "square", "around", "scattered"])
     count = 4 if way == "square" else int(rng.integers(2, 6 if way == "row" else 8))
-    reach, turn = min(frame.rx, frame.ry), rng.uniform(0, np.pi)
+    reach, turned = min(frame.rx, frame.ry), Frame(0, 0, 1, 1, rng.uniform(0, np.pi))
     if frame is IMAGE:  # anywhere in the image, and as large as it likes
         reach = rng.uniform(0.12, 0.3)
         frame = Frame(*frame.at(*rng.uniform(-0.5, 0.5, 2)), reach, reach)
     if way == "row":
-        step = 1.5 / max(count - 1, 1) * rng.uniform(0.7, 1.0)
+        step = 1.5 / (count - 1) * rng.uniform(0.7, 1.0)
         spots = [((n - (count - 1) / 2) * step, 0.1 * rng.normal()) for n in range(count)]
     elif way == "square":
         spots = [(0.45 * u, rng.uniform(0.3, 0.45) * v) for u in (-1, 1) for v in (-1, 1)]
@@ -177,11 +173,9 @@ def _group(tissue: Tissue, rng: Rng, frame: Frame) -> str:
         step = away * min(2 * np.sin(np.pi / count), 1.0)
     else:
         spots, step = rng.uniform(-0.75, 0.75, (count, 2)), 0.5
-    c, s = np.cos(turn), np.sin(turn)
     half = max(0.018, reach * step * rng.uniform(0.25, 0.48))
-    draw = _shape(kind, half, rng)
-    for u, v in spots:
-        draw(tissue, *frame.at(c * u - s * v, s * u + c * v), echo, attenuation)
+    middles = [frame.at(*turned.at(u, v)) for u, v in spots]
+    _shapes(tissue, rng, kind, half, middles, echo, attenuation)
     return f"{NUMBERS[count]} {level} {kind}s {way}{shadow}"
 
 
@@ -192,7 +186,7 @@ def _bar(tissue: Tissue, rng: Rng, frame: Frame) -> str:
     tilt = frame.angle + rng.choice(tilts, p=[0.5, 0.25, 0.25])
     length, thick = min(frame.rx, frame.ry) * rng.uniform(0.7, 1.05), rng.uniform(0.012, 0.03)
     u, v = rng.normal(0, 0.08, 2)
-    tissue.paint(tissue.rod(*frame.at(u, v), length, thick, tilt), echo)
+    tissue.rod(*frame.at(u, v), length, thick, tilt, echo)
     return f"{level} bar across"
 
 
@@ -211,53 +205,48 @@ def _container(tissue: Tissue, rng: Rng, frame: Frame, deep: bool = False) -> st
     inside = Frame(*frame.at(u, v), rx, ry, rng.uniform(0, np.pi))
     kind = rng.choice(["disc", "ring", "ring", "arcs"])
     (level, echo), (filling, fill) = _level(rng), _level(rng)
-    disc = tissue.ellipse(inside.cx, inside.cy, rx, ry, inside.angle)
-    if kind == "disc":
-        tissue.paint(disc, echo, 1.0)
-        head = f"{size} {level} disc {_place(u, v)}"
-    else:
+    said = f"{kind} {_place(u, v)}"
+    tissue.ellipse(*inside, echo if kind == "disc" else fill, 1.0)
+    if kind != "disc":
         level = "hyperechoic" if rng.random() < 0.6 else level
         echo, (shadow, attenuation) = rng.uniform(*LEVELS[level]), _shadow(rng, level)
-        tissue.paint(disc, fill, 1.0)
-        if kind == "ring":
-            thick = rng.uniform(0.012, 0.04)
-            outline = tissue.ring(inside.cx, inside.cy, rx, ry, thick, inside.angle)
-            tissue.paint(outline, echo, min(attenuation, 20))
-        else:
-            count, thick = rng.integers(4, 9), rng.uniform(0.016, 0.035)
-            half = rng.uniform(0.1, 0.3) * rx
-            turns = np.arange(count) * 2 * np.pi / count + rng.uniform(-0.1, 0.1, count)
-            for turn in turns + rng.uniform(0, 1):
-                x, y = inside.at(np.cos(turn), np.sin(turn))
-                along = inside.angle + turn + np.pi / 2
-                arc = tissue.rod(x, y, half, thick, along, min(1 / rx, 2.5))
-                tissue.paint(arc, echo, min(attenuation, 40))
-        head = f"{size} {level} {kind} {_place(u, v)}{shadow} of {filling}"
+        said += f"{shadow} of {filling}"
+    if kind == "ring":
+        line = rng.uniform(0.012, 0.04)
+        tissue.ellipse(*inside, echo, min(attenuation, 20), line=line)
+    elif kind == "arcs":
+        count, thick = rng.integers(4, 9), rng.uniform(0.016, 0.035)
+        half, bend = rng.uniform(0.1, 0.3) * rx, min(1 / rx, 2.5)
+        turns = np.arange(count) * 2 * np.pi / count + rng.uniform(-0.1, 0.1, count)
+        for turn in turns + rng.uniform(0, 1):
+            x, y = inside.at(np.cos(turn), np.sin(turn))
+            along = inside.angle + turn + np.pi / 2
+            tissue.rod(x, y, half, thick, along, echo, min(attenuation, 40), bend=bend)
+    said = f"{size} {level} {said}"
     shares = [0.1, 0.3, 0.35, 0.25] if deep else [0.3, 0.5, 0.2]  # of 0, 1, 2, .. things inside
     draws = (_single, _group, _bar, _rod, _single) + ((_container,) if deep else ())
     for _ in range(rng.choice(len(shares), p=shares)):
-        head += " with " + draws[rng.integers(len(draws))](tissue, rng, inside)
-    return head
+        said += " with " + draws[rng.integers(len(draws))](tissue, rng, inside)
+    return said
 
 
-def _shape(
-    kind: str, half: float, rng: Rng
-) -> Callable[[Tissue, float, float, float, float], None]:
-    """Paints shapes of one kind and size, all turned alike: (tissue, x, y, echo, attenuation)."""
+def _shapes(
+    tissue: Tissue,
+    rng: Rng,
+    kind: str,
+    half: float,
+    middles: list[tuple[float, float]],
+    *look: float,
+) -> None:
+    """Shapes of one kind and size, all turned alike; look: echo level and attenuation."""
     ratio, angle = rng.uniform(0.6, 1.0), rng.uniform(0, np.pi)
     thick = min(rng.uniform(0.012, 0.035), half)
-
-    def paint(tissue: Tissue, x: float, y: float, *look: float) -> None:
-        """One of them, its middle at (x, y)."""
-        if kind == "disc":
-            distance = tissue.ellipse(x, y, half, ratio * half, angle)
-        elif kind == "ring":
-            distance = tissue.ring(x, y, half, ratio * half, thick, angle)
+    for x, y in middles:
+        if kind == "rod":
+            tissue.rod(x, y, half, thick, angle, *look)
         else:
-            distance = tissue.rod(x, y, half, thick, angle)
-        tissue.paint(distance, *look)
-
-    return paint
+            line = thick if kind == "ring" else 0
+            tissue.ellipse(x, y, half, ratio * half, angle, *look, line=line)
 
 
 def _crop(image: np.ndarray, rng: Rng) -> Image.Image:

@@ -4,7 +4,7 @@ own layouts.
 The anatomy follows the paper's descriptions of the planes; `scanner.py` makes the images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,111 +42,87 @@ def brain(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A bright elliptical skull, the midline echo broken by the cavum, two dark thalami, a
     ventricle."""
     p = cx, cy, size, angle = _pose(rng, growth, 0.6, 0.41)
-    ratio = rng.uniform(0.74, 0.82)
-    head = tissue.ellipse(cx, cy, size, ratio * size, angle)
-    tissue.paint(head, DIM + 2, 1.0)
+    skull = cx, cy, size, rng.uniform(0.74, 0.82) * size, angle
+    tissue.ellipse(*skull, DIM + 2, 1.0)
     for side in (-1, 1):
-        tissue.paint(
-            tissue.ellipse(*p.at(0.02, 0.13 * side), 0.2 * size, 0.1 * size, angle), DIM - 10
-        )
-    tissue.paint(
-        tissue.ellipse(*p.at(0.5, 0.33), 0.26 * size, 0.08 * size, angle + 0.2), FLUID + 12
-    )
-    tissue.paint(tissue.rod(cx, cy, 0.86 * size, 0.014, angle), BRIGHT + 2)
-    tissue.paint(tissue.rod(*p.at(-0.45, 0), 0.1 * size, 0.07 * size, angle), FLUID + 8)
-    tissue.paint(
-        tissue.ring(cx, cy, size, ratio * size, rng.uniform(0.022, 0.034), angle), BONE, 9.0
-    )
+        tissue.ellipse(*p.at(0.02, 0.13 * side), 0.2 * size, 0.1 * size, angle, DIM - 10)
+    tissue.ellipse(*p.at(0.5, 0.33), 0.26 * size, 0.08 * size, angle + 0.2, FLUID + 12)
+    tissue.rod(cx, cy, 0.86 * size, 0.014, angle, BRIGHT + 2)
+    tissue.rod(*p.at(-0.45, 0), 0.1 * size, 0.07 * size, angle, FLUID + 8)
+    tissue.ellipse(*skull, BONE, 9.0, line=rng.uniform(0.022, 0.034))
 
 
 def femur(tissue: Tissue, rng: Rng, growth: float) -> None:
     """One bright rod, a little bent, with its shadow, in the soft tissue of the thigh."""
     cx, cy, size, angle = _pose(rng, growth, 0.5, 0.29)
-    tissue.paint(tissue.ellipse(cx, cy, 1.6 * size, 0.62 * size, angle), DIM + 5)
-    tissue.paint(tissue.ring(cx, cy, 1.6 * size, 0.62 * size, 0.016, angle), BRIGHT - 6)
-    tissue.paint(
-        tissue.rod(cx, cy, size, rng.uniform(0.036, 0.05), angle, rng.uniform(0.1, 0.5)),
-        BONE + 2,
-        160,
-    )
+    thigh = cx, cy, 1.6 * size, 0.62 * size, angle
+    tissue.ellipse(*thigh, DIM + 5)
+    tissue.ellipse(*thigh, BRIGHT - 6, line=0.016)
+    thick, bend = rng.uniform(0.036, 0.05), rng.uniform(0.1, 0.5)
+    tissue.rod(cx, cy, size, thick, angle, BONE + 2, 160, bend=bend)
 
 
 def abdomen(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A round section: thin wall, liver, the dark stomach bubble, the umbilical vein, the spine
     with its shadow."""
     p = cx, cy, size, angle = _pose(rng, growth, 3.14, 0.39)
-    ratio = rng.uniform(0.9, 1.0)
-    tissue.paint(tissue.ellipse(cx, cy, size, ratio * size, angle), TISSUE + 3, 1.0)
-    tissue.paint(tissue.ring(cx, cy, size, ratio * size, 0.018, angle), BRIGHT - 1)
-    stomach = rng.uniform(0.17, 0.25)
-    tissue.paint(
-        tissue.ellipse(*p.at(-0.42, 0.25), stomach * size, 0.8 * stomach * size, rng.uniform(0, 3)),
-        FLUID,
-    )
-    tissue.paint(
-        tissue.rod(*p.at(0.18, -0.12), 0.26 * size, 0.09 * size, angle + 0.9, 2.0), FLUID + 8
-    )
-    tissue.paint(tissue.ellipse(*p.at(0.1, 0.78), 0.12 * size, 0.1 * size), BONE - 2, 45)
+    wall = cx, cy, size, rng.uniform(0.9, 1.0) * size, angle
+    tissue.ellipse(*wall, TISSUE + 3, 1.0)
+    tissue.ellipse(*wall, BRIGHT - 1, line=0.018)
+    stomach, turn = rng.uniform(0.17, 0.25), rng.uniform(0, 3)
+    tissue.ellipse(*p.at(-0.42, 0.25), stomach * size, 0.8 * stomach * size, turn, FLUID)
+    tissue.rod(*p.at(0.18, -0.12), 0.26 * size, 0.09 * size, angle + 0.9, FLUID + 8, bend=2.0)
+    tissue.ellipse(*p.at(0.1, 0.78), 0.12 * size, 0.1 * size, 0, BONE - 2, 45)
 
 
 def thorax(tissue: Tissue, rng: Rng, growth: float) -> None:
     """A round section: ribs as short bright arcs with shadows, grey lungs, the heart's four
     chambers, the spine."""
     p = cx, cy, size, angle = _pose(rng, growth, 3.14, 0.39)
-    tissue.paint(tissue.ellipse(cx, cy, size, 0.93 * size, angle), TISSUE, 1.0)
+    tissue.ellipse(cx, cy, size, 0.93 * size, angle, TISSUE, 1.0)
     for turn in np.arange(0, 2 * np.pi, 2 * np.pi / 7) + rng.uniform(-0.1, 0.1, 7):
         u, v = np.cos(turn), 0.93 * np.sin(turn)
         along = angle + turn + np.pi / 2
-        tissue.paint(tissue.rod(*p.at(u, v), 0.15 * size, 0.028, along, 2.5), BONE - 1, 28)
+        tissue.rod(*p.at(u, v), 0.15 * size, 0.028, along, BONE - 1, 28, bend=2.5)
     heart, tilt = size * rng.uniform(0.46, 0.54), angle + rng.uniform(0.6, 0.95)
     h = Pose(*p.at(-0.16, -0.06), heart, tilt)
-    tissue.paint(tissue.ellipse(h.cx, h.cy, heart, 0.8 * heart, tilt), BRIGHT - 4)
+    tissue.ellipse(h.cx, h.cy, heart, 0.8 * heart, tilt, BRIGHT - 4)
     for u, v, part in ((-0.36, 0.34, 0.33), (0.38, 0.3, 0.31)):  # atria, ventricles
         for side in (-1, 1):
             half = part * heart
-            tissue.paint(tissue.ellipse(*h.at(u, side * v), half, 0.8 * half, tilt), FLUID + 6)
-    tissue.paint(tissue.ellipse(*p.at(0.1, 0.74), 0.11 * size, 0.1 * size), BONE - 2, 40)
+            tissue.ellipse(*h.at(u, side * v), half, 0.8 * half, tilt, FLUID + 6)
+    tissue.ellipse(*p.at(0.1, 0.74), 0.11 * size, 0.1 * size, 0, BONE - 2, 40)
 
 
 def other(tissue: Tissue, rng: Rng, growth: float) -> None:
     """None of the four: a profile, limbs in fluid, the placenta, or a coiled cord."""
     kind = rng.integers(4)
     if kind == 0:  # a face in profile at the edge of the amniotic fluid
-        tissue.paint(
-            tissue.ellipse(rng.uniform(-0.3, 0.3), 0.2, 0.55, 0.2 * growth, rng.normal(0, 0.2)),
-            FLUID,
-        )
+        tissue.ellipse(rng.uniform(-0.3, 0.3), 0.2, 0.55, 0.2 * growth, rng.normal(0, 0.2), FLUID)
         x0 = rng.uniform(-0.1, 0.1)
         for k, size in enumerate((0.11, 0.055, 0.05, 0.06)):
             center = (x0 - 0.2 + 0.13 * k, 0.46 + 0.02 * k)
-            tissue.paint(tissue.ring(*center, size * growth, size * growth, 0.02), BRIGHT + 2, 8)
+            tissue.ellipse(*center, size * growth, size * growth, 0, BRIGHT + 2, 8, line=0.02)
     elif kind == 1:  # hands and feet: small bright parts in fluid
-        tissue.paint(
-            tissue.ellipse(rng.normal(0, 0.05), 0.5, 0.5, 0.3 * growth, rng.normal(0, 0.3)), FLUID
-        )
+        tissue.ellipse(rng.normal(0, 0.05), 0.5, 0.5, 0.3 * growth, rng.normal(0, 0.3), FLUID)
         for _ in range(rng.integers(5, 9)):
             center = (rng.uniform(-0.3, 0.3), rng.uniform(0.36, 0.66))
-            tissue.paint(
-                tissue.rod(*center, rng.uniform(0.02, 0.05), 0.025, rng.uniform(0, 3.1)),
-                BRIGHT + 4,
-                12,
-            )
+            half, angle = rng.uniform(0.02, 0.05), rng.uniform(0, 3.1)
+            tissue.rod(*center, half, 0.025, angle, BRIGHT + 4, 12)
     elif kind == 2:  # the placenta: a thick layer over dark fluid
         edge = rng.uniform(0.38, 0.5)
         wave = 0.03 * np.sin(rng.uniform(5, 9) * tissue.x + rng.uniform(0, 6))
         tissue.paint(edge + wave - tissue.y, FLUID, soft=0.01)
         tissue.paint(rng.uniform(0.72, 0.85) + wave - tissue.y, TISSUE + 4, soft=0.02)
     else:  # the cord: rows of small loops in fluid
-        tissue.paint(tissue.ellipse(0, 0.5, 0.45, 0.32 * growth), FLUID)
+        tissue.ellipse(0, 0.5, 0.45, 0.32 * growth, 0, FLUID)
         start = rng.uniform(-0.3, -0.2)
         for k in range(rng.integers(5, 8)):
             center = (start + 0.085 * k, 0.5 + 0.05 * np.sin(1.3 * k + rng.uniform(0, 0.8)))
-            tissue.paint(tissue.ring(*center, 0.045, 0.05, 0.018), BRIGHT)
+            tissue.ellipse(*center, 0.045, 0.05, 0, BRIGHT, line=0.018)
 
 
-ANATOMY: dict[Plane, Callable[[Tissue, Rng, float], None]] = dict(
-    zip(PLANES, (abdomen, brain, femur, thorax, other))
-)
+ANATOMY = dict(zip(PLANES, (abdomen, brain, femur, thorax, other)))
 
 
 # --- images, and the datasets' layouts ---
@@ -158,7 +134,7 @@ def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
     probe, growth = site.probe(patient), patient.uniform(0.85, 1.1)
     tissue = Tissue(probe, image, level=TISSUE + patient.normal(0, 2))
     ANATOMY[plane](tissue, image, growth)
-    return annotate(scan(tissue, probe, image), image, letters=int(image.integers(*site.letters)))
+    return annotate(scan(tissue, probe, image), image, letters=image.integers(*site.letters))
 
 
 def write_spanish_layout(

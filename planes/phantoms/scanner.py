@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import map_coordinates
 
 BONE, BRIGHT, TISSUE, DIM, FLUID = 0.0, -10.0, -24.0, -33.0, -60.0  # echo levels, dB
 
@@ -44,8 +45,8 @@ class Tissue:
     shape by shape."""
 
     def __init__(self, probe: Probe, rng: Rng, level: float = TISSUE):
-        depths, beams = probe.height, max(48, round(probe.width * 0.75))
-        self.depth = np.linspace(0, 1, depths, dtype=np.float32)[:, None]
+        beams = round(probe.width * 0.75)
+        self.depth = np.linspace(0, 1, probe.height, dtype=np.float32)[:, None]
         self.angle = np.linspace(-probe.half_angle, probe.half_angle, beams, dtype=np.float32)[None]
         reach = probe.radius + self.depth
         self.x = reach * np.sin(self.angle)
@@ -71,31 +72,43 @@ class Tissue:
         x, y, c, s = self.x - cx, self.y - cy, np.cos(angle), np.sin(angle)
         return c * x + s * y, c * y - s * x
 
-    def ellipse(self, cx: float, cy: float, rx: float, ry: float, angle: float = 0.0) -> np.ndarray:
-        """Signed distance (first order) to an ellipse with half axes rx, ry."""
-        u, v = self.local(cx, cy, angle)
-        return (np.hypot(u / rx, v / ry) - 1) * min(rx, ry)
+    def ellipse(
+        self,
+        cx: float,
+        cy: float,
+        rx: float,
+        ry: float,
+        angle: float,
+        *look: float,
+        line: float = 0,
+    ) -> None:
+        """Paint an ellipse with half axes rx, ry, or its outline alone, `line` wide.
 
-    def ring(
-        self, cx: float, cy: float, rx: float, ry: float, thick: float, angle: float = 0.0
-    ) -> np.ndarray:
-        """Signed distance to the outline of an ellipse, `thick` wide."""
-        return np.abs(self.ellipse(cx, cy, rx, ry, angle)) - thick / 2
+        look: level and attenuation, as of `paint`
+        """
+        u, v = self.local(cx, cy, angle)
+        distance = (np.hypot(u / rx, v / ry) - 1) * min(rx, ry)  # to first order
+        self.paint(np.abs(distance) - line / 2 if line else distance, *look)
 
     def rod(
-        self, cx: float, cy: float, half: float, thick: float, angle: float, bend: float = 0.0
-    ) -> np.ndarray:
-        """Signed distance to a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 /
-        depth)."""
+        self,
+        cx: float,
+        cy: float,
+        half: float,
+        thick: float,
+        angle: float,
+        *look: float,
+        bend: float = 0.0,
+    ) -> None:
+        """Paint a rod 2 half long, round at the ends, bent by `bend` (curvature, 1 / depth)."""
         u, v = self.local(cx, cy, angle)
-        v = v - bend * u**2 / 2
-        return np.hypot(np.maximum(np.abs(u) - half, 0), v) - thick / 2
+        beyond = np.maximum(np.abs(u) - half, 0)
+        self.paint(np.hypot(beyond, v - bend * u**2 / 2) - thick / 2, *look)
 
 
 def scan(tissue: Tissue, probe: Probe, rng: Rng) -> np.ndarray:
     """The image (height, width), uint8, that the probe makes of the tissue."""
-    shape = tissue.echo.shape
-    spread = 2 * np.cumsum(tissue.attenuation, axis=0) / shape[0]
+    spread = 2 * np.cumsum(tissue.attenuation, axis=0) / probe.height
     amplitude = 10 ** ((tissue.echo - spread) / 20)
     # two independent Gaussians add up to one
     amplitude = np.hypot(amplitude, 10 ** (probe.noise / 20))
@@ -128,15 +141,12 @@ def _scan_convert(polar: np.ndarray, probe: Probe) -> np.ndarray:
     scale = (probe.radius + 1 - top) / probe.height  # depths per pixel
     y = (np.arange(probe.height)[:, None] + 0.5) * scale + top
     x = (np.arange(probe.width)[None] + 0.5 - probe.width / 2) * scale
-    depths, beams = polar.shape[0] - 1, polar.shape[1] - 1
+    depths, beams = np.subtract(polar.shape, 1)
     row = (np.hypot(x, y) - probe.radius) * depths
     column = (np.arctan2(x, y) / probe.half_angle + 1) / 2 * beams
     inside = (row >= 0) & (row <= depths) & (column >= 0) & (column <= beams)
     r, c = np.clip(row, 0, depths - 0.001), np.clip(column, 0, beams - 0.001)
-    r0, c0 = r.astype(int), c.astype(int)
-    fr, fc = r - r0, c - c0
-    value = (1 - fr) * ((1 - fc) * polar[r0, c0] + fc * polar[r0, c0 + 1])
-    value += fr * ((1 - fc) * polar[r0 + 1, c0] + fc * polar[r0 + 1, c0 + 1])
+    value = map_coordinates(polar, (r, c), output=float, order=1)
     return np.where(inside, value * 255, 0).round().astype(np.uint8)
 
 
@@ -149,11 +159,11 @@ def annotate(image: np.ndarray, rng: Rng, letters: int) -> np.ndarray:
     shade = int(rng.integers(120, 256))
     if letters:
         text = "".join(chr(c) for c in rng.integers(48, 91, letters))
-        at = rng.integers(1, max(2, width // 4)), rng.choice([1, height - 13])
+        at = rng.integers(1, width // 4), rng.choice([1, height - 13])
         draw.text(at, text, fill=shade)
     if rng.random() < 0.6:
         x = width - 3
-        for y in range(4, height - 4, max(4, height // 12)):
+        for y in range(4, height - 4, height // 12):
             draw.line((x - 2, y, x, y), fill=shade)
     if rng.random() < 0.4:
         bar = np.linspace(255, 0, height // 3).astype(np.uint8)[:, None].repeat(4, axis=1)

@@ -93,4 +93,4 @@ SITE_D = Site(
     looks=(1, 2),
     letters=(9, 17),
 )
-SITES: dict[str, Site] = {"A": SITE_A, "B": SITE_B, "C": SITE_C, "D": SITE_D}
+SITES = {"A": SITE_A, "B": SITE_B, "C": SITE_C, "D": SITE_D}

@@ -40,8 +40,8 @@ def test_bone_is_bright_and_throws_a_shadow_fluid_and_what_lies_outside_the_sect
         return scan(tissue, PROBE, rng(1)).astype(float)
 
     plain = image(lambda tissue: None)
-    bone = image(lambda tissue: tissue.paint(tissue.rod(0, 0.4, 0.2, 0.05, 0), BONE, 160))
-    fluid = image(lambda tissue: tissue.paint(tissue.ellipse(0, 0.5, 0.2, 0.15), FLUID))
+    bone = image(lambda tissue: tissue.rod(0, 0.4, 0.2, 0.05, 0, BONE, 160))
+    fluid = image(lambda tissue: tissue.ellipse(0, 0.5, 0.2, 0.15, 0, FLUID))
     middle = slice(90, 110)
     assert bone[58:70, middle].max() > plain[58:70, middle].max() + 20
     assert bone[100:140, middle].mean() < 0.6 * plain[100:140, middle].mean()
@@ -96,9 +96,11 @@ def test_the_african_layout_has_no_other_and_no_thorax_in_ghana_and_uganda(tmp_p
     assert len(records) == 2 * (3 * 4 + 2 * 3) and all(r.path.is_file() for r in records)
 
 
-def test_the_phantoms_of_any_site_are_written_by_one_command_by_seed(tmp_path):
+def test_the_phantoms_of_any_site_are_written_by_one_command_by_seed(tmp_path, monkeypatch):
+    for name, value in {"TRAIN": 1, "TEST": 0, "PATIENTS": 1}.items():
+        monkeypatch.setattr(f"planes.phantoms.__main__.{name}", value)
     for name in "ab":
-        flags = f"--out {tmp_path / name} --train 1 --test 0 --patients 1 --seed 5 --african-site C"
+        flags = f"--out {tmp_path / name} --seed 5 --african-site C"
         main(flags.split())
     sizes = {Image.open(path).size for path in (tmp_path / "a/african").rglob("*.png")}
     assert len(list((tmp_path / "a").rglob("*.png"))) == 5 + 18 and sizes <= {*SITES["C"].sizes}

@@ -15,12 +15,12 @@ from ldm.mini.pretrain import (
     PLAIN_WORDS,
     POSITIONS,
     UNET,
+    learning_rate,
     main,
     make_text_encoder,
     parse_args,
     widen_unseen,
 )
-from ldm.mini.pretrain_vae import learning_rate
 from ldm.mini.scenes import scene
 from ldm.text import encode_prompts
 from planes import PLANES, PROMPTS
@@ -96,25 +96,26 @@ def test_the_rate_warms_up_over_100_steps_and_falls_by_half_a_cosine():
 def test_a_run_that_was_stopped_ends_as_an_uninterrupted_one_and_the_folder_can_be_gone_on_from(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ldm.mini.pretrain.BATCH", 2)
-    monkeypatch.setattr("ldm.mini.pretrain_vae.BATCH", 2)
+    for name, value in {"BATCH": 2, "VAE_BATCH": 2, "SAVE_EVERY": 1, "DEVICE": "cpu"}.items():
+        monkeypatch.setattr(pretrain, name, value)
 
     def run(work, out, *flags):
         places = ["--work", str(tmp_path / work), "--out", str(tmp_path / out)]
-        main(parse_args([*places, "--scenes", "8", "--device", "cpu", "--save-every", "1", *flags]))
+        main(parse_args([*places, "--scenes", "8", *flags]))
         return {name: load_file(tmp_path / out / f"{name}.safetensors") for name in FILES}
 
     two = ("--vae-steps", "2", "--unet-steps", "2")
     whole = run("whole", "one", *two)
-    saved, save = [], pretrain.save
+    saved, write = [], pretrain.write_state
 
-    def stop(*args):
-        save(*args)
-        saved.append(args[-1])
-        raise KeyboardInterrupt
+    def stop(path, state):
+        write(path, state)
+        if path.stem == "unet":
+            saved.append(state["step"])
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
-        stopped.setattr(pretrain, "save", stop)
+        stopped.setattr(pretrain, "write_state", stop)
         run("parts", "two", *two)
     assert saved == [1] and not (tmp_path / "two").exists()
     parts = run("parts", "two", *two)
