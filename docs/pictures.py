@@ -173,7 +173,7 @@ def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
     learned = {}
     for rank in RANKS:
         layer = LoRALayer(base, rank, alpha=rank)
-        optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.02)
+        optimizer = torch.optim.Adam([layer.A.weight, layer.B.weight], lr=0.02)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
         for _ in range(1000):
             loss = (layer(x) - y).square().mean()
@@ -181,7 +181,7 @@ def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
             loss.backward()
             optimizer.step()
             decay.step()
-        learned[rank] = (layer.B @ layer.A).detach()
+        learned[rank] = (layer.B.weight @ layer.A.weight).detach()
     return truth, learned
 
 
