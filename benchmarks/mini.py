@@ -31,6 +31,7 @@ from classify.features import classifier, features
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
 from eval.quality import memorisation, pixel_features, prdc, two_sample
+from harness.flags import HelpFormatter
 from ldm import MINI
 from ldm.checkpoints import load as load_model
 from ldm.images import decode_images, read_image
@@ -60,18 +61,16 @@ BROAD = Site(  # every kind of probe, as in the generic scenes
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("task", choices=TASKS)
     add("manifests", type=Path, nargs="*", help="manifest.csv of sample.py")
-    add("--judge", type=Path, default=Path("runs/judge"), help="its folder (runs/judge)")
-    add("--per-plane", type=int, default=1000, help="phantoms that the judge learns from (1000)")
-    add("--epochs", type=int, default=10, help="of the judge (10)")
+    add("--judge", type=Path, default=Path("runs/judge"), help="its folder")
+    add("--per-plane", type=int, default=1000, help="phantoms that the judge learns from")
+    add("--epochs", type=int, default=10, help="of the judge")
     add("--model", type=Path, default=MINI, help="whose autoencoder is tried")
     add("--spanish", type=Path, help="phantoms of site A, of which LoRA took 100")
-    add("--seed", type=int, default=0, help="of the LoRA's training, which drew them (0)")
+    add("--seed", type=int, default=0, help="of the LoRA's training, which drew them")
     return parser.parse_intermixed_args(argv)  # flags before manifests too
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.files import write_text
+from harness.flags import HelpFormatter
 from ldm import MINI
 from paper.plan import ROWS
 from paper.report import Context, build
@@ -37,23 +38,21 @@ DATA = ("ES", "ES+DA", "ES+DA+contrast", "HB", "HB+DA", "HB-styles", "HB-styles+
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--spanish", type=Path, required=True)
     add("--african", type=Path, required=True)
     add("--manifest", type=Path, required=True, help="the list of Spanish images to train on")
     add("--weights", required=True, help="of MobileNet v2: a file, or imagenet")
-    add("--data", nargs="+", choices=DATA, default=DATA, help="data models (all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the classifiers (0 to 4)")
-    add("--model", default=MINI, help="whose LoRAs draw the images (the embedded one)")
-    add("--steps", type=int, default=20, help="of the samplers (20)")
-    add("--count", type=int, default=20, help="synthetic images per plane and sampler (20)")
-    add("--repeats", type=int, default=200, help="of each image that a LoRA learns (200)")
+    add("--data", nargs="+", choices=DATA, default=DATA, help="data models")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the classifiers")
+    add("--model", default=MINI, help="whose LoRAs draw the images")
+    add("--steps", type=int, default=20, help="of the samplers")
+    add("--count", type=int, default=20, help="synthetic images per plane and sampler")
+    add("--repeats", type=int, default=200, help="of each image that a LoRA learns")
     add("--passes", type=int, default=2000, help="images that a classifier sees, with repeats")
-    add("--size", type=int, default=224, help="of a classifier's images, px (224)")
-    add("--dtype", default="bf16", help="of the classifiers' autocast (bf16)")
+    add("--size", type=int, default=224, help="of a classifier's images, px")
+    add("--dtype", default="bf16", help="of the classifiers' autocast")
     add("--out", type=Path, required=True)
     return parser.parse_args(argv)
 

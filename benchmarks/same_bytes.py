@@ -11,13 +11,11 @@ for each kind and exits with 1 where one differs.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parents[1]
+FILES = (
+    "lora_*/lora.safetensors",
+    "synthetic_*/*/*.png",
+    "rows/*/*/*/metrics.json",
+    "report.md",
+)
 RUN = """
 import dataclasses, runpy, sys
 import ldm.cli
@@ -60,28 +64,18 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def tensors(path: Path) -> bytes:
-    return b"".join(
-        name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(load_file(path).items())
-    )
+def content(path: Path) -> object:
+    """What must stay the same: tensors by name, pixels, or a text's bytes."""
+    if path.suffix == ".safetensors":
+        return {name: tensor.numpy().tobytes() for name, tensor in load_file(path).items()}
+    if path.suffix == ".png":
+        return np.asarray(Image.open(path)).tobytes()
+    return path.read_bytes()
 
 
-def pixels(path: Path) -> bytes:
-    return np.asarray(Image.open(path)).tobytes()
-
-
-KINDS: dict[str, tuple[str, Callable[[Path], bytes]]] = {
-    "tensors of the LoRAs": ("lora_*/lora.safetensors", tensors),
-    "pixels of the images": ("synthetic_*/*/*.png", pixels),
-    "metrics.json": ("rows/*/*/*/metrics.json", Path.read_bytes),
-    "report.md": ("report.md", Path.read_bytes),
-}
-
-
-def outcome(checkout: Path, work: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each kind and its files -> their hashes. The run's folder is called the same for every
-    checkout."""
-    out = work / "run"
+def outcome(checkout: Path, out: Path) -> dict[str, dict[str, object]]:
+    """Each of FILES, and what is in the files of its kind. `out`, gone again afterwards, is called
+    the same for both checkouts."""
     flags = ["--quick", "--device", "cpu", "--out", str(out)]
     subprocess.run(
         [sys.executable, "-c", RUN, str(HERE / "ldm" / "mini"), *flags],
@@ -91,24 +85,21 @@ def outcome(checkout: Path, work: Path) -> Iterator[tuple[str, dict[str, str]]]:
         # one thread: sums in another order would differ in their last bits
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    for kind, (pattern, read) in KINDS.items():
-        files = sorted(out.glob(pattern))
-        yield (
-            kind,
-            {str(path.relative_to(out)): hashlib.sha256(read(path)).hexdigest() for path in files},
-        )
+    found = {
+        kind: {str(path.relative_to(out)): content(path) for path in sorted(out.glob(kind))}
+        for kind in FILES
+    }
     shutil.rmtree(out)
+    return found
 
 
 def main(args) -> int:
     with tempfile.TemporaryDirectory() as work:
-        before, now = (dict(outcome(checkout, Path(work))) for checkout in (args.before, HERE))
+        before, now = (outcome(checkout, Path(work, "run")) for checkout in (args.before, HERE))
     for kind, files in now.items():
-        other = [name for name in files | before[kind] if files.get(name) != before[kind].get(name)]
-        print(
-            f"{kind}: {len(files)} files,"
-            f" {', '.join(other) + ' differ' if other or not files else 'the same bytes'}"
-        )
+        other = before[kind]
+        differ = [name for name in other | files if other.get(name) != files.get(name)]
+        print(f"{kind}: {len(files)} files, {', '.join(differ) or 'none'} differ")
     return int(now != before or not all(now.values()))
 
 

@@ -43,34 +43,21 @@ from sample import arrange
 from samplers.schedule import NoiseSchedule
 from train_lora import mixed_precision
 
-SCALES = {
-    "sd15": (UNetConfig(), VAEConfig()),
-    "small": (
-        UNetConfig(
-            block_out_channels=(32, 64),
-            attention=(True, False),
-            num_heads=(2, 2),
-            cross_attention_dim=32,
-        ),
-        VAEConfig(block_out_channels=(32,) * 4),
-    ),
-}
+CONFIGS = UNetConfig(), VAEConfig()  # Stable Diffusion 1.5
 RANK, LATENTS = 128, 20
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("task", choices=TASKS)
-    add("--device", default=cuda)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=DTYPES, help="(else: fp16 on CUDA, bf16 of a classifier; fp32)")
-    add("--scale", choices=SCALES, default="sd15", help="of the U-Net and the VAE")
     add("--size", type=int, default=512, help="px")
     add("--batch-size", type=int, help="(else: 16, of LoRA 2, of a classifier 24)")
     add("--steps", type=int, default=20, help="of the sampler; of training, in a reading")
     add("--rounds", type=int, default=5, help="readings of each")
-    add("--compile", action="store_true", help="ours compiled, too")
+    add("--compile", action="store_true", help="ours, compiled")
     args = parser.parse_args(argv)
     _, batch_size, half, _ = TASKS[args.task]
     args.batch_size = args.batch_size or batch_size
@@ -78,20 +65,19 @@ def parse_args(argv=None):
     return args
 
 
-# A task makes its material, and returns ours(args), theirs(), and how many images or steps there
+# A task makes its material, and returns ours(), theirs(), and how many images or steps there
 # are. Either prepares all, and returns a function that works once and gives back what is compared.
 
 
 def sampling(args, folder: Path):
     """Euler at guidance 7 and the decoder, from the same noise."""
-    configs = SCALES[args.scale]
-    unet, vae = UNet(configs[0]), AutoencoderKL(configs[1])
+    unet, vae = UNet(CONFIGS[0]), AutoencoderKL(CONFIGS[1])
     side, seeds = args.size // 8, range(args.batch_size)
     shape = 77, unet.config.cross_attention_dim
     text = seeded_noise(range(len(seeds) + 1), shape).to(args.device, DTYPES[args.dtype])
     context, negative = text[1:], text[:1]
 
-    def ours(args):
+    def ours():
         own, decoder = (prepared(copy.deepcopy(part), args) for part in (unet, vae))
         arrange(argparse.Namespace(unet=own, vae=decoder), args)
 
@@ -147,7 +133,7 @@ def sampling(args, folder: Path):
 def lora(args, folder: Path):
     """Steps of train_lora.py on the same images, noise and times; B is 0 in the first, so that its
     loss is that of the base."""
-    unet, side = UNet(SCALES[args.scale][0]), args.size // 8
+    unet, side = UNet(CONFIGS[0]), args.size // 8
     latents = seeded_noise(range(LATENTS), (4, side, side)).to(args.device)
     contexts = seeded_noise(range(LATENTS), (77, unet.config.cross_attention_dim))
     contexts, schedule = contexts.to(args.device, DTYPES[args.dtype]), NoiseSchedule()
@@ -172,7 +158,7 @@ def lora(args, folder: Path):
 
         return lambda: torch.tensor([step() for _ in range(args.steps)])[:1]
 
-    def ours(args):
+    def ours():
         own = prepared(copy.deepcopy(unet), args)
         inject(own, RANK, RANK)
         if args.compile:
@@ -211,7 +197,7 @@ def classifier(args, folder: Path):
         model = build("resnet18", "none", args.size).to(args.device)
         return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=MOMENTUM)
 
-    def ours(args):
+    def ours():
         records = read_site(folder, "source", True)
         images = PlaneImages(records, args.size, classes_of(records))
         list(images.preload(threads=workers))
@@ -318,9 +304,7 @@ def main(args):
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs, items = task(args, Path(folder))
-        makers = {"ours": partial(ours, argparse.Namespace(**vars(args) | {"compile": False}))}
-        if args.compile:
-            makers["ours-compiled"] = partial(ours, args)
+        makers = {"ours": ours}
         if all(map(find_spec, peers)):
             makers[" + ".join(peers)] = theirs
         rows = side_by_side(args, makers, items)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(DOCS.parent))  # a script sees its own folder, not the re
 
 from eval.figures import LINES, contact_sheet, save  # noqa: E402
 from ldm import MINI  # noqa: E402
-from ldm.checkpoints import Model, load  # noqa: E402
+from ldm.checkpoints import load  # noqa: E402
 from ldm.generate import seeded_noise  # noqa: E402
 from ldm.images import decode_images  # noqa: E402
 from ldm.text import encode_prompts  # noqa: E402
@@ -30,7 +30,7 @@ from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
 from planes.phantoms.phantom import phantom  # noqa: E402
 from planes.phantoms.sites import SITE_A  # noqa: E402
-from samplers import (  # noqa: E402  # noqa: E402
+from samplers import (  # noqa: E402
     Denoiser,
     Nodes,
     NoiseSchedule,
@@ -41,39 +41,31 @@ from samplers import (  # noqa: E402  # noqa: E402
 )
 
 SCHEDULE = NoiseSchedule()
+MODEL = load(MINI)
 # in the words of the scenes that it has seen
 CAPTION = (
     "a photo of large hyperechoic ring middle of hypoechoic, wide fine clear, bright, normal"
     " contrast"
 )
-RANKS = (1, 4, 8)
 STEPS = (5, 10, 20, 40, 80, 160)
-
-
-@cache
-def mini() -> Model:
-    return load(MINI)
 
 
 def guided(nodes: Nodes, count: int = 1) -> Denoiser:
     """The embedded model as a denoiser, asked for `count` images of CAPTION."""
-    model = mini()
-    with torch.no_grad():
-        texts = encode_prompts(model.tokenizer, model.text_encoder, [CAPTION, ""])
+    texts = encode_prompts(MODEL.tokenizer, MODEL.text_encoder, [CAPTION, ""])
     contexts = (text.expand(count, -1, -1) for text in texts.split(1))
-    return Denoiser(model.unet, nodes, *contexts, guidance_scale=4.0)
+    return Denoiser(MODEL.unet, nodes, *contexts, guidance_scale=4.0)
 
 
 def noise(*seeds: int) -> Tensor:
-    side = mini().sample_size
-    return seeded_noise(seeds, (4, side, side))
+    return seeded_noise(seeds, (4, MODEL.sample_size, MODEL.sample_size))
 
 
-def phantom_image(size: int) -> Tensor:
-    """A brain phantom, (size, size) in [-1, 1]."""
+def phantom_image() -> Tensor:
+    """A brain phantom, (64, 64) in [-1, 1]."""
     pixels = phantom(Plane.BRAIN, SITE_A, np.random.default_rng(3), np.random.default_rng(4))
-    image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).float() / 127.5 - 1
+    image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)) / 127.5 - 1
 
 
 def to_bytes(image: Tensor) -> np.ndarray:
@@ -83,10 +75,9 @@ def to_bytes(image: Tensor) -> np.ndarray:
 
 def plot(axes, lines: dict[str, tuple], **labels) -> None:
     """Lines in eval.figures' colours, with a marker for each so that colour is not alone."""
-    for (label, (x, y)), colour, marker in zip(lines.items(), LINES, "os^Dv"):
-        axes.plot(
-            x, y, color=colour, label=label, marker=marker if len(x) < 50 else None, ms=4, lw=1.5
-        )
+    for (label, (x, y)), colour, marker in zip(lines.items(), LINES, "os^D"):
+        mark = marker if len(x) < 50 else None
+        axes.plot(x, y, color=colour, label=label, marker=mark, ms=4, lw=1.5)
     axes.set(**labels)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92", linewidth=0.6)
@@ -109,14 +100,13 @@ def noise_schedule() -> Figure:
     }
     plot(left, weights, xlabel="t", ylabel="weight")
 
-    right.plot(t, SCHEDULE.sigma(t), color="0.6", lw=1, zorder=0)
-    nodes = {"Euler's 20 nodes": euler_nodes(SCHEDULE), "UniPC's 20 nodes": unipc_nodes(SCHEDULE)}
-    nodes = {label: (n.timesteps, n.sigmas[:-1]) for label, n in nodes.items()}
+    nodes = ("Euler", euler_nodes(SCHEDULE)), ("UniPC", unipc_nodes(SCHEDULE))
+    nodes = {f"{name}'s 20 nodes": (n.timesteps, n.sigmas[:-1]) for name, n in nodes}
     plot(right, nodes, xlabel="t", ylabel=r"$\sigma(t)$", yscale="log")
-    for line in right.lines[1:]:
-        line.set_linestyle("none")
-    right.lines[1].set_markerfacecolor("none")
+    for line, face in zip(right.lines, ("none", LINES[1])):
+        line.set(linestyle="none", markerfacecolor=face)
     right.legend(frameon=False, fontsize=8)
+    right.plot(t, SCHEDULE.sigma(t), color="0.6", lw=1, zorder=0)
     return figure
 
 
@@ -124,16 +114,14 @@ def forward_process() -> Figure:
     """One phantom at six times: the formula applied to pixels, and to latents, as Stable Diffusion
     does it."""
     times = torch.tensor([0, 100, 250, 500, 750, 999])
-    image, vae = phantom_image(64).expand(1, 3, -1, -1), mini().vae
-    with torch.no_grad():
-        latents = vae.to_latents(image)
+    image = phantom_image().expand(1, 3, -1, -1)
 
     def noisy(x: Tensor, seed: int) -> Tensor:
         noise = seeded_noise([seed], x.shape[1:]).expand(len(times), -1, -1, -1)
         return SCHEDULE.add_noise(x.expand_as(noise), noise, times)
 
-    pixels = [to_bytes(x) for x in noisy(image[:, :1], 1)[:, 0]]
-    decoded = list(decode_images(vae, noisy(latents, 2)))
+    pixels = to_bytes(noisy(image[:, :1], 1)[:, 0])
+    decoded = decode_images(MODEL.vae, noisy(MODEL.vae.to_latents(image), 2))
     return contact_sheet(
         [pixels, decoded], ["in pixels", "in latents,\ndecoded"], [f"t = {t}" for t in times]
     )
@@ -142,38 +130,34 @@ def forward_process() -> Figure:
 def denoising() -> Figure:
     """Euler from noise to an image: the noisy latents and the denoiser's estimate of x_0 at six of
     twenty nodes."""
-    nodes, seen, shown = euler_nodes(SCHEDULE, 20), {}, (0, 4, 8, 12, 16, 19)
-    with torch.no_grad():
-        sample_euler(
-            guided(nodes),
-            nodes.init_scale * noise(3),
-            nodes.sigmas,
-            callback=lambda i, x, x0: seen.update({i: (x, x0)}),
-        )
+    nodes, seen, shown = euler_nodes(SCHEDULE, 20), [], (0, 4, 8, 12, 16, 19)
+    x = nodes.init_scale * noise(3)
+    sample_euler(guided(nodes), x, nodes.sigmas, lambda i, *states: seen.append(states))
     x_vp = torch.cat([seen[i][0] / math.hypot(1, nodes.sigmas[i]) for i in shown])
     x0 = torch.cat([seen[i][1] for i in shown])
     labels = [f"step {i + 1}\nσ = {nodes.sigmas[i]:.2f}" for i in shown]
-    rows = [list(decode_images(mini().vae, latents)) for latents in (x_vp, x0)]
+    rows = [decode_images(MODEL.vae, latents) for latents in (x_vp, x0)]
     return contact_sheet(rows, ["noisy x", "D(x; σ)"], labels)
 
 
 @cache
-def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
-    """A weight's true update (64, 64), a phantom's picture, and rank -> the B A that a LoRALayer
-    learns of it.
+def lora_updates() -> tuple[Tensor, dict[int, tuple[Tensor, float, float]]]:
+    """A weight's true update (64, 64), a phantom's picture; and rank -> the B A that a LoRALayer
+    learns of it, its relative error, and that of the best matrix of this rank (Eckart and Young
+    1936).
 
     The task is linear regression: y = (W0 + dW) x for random x, of which the layer knows W0 and
     sees x and y.
     """
     torch.manual_seed(0)  # of nn.Linear's W0
-    truth = (phantom_image(64) + 1) / 2
+    truth = (phantom_image() + 1) / 2
     base = nn.Linear(64, 64, bias=False).requires_grad_(False)
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(1))
     y = x @ (base.weight + truth).T
-    learned = {}
-    for rank in RANKS:
+    singular_values, learned = torch.linalg.svdvals(truth), {}
+    for rank in (1, 4, 8):
         layer = LoRALayer(base, rank, alpha=rank)
-        optimizer = torch.optim.Adam([layer.A, layer.B], lr=0.02)
+        optimizer = torch.optim.Adam([layer.A.weight, layer.B.weight], lr=0.02)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
         for _ in range(1000):
             loss = (layer(x) - y).square().mean()
@@ -181,65 +165,55 @@ def lora_updates() -> tuple[Tensor, dict[int, Tensor]]:
             loss.backward()
             optimizer.step()
             decay.step()
-        learned[rank] = (layer.B @ layer.A).detach()
+        BA = (layer.B.weight @ layer.A.weight).detach()
+        distances = (BA - truth).norm(), singular_values[rank:].norm()
+        learned[rank] = BA, *(distance.item() / truth.norm().item() for distance in distances)
     return truth, learned
-
-
-def update_errors() -> dict[int, tuple[float, float]]:
-    """Rank -> relative error of B A, and that of the best matrix of this rank (Eckart and Young
-    1936)."""
-    truth, learned = lora_updates()
-    squares = torch.linalg.svdvals(truth).square()
-    best = {rank: (squares[rank:].sum() / squares.sum()).sqrt().item() for rank in RANKS}
-    return {rank: ((BA - truth).norm() / truth.norm()).item() for rank, BA in learned.items()}, best
 
 
 def lora_rank() -> Figure:
     """A weight update that is known, and what LoRA of rank 1, 4 and 8 learns of it."""
     truth, learned = lora_updates()
-    errors, _ = update_errors()
-    titles = ["true ΔW\n4096 numbers"]
-    titles += [f"B A, r = {r}\n{128 * r} numbers, error {100 * errors[r]:.0f} %" for r in RANKS]
-    return contact_sheet(
-        [[to_bytes(2 * m - 1) for m in (truth, *learned.values())]], column_labels=titles, cell=2
-    )
+    images, titles = [to_bytes(2 * truth - 1)], ["true ΔW\n4096 numbers"]
+    for rank, (BA, error, _) in learned.items():
+        images.append(to_bytes(2 * BA - 1))
+        titles.append(f"B A, r = {rank}\n{128 * rank} numbers, error {100 * error:.0f} %")
+    return contact_sheet([images], column_labels=titles, cell=2)
 
 
-class Mixture:
-    """Data sum_i w_i N(mu_i, s^2), whose denoiser and whose flow are known exactly.
+# Data sum_i w_i N(mu_i, s^2), whose denoiser and whose flow are known exactly.
+W, MU = torch.tensor([[0.3, 0.45, 0.25], [-1.2, 0.4, 1.6]]).double()
+S = 0.35
 
-    The probability-flow ODE of one variable keeps the value of the cumulative distribution;
-    bisection inverts it.
-    """
 
-    w, mu = torch.tensor([[0.3, 0.45, 0.25], [-1.2, 0.4, 1.6]]).double()
-    s = 0.35
+def mixture_denoise(x: Tensor, sigma: float) -> Tensor:
+    """The mean of x0 given x."""
+    variance = S**2 + sigma**2
+    share = torch.softmax(W.log() - (x[:, None] - MU) ** 2 / (2 * variance), dim=1)
+    return (share * (S**2 * x[:, None] + sigma**2 * MU)).sum(1) / variance
 
-    def denoise(self, x: Tensor, sigma: float) -> Tensor:
-        """The mean of x0 given x."""
-        variance = self.s**2 + sigma**2
-        share = torch.softmax(self.w.log() - (x[:, None] - self.mu) ** 2 / (2 * variance), dim=1)
-        return (share * (self.s**2 * x[:, None] + sigma**2 * self.mu)).sum(1) / variance
 
-    def flow(self, x: Tensor, sigma: float, target: float) -> Tensor:
-        level, low, high = self._cdf(x, sigma), torch.full_like(x, -100), torch.full_like(x, 100)
-        for _ in range(80):
-            middle = (low + high) / 2
-            below = self._cdf(middle, target) < level
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (low + high) / 2
+def mixture_cdf(x: Tensor, sigma: float) -> Tensor:
+    return (W * torch.special.ndtr((x[:, None] - MU) / math.hypot(S, sigma))).sum(1)
 
-    def _cdf(self, x: Tensor, sigma: float) -> Tensor:
-        z = (x[:, None] - self.mu) / math.hypot(self.s, sigma)
-        return (self.w * torch.special.ndtr(z)).sum(1)
+
+def mixture_flow(x: Tensor, sigma: float, target: float) -> Tensor:
+    """Where the probability-flow ODE leads: in one variable it keeps the value of the cumulative
+    distribution, which bisection inverts."""
+    level, low, high = mixture_cdf(x, sigma), torch.full_like(x, -100), torch.full_like(x, 100)
+    for _ in range(80):
+        middle = (low + high) / 2
+        below = mixture_cdf(middle, target) < level
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
 
 
 def even_log_sigmas(steps: int) -> list[float]:
     return np.geomspace(SCHEDULE.sigma_max, SCHEDULE.sigma_min, steps + 1).tolist()
 
 
-SOLVERS = {"Euler": sample_euler} | {
-    f"UniPC-{p}": partial(sample_unipc, order=p) for p in (1, 2, 3)
+SOLVERS = {"Euler": (sample_euler, euler_nodes)} | {
+    f"UniPC-{p}": (partial(sample_unipc, order=p), unipc_nodes) for p in (1, 2, 3)
 }
 
 
@@ -247,34 +221,30 @@ SOLVERS = {"Euler": sample_euler} | {
 def mixture_errors(even: str, steps: int) -> dict[str, float]:
     """Solver -> mean distance from the exact flow, for 1001 starts. even: what nodes are even in,
     "t" or "log σ"."""
-    data, errors = Mixture(), {}
+    errors = {}
     unit = torch.special.ndtri((torch.arange(1001, dtype=torch.float64) + 0.5) / 1001)
-    for name, sample in SOLVERS.items():
-        make_nodes = euler_nodes if name == "Euler" else unipc_nodes
-        sigmas = make_nodes(SCHEDULE, steps).sigmas if even == "t" else even_log_sigmas(steps)
+    for name, (sample, nodes) in SOLVERS.items():
+        sigmas = nodes(SCHEDULE, steps).sigmas if even == "t" else even_log_sigmas(steps)
         x = unit * sigmas[0]
-        exact = data.flow(x, sigmas[0], sigmas[-1])  # at the solver's own last sigma
-        errors[name] = (sample(data.denoise, x, sigmas) - exact).abs().mean().item()
+        exact = mixture_flow(x, sigmas[0], sigmas[-1])  # at the solver's own last sigma
+        errors[name] = (sample(mixture_denoise, x, sigmas) - exact).abs().mean().item()
     return errors
 
 
 @cache
-def network_errors() -> dict[str, list[float]]:
+def network_errors() -> dict[str, dict[int, float]]:
     """Solver -> for each of STEPS the relative rms distance of four images' latents from those of
     640 even steps."""
     sigmas = even_log_sigmas(640)
     denoise = guided(Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0]), count=4)
-    solvers = {"Euler": (sample_euler, euler_nodes), "UniPC-3": (sample_unipc, unipc_nodes)}
-    errors = {name: [] for name in solvers}
-    with torch.no_grad():
-        x = sigmas[0] * noise(*range(4))
-        last = sample_unipc(denoise, x, sigmas)
-        exact = {sigmas[-1]: last, 0.0: denoise(last, sigmas[-1])}
-        for name, (sample, make_nodes) in solvers.items():
-            for steps in STEPS:
-                path = make_nodes(SCHEDULE, steps).sigmas
-                end = exact[0.0 if path[-1] == 0 else sigmas[-1]]
-                errors[name].append(((sample(denoise, x, path) - end).norm() / end.norm()).item())
+    x = sigmas[0] * noise(*range(4))
+    last = sample_unipc(denoise, x, sigmas)
+    ends, errors = {"Euler": denoise(last, sigmas[-1]), "UniPC-3": last}, {}
+    for name, end in ends.items():
+        sample, nodes = SOLVERS[name]
+        paths = {steps: nodes(SCHEDULE, steps).sigmas for steps in STEPS}
+        apart = {steps: sample(denoise, x, path) - end for steps, path in paths.items()}
+        errors[name] = {steps: (x.norm() / end.norm()).item() for steps, x in apart.items()}
     return errors
 
 
@@ -285,7 +255,7 @@ def sampler_error() -> Figure:
     for axes, even in zip(panels, ("t", "log σ")):
         lines = {name: (STEPS, [mixture_errors(even, n)[name] for n in STEPS]) for name in SOLVERS}
         plot(axes, lines, title=f"mixture, nodes even in {even}", ylabel="mean |x − exact|")
-    lines = {name: (STEPS, values) for name, values in network_errors().items()}
+    lines = {name: (STEPS, errors.values()) for name, errors in network_errors().items()}
     plot(panels[2], lines, title="embedded network, even in t", ylabel="relative distance")
     panels[2].lines[1].set(color=LINES[3], marker="D")  # as in the other panels
     for axes in panels:
@@ -307,22 +277,21 @@ PICTURES = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder = DOCS / "walkthrough"
     for name, draw in PICTURES.items():
-        save(draw(), folder / name, dpi=110)
+        path = DOCS / "walkthrough" / name
+        save(draw(), path, dpi=110)
         # nearly all grey: 64 colours lose nothing that the eye sees
-        with Image.open(folder / name) as picture:
-            small = picture.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-        small.save(folder / name, optimize=True)
+        small = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        small.save(path, optimize=True)
 
-    for what, errors in zip(("error", "best of this rank"), update_errors()):
-        print(f"LoRA, {what}:", *(f"rank {rank} {100 * e:.1f} % " for rank, e in errors.items()))
+    for rank, (_, error, best) in lora_updates()[1].items():
+        print(f"LoRA of rank {rank}: error {error:.3f}, of the best matrix {best:.3f}")
     for even in ("t", "log σ"):
         for steps in STEPS:
-            row = (f"{name} {error:.2g} " for name, error in mixture_errors(even, steps).items())
-            print(f"mixture, nodes even in {even}, {steps} steps:", *row)
-    for name, values in network_errors().items():
-        print(f"network, {name}:", *(f"{n} {value:.3f} " for n, value in zip(STEPS, values)))
+            errors = (f"{name} {x:.2g} " for name, x in mixture_errors(even, steps).items())
+            print(f"mixture, nodes even in {even}, {steps} steps:", *errors)
+    for name, errors in network_errors().items():
+        print(f"network, {name}:", *(f"{steps} {x:.3f} " for steps, x in errors.items()))
 
 
 if __name__ == "__main__":

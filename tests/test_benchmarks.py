@@ -9,6 +9,8 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v2
 
+from ldm.unet import UNetConfig
+from ldm.vae import VAEConfig
 from planes.datasets import read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from planes.style import STYLES
@@ -17,18 +19,29 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 SPEED = {  # of each task: flags, the peer, and how far outcomes may be apart
-    "sampling": ("--scale small --size 32 --batch-size 1 --steps 2", "diffusers", 1e-2),
-    "lora": ("--scale small --size 32 --steps 1", "diffusers + peft", 1e-5),
+    "sampling": ("--size 32 --batch-size 1 --steps 2", "diffusers", 1e-2),
+    "lora": ("--size 32 --steps 1", "diffusers + peft", 1e-5),
     # each augments by draws of its own
     "classifier": ("--size 64 --batch-size 10 --steps 2", "torchvision", 0.5),
 }
+
+
+CONFIGS = (
+    UNetConfig(
+        block_out_channels=(32, 64),
+        attention=(True, False),
+        num_heads=(2, 2),
+        cross_attention_dim=32,
+    ),
+    VAEConfig(block_out_channels=(32,) * 4),
+)
 
 
 def rows_of_speed(task: str, capsys, **names: object) -> list[list[str]]:
     """The table that benchmarks/speed.py prints. names: what stands in it otherwise."""
     script = runpy.run_path(str(ROOT / "benchmarks" / "speed.py"))
     main = script["main"]
-    main.__globals__.update(names)
+    main.__globals__.update(names, CONFIGS=CONFIGS)
     main(script["parse_args"]([task, *SPEED[task][0].split(), "--rounds", "1", "--device", "cpu"]))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
