@@ -4,6 +4,5 @@ see README.md here.
 | concept | where |
 |---|---|
 | procedural scenes and captions that it learned from | `scenes.py` |
-| its tokenizer's vocabulary | `bpe.py` |
 | autoencoder, U-Net and text encoder, all in order | `pretrain.py` |
 """

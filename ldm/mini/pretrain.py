@@ -1,13 +1,13 @@
 """Pre-train the embedded miniature Stable Diffusion on generic scenes: autoencoder first, then
 U-Net and text encoder.
 
-    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model  # all from nothing
+    python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model  # all from fresh weights
     python -m ldm.mini.pretrain --work runs/mini --out runs/mini/model \\
         --start ldm/mini --vae-steps 0  # on from the shipped weights
 
 Hours on two CPU cores. Every batch is drawn from (seed, step), so a run that was stopped goes on
-from its last checkpoint in --work as if it had not been. No real image is used: nothing can leak
-into a test, no licence attaches.
+from its last checkpoint in --work as if it had not been. Sizes and vocabulary are the shipped
+model's. No real image is used: nothing can leak into a test, no licence attaches.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from tqdm import tqdm
 from transformers import CLIPTokenizer
 
 from harness.resume import rate_share, read_state, write_state
-from ldm.checkpoints import Model, load, save_folder
-from ldm.mini.bpe import train_tokenizer
+from ldm import MINI
+from ldm.checkpoints import load, save_folder
 from ldm.mini.scenes import scene
 from ldm.text import TextConfig, TextEncoder, tokenize
-from ldm.unet import UNet, UNetConfig
-from ldm.vae import AutoencoderKL, Posterior, VAEConfig
+from ldm.unet import UNet
+from ldm.vae import AutoencoderKL, Posterior
 from planes import PROMPTS
 from samplers.schedule import NoiseSchedule
 
@@ -43,22 +43,11 @@ SIZE = 96  # image side, px
 VAE_BATCH = 16
 SAVE_EVERY = 500  # steps between checkpoints
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-POSITIONS = 64  # tokens of a prompt, padding included
 # one token each, as in CLIP's
 PLAIN_WORDS = sorted({word for prompt in PROMPTS.values() for word in prompt.split()})
 BATCH = 32
 PEAK_RATE = 5e-4
 SNR_RANGE = 1.0, 5.0  # what the weight of a time is confined to
-
-VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
-UNET = UNetConfig(
-    block_out_channels=(64, 128, 192),
-    # LoRA is put where attention is: it has to reach the finest level too
-    attention=(True, True, True),
-    num_heads=(4, 4, 4),
-    cross_attention_dim=128,
-    norm_num_groups=16,
-)
 
 
 def parse_args(argv=None):
@@ -149,11 +138,11 @@ def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> N
     for step in steps_left("vae", args.vae_steps, {"vae": vae, "optimizer": optimizer}, args):
         index, generator = draw_batch(len(images), VAE_BATCH, args.seed + 1, step)
         x = to_input(images[index].to(DEVICE))
-        shape = (len(x), VAE.latent_channels, SIZE // 8, SIZE // 8)
+        shape = (len(x), vae.config.latent_channels, SIZE // 8, SIZE // 8)
         noise = torch.randn(shape, generator=generator).to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16):
             posterior = vae.encode(x)
-            decoded = vae.decode(posterior.sample(noise) * VAE.scaling_factor)
+            decoded = vae.decode(posterior.sample(noise) * vae.config.scaling_factor)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         loss = F.mse_loss(decoded.float(), x) + 1e-4 * kl
@@ -171,11 +160,9 @@ def encode_all(vae: AutoencoderKL, images: Tensor) -> Posterior:
     return Posterior(*torch.cat(parts, dim=1))
 
 
-def make_text_encoder(vocabulary: int) -> TextEncoder:
-    """A CLIP text tower of three layers; its embeddings start wide, so that words never seen still
-    differ."""
-    width = UNET.cross_attention_dim
-    encoder = TextEncoder(TextConfig(vocabulary, width, 4 * width, 3, 4, POSITIONS))
+def make_text_encoder(config: TextConfig) -> TextEncoder:
+    """A CLIP text tower whose embeddings start wide, so that words never seen still differ."""
+    encoder = TextEncoder(config)
     nn.init.normal_(encoder.text_model.embeddings.token_embedding.weight, std=0.1)
     return encoder
 
@@ -257,36 +244,32 @@ def main(args):
     torch.manual_seed(args.seed)
     images, captions = make_scenes(args.work, args.scenes, args.seed)
 
+    # what is gone on from, or fresh weights in its place
+    model = load(args.start or MINI)
+    if not args.start:
+        model.vae, model.unet = AutoencoderKL(model.vae.config), UNet(model.unet.config)
+        model.text_encoder = make_text_encoder(model.text_encoder.config)
+
     # the autoencoder, then the scale that gives its latents unit variance
-    start = load(args.start) if args.start else None
-    vae = start.vae if start else AutoencoderKL(VAE)
-    vae.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last)
-    scale, vae.config = vae.config.scaling_factor, VAE
+    vae = model.vae.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last)
     if args.vae_steps:
         train_vae(vae, images, args)
-    posterior = encode_all(vae.eval(), images)
-    if not start:
+    posterior, scale = encode_all(vae.eval(), images), vae.config.scaling_factor
+    if not args.start:
         scale = 1 / posterior.sample(torch.randn(posterior.mean.shape)).std().item()
-    vae.config = replace(VAE, scaling_factor=scale)
+        vae.config = replace(vae.config, scaling_factor=scale)
     scaled = Posterior(posterior.mean * scale, posterior.logvar + 2 * math.log(scale))
 
     # the U-Net and the text encoder together
-    if start:
-        tokenizer, unet, text_encoder = start.tokenizer, start.unet, start.text_encoder
-    else:
-        tokenizer = train_tokenizer(captions, PLAIN_WORDS, POSITIONS)
-        unet, text_encoder = UNet(UNET), make_text_encoder(len(tokenizer))
     networks = {
-        "unet": unet.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last),
-        "text": text_encoder.requires_grad_(True).to(DEVICE),
+        "unet": model.unet.requires_grad_(True).to(DEVICE, memory_format=torch.channels_last),
+        "text": model.text_encoder.requires_grad_(True).to(DEVICE),
     }
     networks["ema"] = copy.deepcopy(nn.ModuleList(networks.values())).eval().requires_grad_(False)
-    sizes = text_encoder.config
-    ids = tokenize(tokenizer, captions, sizes)
-    unet, text_encoder = networks["ema"]
-    model = Model(unet, vae, text_encoder, tokenizer, sample_size=SIZE // VAE.downsampling)
-    train_unet(networks, scaled, ids, tokenize(tokenizer, [""], sizes)[0], args)
-    widen_unseen(text_encoder, tokenizer, captions)
+    model.unet, model.text_encoder = networks["ema"]
+    text = partial(tokenize, model.tokenizer, config=model.text_encoder.config)
+    train_unet(networks, scaled, text(captions), text([""])[0], args)
+    widen_unseen(model.text_encoder, model.tokenizer, captions)
     save_folder(model, args.out, torch.float16)
 
 

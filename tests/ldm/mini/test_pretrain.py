@@ -8,13 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ldm import MINI
 from ldm.checkpoints import load
 from ldm.mini import pretrain
-from ldm.mini.bpe import train_tokenizer
 from ldm.mini.pretrain import (
-    PLAIN_WORDS,
-    POSITIONS,
-    UNET,
     learning_rate,
     main,
     make_text_encoder,
@@ -62,12 +59,12 @@ def test_words_that_were_never_read_are_told_apart_by_an_encoder_that_adds_much_
     torch.manual_seed(0)
     # "ultrasound" is as good as unseen
     captions = ["a photo of ultrasound", *["a photo of large ring"] * 199]
-    tokenizer = train_tokenizer(captions, PLAIN_WORDS, POSITIONS)
+    mini = load(MINI)
+    tokenizer, encoder = mini.tokenizer, make_text_encoder(mini.text_encoder.config)
     for prompt in (*captions[:2], *PROMPTS.values()):
         assert tokenizer.tokenize(prompt) == [f"{word}</w>" for word in prompt.split()]
-    encoder = make_text_encoder(len(tokenizer))
     with torch.no_grad():  # as training leaves it: the same long vector for every word
-        bias = 40 * torch.randn(UNET.cross_attention_dim)
+        bias = 40 * torch.randn(encoder.config.hidden_size)
         encoder.text_model.encoder.layers[-1].mlp.fc2.bias.copy_(bias)
     table = encoder.text_model.embeddings.token_embedding.weight
 
