@@ -114,9 +114,9 @@ def parse_args(argv=None):
         "--predict",
         type=Path,
         metavar="FOLDER",
-        help="what it takes the images there for: predictions.csv, least_sure.png",
+        help="a class for each image in it: predictions.csv, least_sure.png",
     )
-    add("--export", action="store_true", help="it as model.onnx, which needs no torch to run")
+    add("--export", action="store_true", help="write model.onnx, which needs no torch to run")
 
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
@@ -130,7 +130,7 @@ def parse_args(argv=None):
     if args.model not in MODELS and not probe_name(args.model):
         parser.error(f"--model {args.model}: choose from {', '.join(MODELS)}, or probe:ID")
     if bool(args.classifier) != bool(args.predict or args.export):
-        parser.error("--classifier FILE goes with --predict FOLDER or --export: give both")
+        parser.error("--classifier FILE and --predict FOLDER or --export: give both, or neither")
     if not (args.african or args.target or args.classifier):
         parser.error("give --african DIR or --target DIR to be tested on")
     if (args.spanish or args.african) and (args.source or args.target):

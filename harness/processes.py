@@ -20,7 +20,7 @@ _apart = False
 
 def join() -> None:
     """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's
-    own, if they last.
+    own, if there are enough.
 
     NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo.
     """
@@ -89,8 +89,8 @@ def broadcast(value: bool) -> bool:
 
 
 def all_reduce(parameters: Sequence[nn.Parameter], *numbers: float) -> Sequence[float]:
-    """Sums over the processes, on all of them: of gradients, in place, none being 0, and of
-    numbers, returned.
+    """Sums over the processes, on all of them: of gradients, in place, a missing one being 0, and
+    of numbers, returned.
 
     parameters: float32 and on one device; the same, in the same order, in every process
     """

@@ -15,9 +15,9 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding [cos(t w), sin(t w)], w_k = 10000^(-k / (dim/2)) (Ho et al. 2020,
     appendix B).
 
-    t: (B,) times in [0, 999]; fractions are kept, since Euler's nodes fall between the training
-    times Returns (B, dim), always float32: in half precision t * w would be wrong in the first
-    digits.
+    t: (B,) times in [0, 999]; fractions are kept: Euler's nodes fall between the training times
+
+    Returns (B, dim), always float32: in half precision t * w would be wrong in the first digits.
     """
     half = dim // 2
     frequencies = torch.exp(

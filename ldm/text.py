@@ -74,8 +74,8 @@ def padding_id(tokenizer: CLIPTokenizer, config: TextConfig) -> int:
 def tokenize(
     tokenizer: CLIPTokenizer, prompts: Sequence[str], config: TextConfig = TextConfig()
 ) -> Tensor:
-    """Token ids (B, S) of the prompts, each cut or padded to what the text encoder reads, two marks
-    among it."""
+    """Token ids (B, S) of the prompts, each cut or padded to what the text encoder reads, begin
+    and end marks included."""
     length = config.max_position_embeddings
     rows = tokenizer(list(prompts), max_length=length, truncation=True).input_ids
     return torch.tensor(

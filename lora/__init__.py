@@ -1,8 +1,8 @@
 """Low-rank adaptation of any nn.Module, after Hu et al. 2021 (arXiv 2106.09685).
 
 A layer's frozen weight W0 (out x in) is corrected by a product of two thin matrices, the only ones
-that are trained (Eq. 2 of FU-LoRA, arXiv 2407.20072; the factor alpha / r is Hu et al.'s, section
-4.1):
+that are trained (Eq. 2 of FU-LoRA, arXiv 2407.20072, where alpha = r; the factor alpha / r is of Hu
+et al., section 4.1):
 
     h = W0 x + (alpha / r) * B A x        A: (r, in) random, B: (out, r) zero before training
 

@@ -78,7 +78,7 @@ class Draws:
         return self.shuffled[1][within * self.accumulate :][: self.accumulate]
 
     def _shuffle(self, epoch: int) -> list[Tensor]:
-        # primes keep seeds and uses apart
+        # a prime, so that no epoch of one seed is an epoch of the next
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         # every image once, and again, ..
         passes = (torch.arange(int(self.repeats.max()))[:, None] < self.repeats).nonzero()[:, 1]

@@ -178,7 +178,7 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
     count=50,
     classify="--size 64 --lr 5e-3 --schedule cosine",
     beyond="--steps 700 --batch-size 20",
-    # which takes ten times as long as ResNet18
+    # a pass through ViT takes ten times as long as through ResNet18
     passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 1200},
     left_out={
         "vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"

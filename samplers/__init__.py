@@ -3,13 +3,14 @@
 Everything runs in the variance-exploding space of Karras et al. 2022 (arXiv 2206.00364), where a
 noisy latent is x = x0 + sigma * eps and the probability-flow ODE, with lambda = -ln sigma, is
 
-    d(x / sigma) / d lambda = e^lambda D(x; sigma)        D: the denoiser, the model's estimate of
-    x0
+    d(x / sigma) / d lambda = e^lambda D(x; sigma)
 
-so that a step from sigma to sigma' is exactly, with r = sigma' / sigma and h = -ln r,
+where D is the denoiser, the model's estimate of x0. So a step from sigma to sigma' is exactly, with
+r = sigma' / sigma and h = -ln r,
 
-    x' = r x + integral_0^h e^(u-h) D(lambda + u) du      Euler holds D constant; UniPC fits a
-    polynomial to it
+    x' = r x + integral_0^h e^(u-h) D(lambda + u) du
+
+Euler holds D constant; UniPC fits a polynomial to it.
 
 | concept | where |
 |---|---|

@@ -68,8 +68,8 @@ class NoiseSchedule:
         return float(self.sigma(self.num_train_timesteps - 1))
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) eps (Ho et al. 2020, eq.
-        4), for training.
+        """x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) eps, for training (Ho et
+        al. 2020, eq. 4).
 
         latents: (B, ...) clean, x_0; noise: the same shape, unit normal, eps; t: (B,) integers in
             [0, T - 1]
@@ -127,7 +127,7 @@ class Nodes:
         sigma between.
 
         Not the schedule's t(sigma), since rounded times do not sit exactly on the schedule.
-        Samplers that stop between nodes, as of second order, ask for others.
+        Samplers that stop between nodes, as ones of second order do, ask for others.
         """
         rising = np.log(self.sigmas[-2::-1])
         return float(np.interp(np.log(sigma), rising, self.timesteps[::-1]))
@@ -141,8 +141,8 @@ def euler_nodes(
     final: str = "zero",
     steps_offset: int = 0,
 ) -> Nodes:
-    """Nodes for Euler, by default those of Stable Diffusion web UI: even in t, fractional, from T -
-    1 down to 0.
+    """Nodes for Euler, by default those of Stable Diffusion web UI: even in t, fractional, from
+    T - 1 down to 0.
 
     spacing: "linspace"; "leading" or "trailing", whole times (Lin et al. 2023, arXiv 2305.08891,
         table 2); "karras", even in sigma^(1/7) (Karras et al. 2022, eq. 5)

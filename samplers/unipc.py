@@ -74,8 +74,8 @@ def _step(
     target: float,
     variant: str,
 ) -> Tensor:
-    """x at the sigma of node, carried to target through the x0 of node and the others, all (sigma,
-    x0)."""
+    """x at the sigma of node, carried to target through the x0 of node and of the others, which
+    are pairs (sigma, x0) all."""
     sigma, x0 = node
     if target == sigma:
         return x

@@ -1,6 +1,5 @@
 """The commands of the benchmarks run, each at its smallest."""
 
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -96,10 +95,9 @@ def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):
     mini = script("mini", monkeypatch)
     space = mini["parse_args"].__globals__
     monkeypatch.setitem(space, "TESTED", 1)
-    monkeypatch.setitem(space, "NEW", 2)
     monkeypatch.setitem(space, "SCENES", 150)
     spanish = tmp_path / "spanish"
-    write_spanish_layout(spanish, train=20, test=0, seed=0)
+    write_spanish_layout(spanish, train=9, test=0, seed=0)
     rows = [
         f'{record.path},{record.plane},"a photo, {light}, {contrast}",euler'
         for record, (light, contrast) in zip(read_spanish(spanish), STYLES * 9)
@@ -113,9 +111,5 @@ def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):
         return capsys.readouterr().out
 
     assert "% of 5 recognised" in said("judge", "--per-plane", 4, "--epochs", 1)
-    assert "% of 100 recognised  (abdomen " in said("recognise", manifest)
-    assert re.search(r"PSNR 2\d\.\d\d dB", said("round-trip"))
-    quality = said("quality", "--spanish", spanish, manifest)
-    assert "coverage" in quality and "at 0.00 of the usual distance, 100 copies" in quality
-    assert said("copyist", "--spanish", spanish).count("two-sample") == 6
+    assert "% of 45 recognised  (abdomen " in said("recognise", manifest)
     assert said("style", manifest).count("share of the scenes': grey") == 5
