@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -221,9 +220,8 @@ def read_latents(
     return latents
 
 
-def make_draws(args, images: list[Captioned], latents: list[torch.Tensor], size: int) -> Draws:
-    """What each step sees; says how image passes make batches of one shape each, and these
-    steps."""
+def make_draws(args, images: list[Captioned], latents: list[torch.Tensor]) -> Draws:
+    """What each step sees; says how many image passes and steps that makes."""
     draws = Draws(
         latents,
         [image.caption for image in images],
@@ -233,9 +231,8 @@ def make_draws(args, images: list[Captioned], latents: list[torch.Tensor], size:
         args.seed,
         share=slice(processes.rank(), None, processes.size()),
     )
-    for shape, count in Counter(latent.shape for latent in latents).items() if args.bucket else ():
-        width, height = (side * size for side in (shape[2], shape[1]))
-        print(f"{count} images in the bucket of {width} x {height} px")
+    if args.bucket:
+        print(f"{len(draws.shapes)} shapes of images, a bucket each")
     passes, steps = args.epochs * int(draws.repeats.sum()), args.epochs * draws.steps_per_epoch
     print(f"{len(images)} images, {passes:,} image passes, {steps:,} optimizer steps")
     return draws
@@ -418,7 +415,7 @@ def main(args):
     # contexts and latents once; image passes -> batches of one shape each -> optimizer steps
     contexts = read_contexts(args, model, autocast, images, held_out)
     latents = read_latents(args, model, [*images, *held_out])
-    draws = make_draws(args, images, latents[: len(images)], model.vae.config.downsampling)
+    draws = make_draws(args, images, latents[: len(images)])
     steps = args.epochs * draws.steps_per_epoch
 
     # resume: a checkpoint of the same run has a row for each step that is done

@@ -11,9 +11,9 @@ African test images and on those that are no copies. What is done in --out is ke
 """
 
 import argparse
-import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -26,9 +26,9 @@ from ldm import MINI
 from paper.plan import ROWS
 from paper.report import Context, build
 from paper.results import Result, compare, read_result, row_folder
+from paper.stages import Stages
 from reproduce import EMBEDDED
 
-ROOT = Path(__file__).resolve().parents[1]
 CLASSIFIER = "mobilenet_v2"
 TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convolutions too
     "--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20"
@@ -57,14 +57,6 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def run(script: str, out: Path, *flags: object) -> Path:
-    """Run script.py into `out`, unless that is done; returns `out`."""
-    if not (out / "args.json").exists():
-        module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="stage")
-        module["main"](module["parse_args"]([str(flag) for flag in (*flags, "--out", out)]))
-    return out
-
-
 def differences(results: list[Result]) -> str:
     """How much better each data model is than those before it, as a Markdown table."""
     runs: dict[str, list[Result]] = {}
@@ -81,7 +73,7 @@ def differences(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def synthetic(args, kind: str, real: list) -> Path:
+def synthetic(args, run, kind: str, real: list) -> Path:
     """The list of images by a LoRA of the real ones; kind: "lora", or "styles" with their words."""
     styles, model = kind == "styles", ["--model", args.model]
     flags = [*model, *real, *TRAIN_LORA.split(), "--repeats", args.repeats]
@@ -97,14 +89,14 @@ def main(args):
     flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
     flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", args.dtype]
     flags += ["--size", args.size, "--resume"]
-    results = []
+    results, run = [], partial(Stages(print).run, inputs={})
     for row in ROWS:
         data = row.data
         if row.classifier != CLASSIFIER or data.name not in args.data:
             continue
         more = data.flags.split()
         if data.synthetic:
-            more += ["--synthetic", synthetic(args, data.synthetic, real)]
+            more += ["--synthetic", synthetic(args, run, data.synthetic, real)]
         for seed in args.seeds:
             out = row_folder(args.out, data.name, CLASSIFIER, seed)
             run("classify", out, *flags, *more, "--seed", seed)
