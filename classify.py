@@ -139,14 +139,13 @@ def parse_args(argv=None):
 
 
 def decode(args, chosen):
-    """Training, validation and test images: in memory, and on a GPU, as far as they fit."""
+    """Training, validation and test images: in memory as far as they fit."""
     memory, sets = MEMORY, []
     for records in (chosen.training, chosen.validation, chosen.test):
         images = PlaneImages(records, args.size, chosen.classes)
         kept = images.preload(memory, args.workers)
         bar = progress(kept, desc="decoding", total=len(records), leave=False)
         memory -= sum(image.numel() for image in bar)
-        images.move(torch.device(args.device))
         sets.append(images)
     return sets
 

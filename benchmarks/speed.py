@@ -201,7 +201,6 @@ def classifier(args, folder: Path):
         records = read_site(folder, "source", True)
         images = PlaneImages(records, args.size, classes_of(records))
         list(images.preload(threads=workers))
-        images.move(torch.device(args.device))
         model, optimizer = learner()
         model.to(memory_format=torch.channels_last)
         if args.compile:

@@ -60,7 +60,7 @@ class PlaneImages(Dataset):
     was asked for.
 
     `preload` keeps decoded images in memory; whatever it has not loaded is decoded at each access.
-    `move` puts them on a GPU. Items carry no randomness: the index is what augmentation derives its
+    Items carry no randomness: the index is what augmentation derives its
     own from. It counts on beyond the last record, so that one record has many: record n of N is at
     n, N + n, 2 N + n, ..
     """
@@ -93,14 +93,6 @@ class PlaneImages(Dataset):
                     return
                 self.kept.append(image)
                 yield image
-
-    def move(self, device: torch.device) -> None:
-        """The images to a GPU for good, if all are kept and fill at most a quarter of what is free
-        there; else they stay."""
-        if device.type == "cuda" and len(self.kept) == len(self):
-            room = torch.cuda.mem_get_info(device)[0] // 4
-            if sum(map(torch.numel, self.kept)) <= room:
-                self.kept = [image.to(device) for image in self.kept]
 
 
 def decode(path: Path, size: int) -> Tensor:
@@ -169,7 +161,7 @@ def batches(
         generator=generator,
         collate_fn=_batch,
         # so that a GPU need not be waited for
-        pin_memory=torch.cuda.is_available() and not any(image.is_cuda for image in images.kept),
+        pin_memory=torch.cuda.is_available(),
         num_workers=0 if len(images.kept) == len(images) else workers,
     )
 

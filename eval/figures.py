@@ -191,8 +191,6 @@ alone do; one against the other."""
 class Point:
     """A value and its interval, in the unit of the axis.
 
-    published: the paper's value, nan if it has none
-    seeds: whether the interval reckons with the seeds; if not, the point is hollow
     kind: a key of MARKS
     """
 
@@ -200,14 +198,11 @@ class Point:
     value: float
     low: float
     high: float
-    published: float = np.nan
-    seeds: bool = True
     kind: str = "synthetic"
 
 
 def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
-    """Differences one below the other, around a line at zero, their numbers to the right, the
-    published values as open diamonds.
+    """Differences one below the other, around a line at zero, their numbers to the right.
 
     points: labels may have two lines
     """
@@ -220,14 +215,8 @@ def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
         axes.text(1.02, y, numbers, transform=beside, va="center", fontsize=8)
         colour, marker, label = MARKS[point.kind]
         ends = [[point.value - point.low], [point.high - point.value]]
-        look = {"color": colour, "ms": 5, "lw": 1.4, "mfc": colour if point.seeds else "white"}
-        axes.errorbar(point.value, y, xerr=ends, fmt=marker, label=label, **look)
-        if not point.seeds:
-            hollow = "hollow: one seed, patients alone"
-            axes.plot([], [], "o", color="0.3", mfc="white", ms=5, label=hollow)
-        if not np.isnan(point.published):
-            look = {"mfc": "none", "mec": "black", "ms": 5, "mew": 1.3, "label": "published"}
-            axes.plot(point.published, y, "D", **look)
+        look = {"color": colour, "ms": 5, "lw": 1.4, "label": label}
+        axes.errorbar(point.value, y, xerr=ends, fmt=marker, **look)
     axes.set_yticks(range(len(points)), [point.label for point in points], fontsize=8)
     axes.set(xlabel=xlabel, ylim=(len(points) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)

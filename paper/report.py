@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from eval.figures import Point, confusion_figure, forest_figure, save
@@ -126,7 +125,7 @@ def build(
     title = context.title or f"FU-LoRA{' on phantoms' if context.phantoms else ', reproduced'}"
     blocks = [f"# {title}", headline(cells, averaged, context.sites, compared)]
     if shown := measure(AUGMENTED, cells, averaged):
-        blocks.append(_gain_picture(out, shown, compared))
+        blocks.append(_gain_picture(out, shown))
     blocks += list(found.figures.values())[:1]
 
     # all rows, what they differ by, and how they were made
@@ -162,13 +161,12 @@ def build(
     write_text(out / "report.html", to_html(blocks, out))
 
 
-def _gain_picture(out: Path, gains: Sequence[Gain], compared: bool) -> str:
+def _gain_picture(out: Path, gains: Sequence[Gain]) -> str:
     points = []
     for gain in gains:
         step, found = gain.step, gain.accuracy
-        numbers = found.value, found.low, found.high, gain.published if compared else np.nan
-        label, seeds = f"{step.what}\n{step.data} − {step.baseline}", found.over != "patients"
-        points.append(Point(label, *(100 * np.array(numbers)), seeds, step.kind))
+        percent = (100 * number for number in (found.value, found.low, found.high))
+        points.append(Point(f"{step.what}\n{step.data} − {step.baseline}", *percent, step.kind))
     save(forest_figure(points, "difference in accuracy, points"), out / FIGURES / "gain.png")
     caption = "Where the gain comes from: accuracy of one data model less another's."
     return picture("gain.png", caption)

@@ -44,15 +44,8 @@ _READS = {
     # PEFT's; else a file is to be named
     "lora": ("adapter_config.json", "adapter_model.safetensors"),
 }
-_SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"} | {
-    f"stabilityai/{name}": f"sd2-community/{name}"
-    for name in (
-        "stable-diffusion-2",
-        "stable-diffusion-2-base",
-        "stable-diffusion-2-1",
-        "stable-diffusion-2-1-base",
-    )
-}
+# withdrawn -> its copy
+_SUCCESSORS = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/([^@]+\.(?:safetensors|ckpt)))?(?:@(.+))?")
 _FILE = re.compile(r"\.(safetensors|ckpt|pth?|bin)$")
 

@@ -62,19 +62,6 @@ def test_images_in_memory_give_the_same_batches_as_those_on_disk(tmp_path):
         assert all(map(torch.equal, found, one))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
-def test_images_move_to_a_gpu_where_all_are_kept_and_give_the_same_batches(tmp_path):
-    images = PlaneImages(noise_records(tmp_path, 7), 16, CLASSES)
-    expected = [*batches(images, 3)]
-    for memory in (6 * 16 * 16, 7 * 16 * 16):
-        images.kept = []
-        list(images.preload(memory))
-        images.move(torch.device("cuda"))
-        assert images.kept[0].is_cuda == (len(images.kept) == 7)
-    for found, one in zip(batches(images, 3), expected, strict=True):
-        assert all(torch.equal(x.cpu(), y) for x, y in zip(found, one))
-
-
 @pytest.mark.slow
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     images = PlaneImages(noise_records(tmp_path, 10), 16, CLASSES)
