@@ -39,17 +39,17 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     "content, words",
-    [
-        ("{", "cannot be read as JSON"),
-        ("[" * 100_000, "cannot be read as JSON"),
-        ("[]", "no object"),
-        (json.dumps(PROMPTS | {"cervix": ["a"]}), "thorax, other; it has abdomen"),
-        (json.dumps(OWN | {"bolt": []}), "bolt needs a list of one or more"),
-        (json.dumps(OWN | {"bolt": "a"}), "bolt needs a list of one or more"),
-        (json.dumps(OWN | {"bolt": ["a", " "]}), "bolt needs a list of one or more"),
-        (json.dumps(OWN | {"a/b": ["a"]}), "'a/b' is no name for a class"),
-        (json.dumps(OWN | {"bolt": ["half \ud83d"]}), "surrogates not allowed"),
-    ],
+    {
+        "{": "cannot be read as JSON",
+        "[" * 100_000: "cannot be read as JSON",
+        "[]": "no object",
+        json.dumps(PROMPTS | {"cervix": ["a"]}): "thorax, other; it has abdomen",
+        json.dumps(OWN | {"bolt": []}): "bolt needs a list of one or more",
+        json.dumps(OWN | {"bolt": "a"}): "bolt needs a list of one or more",
+        json.dumps(OWN | {"bolt": ["a", " "]}): "bolt needs a list of one or more",
+        json.dumps(OWN | {"a/b": ["a"]}): "'a/b' is no name for a class",
+        json.dumps(OWN | {"bolt": ["half \ud83d"]}): "surrogates not allowed",
+    }.items(),
 )
 def test_a_file_of_prompts_that_cannot_be_used_is_refused_in_one_line(content, words, tmp_path):
     path = tmp_path / "prompts.json"

@@ -96,18 +96,18 @@ def test_the_top_folder_of_an_archive_is_found_and_a_missing_table_named(tmp_pat
 
 @pytest.mark.parametrize(
     "broken, complaint",
-    [
-        ("", "needs the columns Plane, Image_name"),
-        (SPANISH.splitlines()[0], "no images listed"),
-        (SPANISH.replace(";", "\t"), "separate columns by ; or ,"),
-        (SPANISH.replace("Patient_num", "Patient"), "columns .*Patient_num.* has .*Patient, Plane"),
-        (SPANISH.replace("Fetal brain", "2"), r"line 3, Plane: '2' is none of abdomen, brain"),
-        (SPANISH.replace("Aloka;1", "Aloka;yes"), r"line 2, Train: 'yes' is none of 1, 0"),
-        (SPANISH.replace("a_2;305", "a_2;"), "line 3: Patient_num is empty"),
-        (SPANISH.replace("Op. 2;", ""), "line 5: 6 cells under 7 headers"),
-        (SPANISH.replace("a_4", "a_1"), "line 5: a_1 is listed twice, before in .*, line 2"),
-        ("PK\x03\x04\udcff", "cannot be read as text in UTF-8"),
-    ],
+    {
+        "": "needs the columns Plane, Image_name",
+        SPANISH.splitlines()[0]: "no images listed",
+        SPANISH.replace(";", "\t"): "separate columns by ; or ,",
+        SPANISH.replace("Patient_num", "Patient"): "columns .*Patient_num.* has .*Patient, Plane",
+        SPANISH.replace("Fetal brain", "2"): r"line 3, Plane: '2' is none of abdomen, brain",
+        SPANISH.replace("Aloka;1", "Aloka;yes"): r"line 2, Train: 'yes' is none of 1, 0",
+        SPANISH.replace("a_2;305", "a_2;"): "line 3: Patient_num is empty",
+        SPANISH.replace("Op. 2;", ""): "line 5: 6 cells under 7 headers",
+        SPANISH.replace("a_4", "a_1"): "line 5: a_1 is listed twice, before in .*, line 2",
+        "PK\x03\x04\udcff": "cannot be read as text in UTF-8",
+    }.items(),
 )
 def test_a_broken_table_is_told_in_one_line_with_its_place(tmp_path, broken, complaint):
     path = spanish(tmp_path) / "FETAL_PLANES_DB_data.csv"

@@ -34,10 +34,9 @@ def picture(width=64, height=48):
 def read_by_all(path):
     """A 64 px square as LoRA and image-to-image, buckets and the classifiers get it: (3, 64, 64) in
     [0, 255]."""
-    bucketed = (read_bucketed(path, 64, 8) + 1) * 127.5
     return [
         (read_image(path, 64) + 1) * 127.5,
-        bucketed,
+        (read_bucketed(path, 64, 8) + 1) * 127.5,
         decode(path, 64).expand(3, -1, -1).float(),
     ]
 

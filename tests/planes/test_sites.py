@@ -32,17 +32,17 @@ def test_a_site_is_folders_of_classes_or_a_table(tmp_path):
 
 @pytest.mark.parametrize(
     "rows, words",
-    [
-        ("a/0.png,a,", "has images of a alone; a classifier tells two apart"),
-        ("a/0.png,a,\nb/0.png,,", "line 3: image or class is empty"),
-        ("a/0.png,a,\nb/0.png,A,", "line 3: the classes a and A differ by capitals alone"),
-        ("a/0.png,a,\na/0.png,b,", r"line 3: a/0\.png is listed twice"),
-        ("a/0.png,x/y,", "line 2: 'x/y' is no name for a class"),
-        ("a/0.png,prediction,", "'prediction' is no name for a class"),
-        ("../a/0.png,a,", r"line 2: \.\./a/0\.png: give the image's path below"),
-        ("/a/0.png,a,", r"line 2: /a/0\.png: give the image's path below"),
-        ("a/0.png,a,maybe", "line 2: split is 'maybe', neither train nor test"),
-    ],
+    {
+        "a/0.png,a,": "has images of a alone; a classifier tells two apart",
+        "a/0.png,a,\nb/0.png,,": "line 3: image or class is empty",
+        "a/0.png,a,\nb/0.png,A,": "line 3: the classes a and A differ by capitals alone",
+        "a/0.png,a,\na/0.png,b,": r"line 3: a/0\.png is listed twice",
+        "a/0.png,x/y,": "line 2: 'x/y' is no name for a class",
+        "a/0.png,prediction,": "'prediction' is no name for a class",
+        "../a/0.png,a,": r"line 2: \.\./a/0\.png: give the image's path below",
+        "/a/0.png,a,": r"line 2: /a/0\.png: give the image's path below",
+        "a/0.png,a,maybe": "line 2: split is 'maybe', neither train nor test",
+    }.items(),
 )
 def test_a_table_that_means_nothing_is_one_line(tmp_path, rows, words):
     (tmp_path / "images.csv").write_text(f"image,class,split\n{rows}\n")

@@ -42,6 +42,5 @@ def test_quotation_marks_that_hold_rows_are_named_with_the_row_where_they_open(
     tmp_path, rows, line
 ):
     path = written(tmp_path / "t.csv", HEADER + rows)
-    words = rf"t\.csv, line {line}: .*; are all quotation marks in pairs\?$"
-    with refused(DatasetError, words):
+    with refused(DatasetError, rf"t\.csv, line {line}: .*; are all quotation marks in pairs\?$"):
         read_table(path, "Image_name")

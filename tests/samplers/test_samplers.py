@@ -54,7 +54,7 @@ def test_a_constant_denoiser_is_followed_exactly_at_every_node(sample):
         callback=lambda i, x, x0: states.append(x),
     )
     for sigma, state in zip(nodes.sigmas, [*states, last], strict=True):
-        torch.testing.assert_close(state, c + sigma / nodes.sigmas[0] * (x - c), **EXACT)
+        agree(state, c + sigma / nodes.sigmas[0] * (x - c), **EXACT)
 
 
 def integral(h, k):
@@ -119,9 +119,7 @@ def test_unipc_of_order_1_without_its_corrector_is_euler(final):
     nodes = unipc_nodes(SCHEDULE, 20, "linspace", final=final)
     x = nodes.init_scale * noise(4, 3)
     euler = sample_euler(nonlinear, x, nodes.sigmas)
-    torch.testing.assert_close(
-        sample_unipc(nonlinear, x, nodes.sigmas, 1, corrector=False), euler, **EXACT
-    )
+    agree(sample_unipc(nonlinear, x, nodes.sigmas, 1, corrector=False), euler, **EXACT)
     assert (sample_unipc(nonlinear, x, nodes.sigmas, 1) - euler).abs().max() > 1e-3
 
 

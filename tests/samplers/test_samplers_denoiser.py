@@ -44,8 +44,8 @@ def test_v_prediction_of_a_known_image_and_noise_gives_the_image_back():
             torch.zeros(1, 1, 1, dtype=torch.float64),
             prediction_type=kind,
         )
-        torch.testing.assert_close(denoise(x0 + sigma * eps, sigma), x0, **EXACT)
-        torch.testing.assert_close(seen[0], SCHEDULE.add_noise(x0, eps, t), **EXACT)
+        agree(denoise(x0 + sigma * eps, sigma), x0, **EXACT)
+        agree(seen[0], SCHEDULE.add_noise(x0, eps, t), **EXACT)
 
 
 @every_sampler
@@ -62,7 +62,7 @@ def test_a_batch_equals_its_rows_alone(sample):
         )
         for i in range(3)
     ]
-    torch.testing.assert_close(whole, torch.cat(rows), **EXACT)
+    agree(whole, torch.cat(rows), **EXACT)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -85,9 +85,9 @@ def test_guidance_is_one_call_of_twice_the_batch_or_two_where_the_prompts_differ
     joint = [([499.5] * 4, torch.float64)]
     assert calls == (joint if tokens == 2 else [([499.5] * 2, torch.float64)] * 2)
     with_, without = denoised(context), denoised(negative)
-    torch.testing.assert_close(guided, without + 7 * (with_ - without), **EXACT)
+    agree(guided, without + 7 * (with_ - without), **EXACT)
     calls.clear()
-    torch.testing.assert_close(denoised(context, negative, 1.0), with_, **EXACT)
+    agree(denoised(context, negative, 1.0), with_, **EXACT)
     assert len(calls) == 1  # at scale 1 the condition alone
 
 

@@ -100,55 +100,41 @@ def test_karras_sigmas_are_even_in_their_seventh_root():
 
 X = torch.zeros(1, 1, 2, 2)
 CONTEXT = torch.zeros(1, 2, 4)
+EULER = euler_nodes(SCHEDULE)
 
 
 @pytest.mark.parametrize(
-    "mistake, line",
-    [
-        (
-            lambda: euler_nodes(SCHEDULE, 20, "time_uniform"),
-            "unknown spacing 'time_uniform': choose one of linspace",
+    "line, mistake",
+    {
+        "unknown spacing 'time_uniform': choose one of linspace": lambda: euler_nodes(
+            SCHEDULE, 20, "time_uniform"
         ),
-        (lambda: euler_nodes(SCHEDULE, 0), "0 steps: choose from 1 to 999"),
-        (lambda: unipc_nodes(SCHEDULE, 1000), "1000 steps: choose from 1 to 999"),
-        (
-            lambda: unipc_nodes(SCHEDULE, final="one"),
-            "unknown final 'one': choose zero or sigma_min",
+        "0 steps: choose from 1 to 999": lambda: euler_nodes(SCHEDULE, 0),
+        "1000 steps: choose from 1 to 999": lambda: unipc_nodes(SCHEDULE, 1000),
+        "unknown final 'one': choose zero or sigma_min": lambda: unipc_nodes(SCHEDULE, final="one"),
+        "beyond": lambda: euler_nodes(SCHEDULE, 20, "leading", steps_offset=50),
+        "UniPC of order 4: choose 1, 2 or 3": lambda: sample_unipc(None, X, [2, 1], order=4),
+        "unknown UniPC variant 'bh3': choose bh1 or bh2": lambda: sample_unipc(
+            None, X, [2, 1], variant="bh3"
         ),
-        (lambda: euler_nodes(SCHEDULE, 20, "leading", steps_offset=50), "beyond"),
-        (lambda: sample_unipc(None, X, [2, 1], order=4), "UniPC of order 4: choose 1, 2 or 3"),
-        (
-            lambda: sample_unipc(None, X, [2, 1], variant="bh3"),
-            "unknown UniPC variant 'bh3': choose bh1 or bh2",
+        "1 sigmas: a sampler needs at least a first and a last one": lambda: sample_euler(
+            None, X, [2]
         ),
-        (
-            lambda: sample_euler(None, X, [2]),
-            "1 sigmas: a sampler needs at least a first and a last one",
+        "they must be finite and fall": lambda: sample_euler(None, X, [0.1, 2]),
+        r"sigmas 0, 0: .* only the last may be 0": lambda: sample_unipc(None, X, [2, 0, 0]),
+        "they must be finite": lambda: sample_unipc(None, X, [math.nan, 1]),
+        "7 needs a negative context": lambda: Denoiser(None, EULER, CONTEXT, None, 7.0),
+        r"\(1, 2, 1\) and \(1, 2, 4\): only their number of tokens may differ": lambda: Denoiser(
+            None, EULER, CONTEXT, CONTEXT[..., :1], 7.0
         ),
-        (lambda: sample_euler(None, X, [0.1, 2]), "they must be finite and fall"),
-        (
-            lambda: sample_unipc(None, X, [2, 0, 0]),
-            r"sigmas 0, 0: .* only the last may be 0",
+        "unknown prediction type 'sample': choose epsilon or v_prediction": lambda: Denoiser(
+            None, EULER, CONTEXT, prediction_type="sample"
         ),
-        (lambda: sample_unipc(None, X, [math.nan, 1]), "they must be finite"),
-        (
-            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, None, 7.0),
-            "7 needs a negative context",
+        "t is torch.float32 of shape": lambda: SCHEDULE.add_noise(X, X, torch.tensor([3.0])),
+        "must be one integer for each of 1 rows": lambda: SCHEDULE.velocity(
+            X, X, torch.tensor([3, 4])
         ),
-        (
-            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, CONTEXT[..., :1], 7.0),
-            r"\(1, 2, 1\) and \(1, 2, 4\): only their number of tokens may differ",
-        ),
-        (
-            lambda: Denoiser(None, euler_nodes(SCHEDULE), CONTEXT, prediction_type="sample"),
-            "unknown prediction type 'sample': choose epsilon or v_prediction",
-        ),
-        (lambda: SCHEDULE.add_noise(X, X, torch.tensor([3.0])), "t is torch.float32 of shape"),
-        (
-            lambda: SCHEDULE.velocity(X, X, torch.tensor([3, 4])),
-            "must be one integer for each of 1 rows",
-        ),
-    ],
+    }.items(),
 )
 def test_a_mistake_is_one_clear_line(mistake, line):
     with refused(SamplerError, line):

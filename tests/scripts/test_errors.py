@@ -3,10 +3,10 @@ files that cannot be used."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 from safetensors.torch import save_file
 
 import beyond
@@ -20,7 +20,6 @@ from lora.layer import LoRAError
 from planes.datasets import DatasetError
 from samplers import SamplerError
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"train_lora": train_lora, "sample": sample, "merge_lora": merge_lora, "beyond": beyond}
 MISTAKES = (CheckpointError, DatasetError, LoRAError, SamplerError)
 
@@ -36,65 +35,72 @@ def refused(script, words, monkeypatch, capsys):
     return line
 
 
+REFUSED = {
+    "train_lora": {
+        "": "one of the arguments --spanish --source --images is required",
+        "--images x --spanish x": "--spanish: not allowed with argument --images",
+        "--images x --manifest x": "--manifest lists images of --spanish",
+        "--images x --bucket --resize crop": "--resize: makes squares",
+        "--images x --bucket --compile": "--compile: compiles each shape",
+        "--images x --lr nan": "--lr nan: at least 1e-12",
+        "--images x --text-encoder-lr 0": "--text-encoder-lr 0.0: at least",
+        "--images x --size -64": "--size -64: at least 1",
+        "--images x --validation -1": "--validation -1: at least 0",
+        "--images x --preset papers": "invalid choice: 'papers'",
+        "--images x --device foo": "--device: foo: not here (",
+        "--images x --seed 1.5": "--seed: 1.5: choose a whole number from 0 to",
+        "--images nowhere": "nowhere: no such folder",
+        "--images IMAGES --target none": "target 'none' matches no layer of UNet",
+        "--images IMAGES --size 60": "--size 60x60: both must be multiples of 16",
+    },
+    "sample": {
+        "--prompt x --planes brain": "give --prompt, or --prompts and --planes",
+        "--seeds 1 2 --count 3": "--count: not allowed with argument --seeds",
+        "--seeds 1 2 1": "--seeds: one is there twice",
+        "--seeds 5 4294967301": "--seeds: 4294967301: choose a whole number",
+        "--seed 4293967296": "--seed 4293967296: those of the last plane would lie",
+        "--count 0": "--count 0: at least 1",
+        "--count 100001": "--count 100001: at most 100000",
+        "--token x": "--token x: of an --embedding FILE",
+        "--embedding x --rare-token y": "not allowed with argument --embedding",
+        "--samplers euler --order 2": "--order 2: UniPC has one, euler does not",
+        "--samplers unipc --order 4": "UniPC of order 4: choose 1, 2 or 3",
+        "--spacing even": "unknown spacing 'even'",
+        "--lora a b --lora-weight 1 2 3": "3 weights for 2 LoRAs; give one",
+        "--lora-weight 0.5": "--lora-weight 0.5: of a --lora FILE",
+        "--lora a/x.safetensors a/x.safetensors": "two files of one name",
+        "--prompt <lora:x:1>": "give LoRAs by --lora and --lora-weight",
+        "--prompt f\udce9tal": "no text in this terminal's encoding",
+        "--size 64y64": "64y64: give the side of a square",
+        "--size 64x100": "--size 64x100: both must be multiples of 16",
+        "--prompts nowhere": "nowhere: ",
+        "--lora nowhere.safetensors": "nowhere.safetensors: no such file",
+        "--model nowhere": "nowhere: no such file or folder",
+        "--embedding EMBEDDING": "holds 2 tensors; an embedding of one token is one",
+        "--ema": "load it without --ema",
+    },
+    "merge_lora": {
+        "x y --strength 1 2": "2 numbers for 1 LoRAs; give one, or one of each",
+        "x y y": "one file twice; give it once",
+        "x y --to single": "a single file has a name in .safetensors",
+        "x y --model z": "unrecognized arguments: --model",
+        "nowhere y": "nowhere: no such file or folder",
+    },
+    "beyond": {
+        "other --images x --token y": "invalid choice: 'other'",
+        "inversion --images x": "the following arguments are required: --token",
+        "inversion --images x --token y --prior z": "inversion has none",
+        "dreambooth --images x --token y": "--prior MANIFEST: dreambooth needs it",
+        "inversion --images IMAGES --token ultrasound": "has it already; choose",
+        "inversion --images IMAGES --token <x> --init-word vein": "'vein': is 4 tokens",
+        "dreambooth --images IMAGES --token x --prior nowhere": "nowhere",
+    },
+}
+
+
 @pytest.mark.parametrize(
-    ("script", "flags", "words"),
-    [
-        ("train_lora", "", "one of the arguments --spanish --source --images is required"),
-        ("train_lora", "--images x --spanish x", "--spanish: not allowed with argument --images"),
-        ("train_lora", "--images x --manifest x", "--manifest lists images of --spanish"),
-        ("train_lora", "--images x --bucket --resize crop", "--resize: makes squares"),
-        ("train_lora", "--images x --bucket --compile", "--compile: compiles each shape"),
-        ("train_lora", "--images x --lr nan", "--lr nan: at least 1e-12"),
-        ("train_lora", "--images x --text-encoder-lr 0", "--text-encoder-lr 0.0: at least"),
-        ("train_lora", "--images x --size -64", "--size -64: at least 1"),
-        ("train_lora", "--images x --validation -1", "--validation -1: at least 0"),
-        ("train_lora", "--images x --preset papers", "invalid choice: 'papers'"),
-        ("train_lora", "--images x --device foo", "--device: foo: not here ("),
-        ("train_lora", "--images x --seed 1.5", "--seed: 1.5: choose a whole number from 0 to"),
-        ("train_lora", "--images nowhere", "nowhere: no such folder"),
-        ("train_lora", "--images IMAGES --target none", "target 'none' matches no layer of UNet"),
-        ("train_lora", "--images IMAGES --size 60", "--size 60x60: both must be multiples of 16"),
-        ("sample", "--prompt x --planes brain", "give --prompt, or --prompts and --planes"),
-        ("sample", "--seeds 1 2 --count 3", "--count: not allowed with argument --seeds"),
-        ("sample", "--seeds 1 2 1", "--seeds: one is there twice"),
-        ("sample", "--seeds 5 4294967301", "--seeds: 4294967301: choose a whole number"),
-        ("sample", "--seed 4293967296", "--seed 4293967296: those of the last plane would lie"),
-        ("sample", "--count 0", "--count 0: at least 1"),
-        ("sample", "--count 100001", "--count 100001: at most 100000"),
-        ("sample", "--token x", "--token x: of an --embedding FILE"),
-        ("sample", "--embedding x --rare-token y", "not allowed with argument --embedding"),
-        ("sample", "--samplers euler --order 2", "--order 2: UniPC has one, euler does not"),
-        ("sample", "--samplers unipc --order 4", "UniPC of order 4: choose 1, 2 or 3"),
-        ("sample", "--spacing even", "unknown spacing 'even'"),
-        ("sample", "--lora a b --lora-weight 1 2 3", "3 weights for 2 LoRAs; give one"),
-        ("sample", "--lora-weight 0.5", "--lora-weight 0.5: of a --lora FILE"),
-        ("sample", "--lora a/x.safetensors a/x.safetensors", "two files of one name"),
-        ("sample", "--prompt <lora:x:1>", "give LoRAs by --lora and --lora-weight"),
-        ("sample", "--prompt f\udce9tal", "no text in this terminal's encoding"),
-        ("sample", "--size 64y64", "64y64: give the side of a square"),
-        ("sample", "--size 64x100", "--size 64x100: both must be multiples of 16"),
-        ("sample", "--prompts nowhere", "nowhere: "),
-        ("sample", "--lora nowhere.safetensors", "nowhere.safetensors: no such file"),
-        ("sample", "--model nowhere", "nowhere: no such file or folder"),
-        ("sample", "--embedding EMBEDDING", "holds 2 tensors; an embedding of one token is one"),
-        ("sample", "--ema", "load it without --ema"),
-        ("merge_lora", "x y --strength 1 2", "2 numbers for 1 LoRAs; give one, or one of each"),
-        ("merge_lora", "x y y", "one file twice; give it once"),
-        ("merge_lora", "x y --to single", "a single file has a name in .safetensors"),
-        ("merge_lora", "x y --model z", "unrecognized arguments: --model"),
-        ("merge_lora", "nowhere y", "nowhere: no such file or folder"),
-        ("beyond", "other --images x --token y", "invalid choice: 'other'"),
-        ("beyond", "inversion --images x", "the following arguments are required: --token"),
-        ("beyond", "inversion --images x --token y --prior z", "inversion has none"),
-        ("beyond", "dreambooth --images x --token y", "--prior MANIFEST: dreambooth needs it"),
-        ("beyond", "inversion --images IMAGES --token ultrasound", "has it already; choose"),
-        (
-            "beyond",
-            "inversion --images IMAGES --token <x> --init-word vein",
-            "'vein': is 4 tokens",
-        ),
-        ("beyond", "dreambooth --images IMAGES --token x --prior nowhere", "nowhere"),
-    ],
+    "script, flags, words",
+    [(script, *row) for script, rows in REFUSED.items() for row in rows.items()],
 )
 def test_a_mistake_costs_one_line_and_leaves_nothing(
     script, flags, words, tiny_model, folder, tmp_path, monkeypatch, capsys

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import read_json
 
 from planes.phantoms.phantom import write_spanish_layout
 
@@ -31,7 +32,7 @@ def run(tmp_path, script, line, *jobs):
     command = [sys.executable, HERE / "processes.py", path]
     done = subprocess.run(command, cwd=HERE.parents[1], env=ENVIRONMENT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    return json.loads(path.with_suffix(".codes").read_text()), done.stdout.decode()
+    return read_json(path.with_suffix(".codes")), done.stdout.decode()
 
 
 def files(folder):
@@ -42,9 +43,8 @@ def files(folder):
 def test_images_are_the_same_bits_in_any_number_of_processes_also_killed_and_resumed_in_another(
     tiny_model, tmp_path
 ):
-    line = (
-        f"--model {tiny_model} --planes brain femur --count 3 --batch-size 2 --steps 2 --device cpu"
-    )
+    line = f"--model {tiny_model} --device cpu --planes brain femur --count 3 --steps 2"
+    line += " --batch-size 2"
     jobs = [(1, "one", "", ""), (2, "two", "", ""), (3, "three", "", "")]
     jobs += [(3, "cut", "", "*/*.png"), (2, "cut", "", "")]
     codes, said = run(tmp_path, "sample", line, *jobs)
@@ -64,10 +64,8 @@ def test_lora_is_that_of_one_process_up_to_the_order_of_sums_also_resumed_in_ano
     tiny_model, tmp_path
 ):
     write_spanish_layout(tmp_path / "spanish", 2, test=0, seed=0)
-    line = (
-        f"--model {tiny_model} --spanish {tmp_path / 'spanish'} --per-plane 1 --repeats 2 --rank 4"
-    )
-    line += " --lr 1e-3 --device cpu --save-every 1 --train-text-encoder"
+    line = f"--model {tiny_model} --spanish {tmp_path / 'spanish'} --per-plane 1 --repeats 2"
+    line += " --rank 4 --lr 1e-3 --device cpu --save-every 1 --train-text-encoder"
     big, small = "--batch-size 4", "--batch-size 2 --accumulate 2"
     jobs = [(1, "sum", small, ""), (1, "one", big, ""), (2, "two", big, ""), (3, "three", big, "")]
     jobs += [(3, "cut", big, "checkpoint.pt"), (2, "cut", f"{big} --resume", "")]

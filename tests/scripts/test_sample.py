@@ -1,12 +1,12 @@
 """sample.py, images of two steps: files and table, seeds, what is made again, what flags do."""
 
-import csv
 import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from common import read_json, refused, table
 from PIL import Image, PngImagePlugin
 
 import sample
@@ -34,10 +34,6 @@ def pixels(path):
     return np.asarray(Image.open(path))
 
 
-def table(out):
-    return list(csv.DictReader((out / "manifest.csv").read_text().splitlines()))
-
-
 @pytest.fixture(scope="module")
 def flags(loras):
     """What a user of the webui may ask for; three images in batches of two."""
@@ -55,16 +51,16 @@ def test_every_plane_and_sampler_has_seeds_of_its_own_which_name_the_images(draw
     firsts = {"femur/euler": 400_007, "femur/unipc": 500_007}
     firsts |= {"brain/euler": 200_007, "brain/unipc": 300_007}
     names = [f"{name}_{first + n}.png" for name, first in firsts.items() for n in range(3)]
-    assert [row["image"] for row in table(drawn)] == names
+    assert [row["image"] for row in table(drawn / "manifest.csv")] == names
     found = {str(path.relative_to(drawn)) for path in drawn.rglob("*") if path.is_file()}
     assert found == {*names, "manifest.csv", "contact_sheet.png", "args.json"}
-    record = json.loads((drawn / "args.json").read_text())
+    record = read_json(drawn / "args.json")
     lora = flags[flags.index("--lora") + 1]
     assert record["inputs"]["fetal.safetensors"] == sha256(lora)
 
 
 def test_a_png_tells_its_settings_to_the_webui_and_exactly(drawn, loras):
-    for row in table(drawn):
+    for row in table(drawn / "manifest.csv"):
         text = Image.open(drawn / row["image"]).text
         own = json.loads(text["fu-lora"])
         assert {name: "" if own[name] is None else str(own[name]) for name in row} == row
@@ -99,7 +95,7 @@ def test_a_run_that_goes_on_makes_what_is_missing_cut_or_made_otherwise_to_the_s
 
 
 @pytest.mark.parametrize(
-    ("sampler", "more"),
+    "sampler, more",
     [
         pytest.param("euler", [], marks=pytest.mark.slow),
         ("unipc", ["--order", 2, "--spacing", "karras"]),
@@ -108,8 +104,19 @@ def test_a_run_that_goes_on_makes_what_is_missing_cut_or_made_otherwise_to_the_s
 def test_an_image_is_what_the_flags_say(tiny_model, loras, tmp_path, sampler, more):
     negative = "head " * 80  # of two chunks
     flags = ["--prompt", "a (femur:1.5)", "--negative-prompt", negative, "--samplers", sampler]
-    flags += ["--lora", *loras, "--lora-weight", 0.5, "--seeds", 9, "--size", "64x48", *more]
-    flags += ["--steps", 4, "--guidance-scale", 2.5]
+    flags += [
+        "--lora-weight",
+        "0.5",
+        "--seeds",
+        "9",
+        "--size",
+        "64x48",
+        "--steps",
+        "4",
+        "--guidance-scale",
+        "2.5",
+    ]
+    flags += ["--lora", *loras, *more]
     path = draw(tiny_model, tmp_path, *flags) / "prompt" / f"{sampler}_9.png"
 
     model = load(tiny_model)
@@ -131,17 +138,17 @@ def test_an_image_is_what_the_flags_say(tiny_model, loras, tmp_path, sampler, mo
 def test_whatever_changes_pixels_makes_an_image_again(tiny_model, other_model, tmp_path, capsys):
     path, seen = tmp_path / "prompt" / "euler_1.png", []
     for flags in (
-        [],
-        ["--negative-prompt", "head"],
-        ["--spacing", "leading"],
-        ["--clip-skip", 2],
-        ["--guidance-scale", 2],
-        ["--prediction-type", "v_prediction"],
-        ["--dtype", "bf16"],
-        ["--model", other_model],
-        ["--size", 48],
+        "",
+        "--negative-prompt head",
+        "--spacing leading",
+        "--clip-skip 2",
+        "--guidance-scale 2",
+        "--prediction-type v_prediction",
+        "--dtype bf16",
+        f"--model {other_model}",
+        "--size 48",
     ):
-        draw(tiny_model, tmp_path, *FEMUR, "--seeds", 1, *flags)
+        draw(tiny_model, tmp_path, *FEMUR, "--seeds", 1, *flags.split())
         assert "1 images: 0 are there, 1 to make" in capsys.readouterr().out, flags
         seen.append(pixels(path).tobytes())
     assert len({*seen}) == len(seen)
@@ -165,38 +172,46 @@ def test_a_lora_is_drawn_by_the_prompts_of_its_own_classes_and_told_where_it_was
     lora.write_bytes(loras[0].read_bytes())
     own = {"normal": ["a normal chest"], "nodule": ["a nodule"]}
     (tmp_path / "prompts.json").write_text(json.dumps(own))
-    out, few = tmp_path / "out", ["--samplers", "euler", "--count", 1]
+    out, few = tmp_path / "out", ["--samplers", "euler", "--count", "1"]
     draw(tiny_model, out, "--lora", lora, *few)
-    rows = [(row["image"], row["prompt"]) for row in table(out)]
+    rows = [(row["image"], row["prompt"]) for row in table(out / "manifest.csv")]
     assert rows == [
         ("normal/euler_0.png", "a normal chest"),
         ("nodule/euler_200000.png", "a nodule"),
     ]
     said = f"{lora}: was trained with clip skip 2, this is --clip-skip 1\n"
     assert capsys.readouterr().out.count(said) == 1
-    with pytest.raises(DatasetError, match="--planes brain: choose from normal, nodule"):
+    with refused(DatasetError, "--planes brain: choose from normal, nodule"):
         draw(tiny_model, out, "--lora", lora, "--planes", "brain")
 
 
 @pytest.mark.slow
 def test_prompts_of_a_plane_take_turns_or_are_drawn_and_stand_in_the_table(tiny_model, tmp_path):
-    few = ["--planes", "brain", "--samplers", "euler", "--steps", 1, "--batch-size", 5]
-    draw(tiny_model, tmp_path / "styles", *few, "--prompts", "styles", "--count", 2 * len(STYLES))
+    few = "--planes brain --samplers euler --steps 1 --batch-size 5"
+    draw(
+        tiny_model,
+        tmp_path / "styles",
+        *few.split(),
+        "--prompts",
+        "styles",
+        "--count",
+        2 * len(STYLES),
+    )
     brain = "a photo of fetal brain"
-    drawn = [row["prompt"] for row in table(tmp_path / "styles")]
+    drawn = [row["prompt"] for row in table(tmp_path / "styles" / "manifest.csv")]
     assert Counter(drawn) == dict.fromkeys((with_style(brain, words) for words in STYLES), 2)
-    draw(tiny_model, tmp_path / "detailed", *few, "--prompts", "detailed", "--count", 4)
-    drawn = [row["prompt"] for row in table(tmp_path / "detailed")]
+    draw(tiny_model, tmp_path / "detailed", *f"{few} --prompts detailed --count 4".split())
+    drawn = [row["prompt"] for row in table(tmp_path / "detailed" / "manifest.csv")]
     assert len({*drawn}) > 1 and all(prompt.startswith(brain) for prompt in drawn)
 
 
 @pytest.mark.slow
 def test_a_run_of_another_plane_leaves_the_rows_of_images_that_are_there(tiny_model, tmp_path):
-    few = ["--samplers", "euler", "--count", 1, "--planes"]
+    few = ["--samplers", "euler", "--count", "1", "--planes"]
     draw(tiny_model, tmp_path, *few, "brain", "femur")
     (tmp_path / "femur" / "euler_400000.png").unlink()
     draw(tiny_model, tmp_path, *few, "thorax")
-    names = [row["image"] for row in table(tmp_path)]
+    names = [row["image"] for row in table(tmp_path / "manifest.csv")]
     assert names == ["brain/euler_200000.png", "thorax/euler_600000.png"]
 
 
@@ -206,15 +221,14 @@ def test_the_contact_sheet_shows_four_images_of_each_prompt_and_sampler(
 ):
     shown = []
     monkeypatch.setattr(sample, "first_images_figure", lambda images: shown.append(images))
-    draw(tiny_model, tmp_path, "--planes", "brain", "femur", "--count", 5, "--steps", 1)
+    draw(tiny_model, tmp_path, *["--planes", "brain", "femur", "--count", "5", "--steps", "1"])
     counts = {s: {p: len(i) for p, i in planes.items()} for s, planes in shown[0].items()}
     assert counts == {key: {"brain": 4, "femur": 4} for key in ("euler", "unipc")}
 
 
 @pytest.mark.slow
 def test_what_is_not_finite_is_told_and_no_picture_of_it_is_left(tiny_model, tmp_path):
-    line = "what the model predicts at t = 999 is not finite in float32: take "
-    with pytest.raises(SamplerError, match=line):
+    with refused(SamplerError, "what the model predicts at t = 999 is not finite in float32: take"):
         draw(tiny_model, tmp_path / "out", *FEMUR, "--count", 1, "--guidance-scale", 1e39)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,6 +1,5 @@
 """train_lora.py, runs of a few steps: what it writes, what a step is, resuming, refusals."""
 
-import csv
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+from common import agree, read_json, refused, table
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -46,13 +46,14 @@ def train(*flags):
 
 
 def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def rows(out):
-    head, *table = csv.reader((out / "loss.csv").read_text().splitlines())
-    assert head[:5] == ["step", "images", "loss", "grad_norm", "lr"]
-    return [[float(cell or 0) for cell in row] for row in table]
+    losses = table(out / "loss.csv")
+    assert [*losses[0]][:5] == ["step", "images", "loss", "grad_norm", "lr"]
+    return [[float(cell or 0) for cell in row.values()] for row in losses]
 
 
 def header(out):
@@ -71,7 +72,7 @@ def trained(tiny_model, folder, tmp_path_factory):
 def test_a_run_writes_its_losses_its_weights_and_what_it_was(trained):
     expected = {"lora.safetensors", "loss.csv", "loss.png", "args.json", "checkpoint.pt"}
     expected |= {"samples/step000003.png"}
-    assert {str(path.relative_to(trained)) for path in files(trained)} == expected
+    assert files(trained).keys() == expected
     for row, right in zip(rows(trained), ROWS, strict=True):
         assert row == pytest.approx(right, rel=1e-3)
     # four samples of each of four captions
@@ -81,7 +82,7 @@ def test_a_run_writes_its_losses_its_weights_and_what_it_was(trained):
     for key, weight in weights.items():
         if "lora_up" in key:  # with clip skip 2 the last layer of CLIP has no part in the loss
             assert weight.any() != ("encoder_layers_2_" in key), key
-    record = json.loads((trained / "args.json").read_text())
+    record = read_json(trained / "args.json")
     assert record["arguments"]["rank"] == 2 and "1_fetal femur/0.png" in record["inputs"]
 
 
@@ -132,16 +133,14 @@ def test_a_run_that_is_stopped_twice_and_goes_on_ends_with_the_same_bits(
         assert not (out / "lora.safetensors").exists()
     monkeypatch.setattr(Draws, "__call__", draw)
     train(tiny_model, folder, out, f"{KOHYA} --resume")
-    whole = {path.relative_to(trained): content for path, content in files(trained).items()}
-    resumed = {path.relative_to(out): content for path, content in files(out).items()}
+    whole, resumed = files(trained), files(out)
     assert resumed.keys() == whole.keys()
-    differs = {str(path) for path in whole if resumed[path] != whole[path]}
+    differs = {path for path in whole if resumed[path] != whole[path]}
     assert differs <= {"args.json", "checkpoint.pt"}  # the first names --out and --resume
     one, other = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (trained, out))
     assert one["identity"] == other["identity"] and one["rows"] == other["rows"]
-    torch.testing.assert_close(other["lora"], one["lora"], rtol=0, atol=0)
-    moments = (state["optimizer"]["state"] for state in (other, one))
-    torch.testing.assert_close(*moments, rtol=0, atol=0)
+    agree(other["lora"], one["lora"], 0)
+    agree(other["optimizer"]["state"], one["optimizer"]["state"], 0)
 
 
 CHANGES = {
@@ -177,10 +176,10 @@ def test_a_run_goes_on_with_what_it_was_made_of_alone(
         model = other_model
     elif change == "a word":
         path = model / "tokenizer" / "vocab.json"
-        words = json.loads(path.read_text())
+        words = read_json(path)
         words["fetal</w>"], words["photo</w>"] = words["photo</w>"], words["fetal</w>"]
         path.write_text(json.dumps(words))
-    with pytest.raises(LoRAError, match=re.escape(f"other settings ({CHANGES[change]}")):
+    with refused(LoRAError, re.escape(f"other settings ({CHANGES[change]}")):
         train(model, images, trained, f"{KOHYA} --resume {flags}")
     assert files(trained) == before
 
@@ -188,12 +187,12 @@ def test_a_run_goes_on_with_what_it_was_made_of_alone(
 @pytest.mark.slow
 def test_fewer_epochs_than_are_done_are_refused(tiny_model, folder, tmp_path):
     train(tiny_model, folder, tmp_path, "--rank 2 --epochs 2")
-    with pytest.raises(LoRAError, match="8 steps are done, these would be 4: give another --out"):
+    with refused(LoRAError, "8 steps are done, these would be 4: give another --out"):
         train(tiny_model, folder, tmp_path, "--rank 2 --epochs 1 --resume")
 
 
 @pytest.mark.parametrize(
-    ("kind", "debiased"),
+    "kind, debiased",
     [pytest.param("epsilon", False, marks=pytest.mark.slow), ("v_prediction", True)],
 )
 def test_the_first_step_is_the_base_models_error_over_all_images_of_both_shapes(
@@ -239,7 +238,7 @@ def test_nothing_but_a_and_b_moves(tiny_model, folder, tmp_path, changed_by):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flags", "tolerance"),
+    "flags, tolerance",
     [("--gradient-checkpointing", 1e-4), ("--dtype bf16", 0.03), ("--validation-every 1", 1e-6)],
 )
 def test_what_takes_other_memory_or_looks_more_often_trains_alike(
@@ -257,15 +256,15 @@ def test_what_takes_other_memory_or_looks_more_often_trains_alike(
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tiny_model, folder, tmp_path):
     flags = "--rank 2 --lr 1e30 --epochs 9"
     line = r"^step \d: the loss or its gradient is not finite; try a lower --lr, or --dtype bf16"
-    with pytest.raises(LoRAError, match=line):
+    with refused(LoRAError, line):
         train(tiny_model, folder, tmp_path / "a", flags)
     assert not (tmp_path / "a").exists()
-    with pytest.raises(LoRAError, match=r"checkpoint\.pt holds the last good state: try a lower"):
+    with refused(LoRAError, r"checkpoint\.pt holds the last good state: try a lower"):
         train(tiny_model, folder, tmp_path / "b", f"{flags} --save-every 1")
     # GradScaler, which looks for its scale, is given some steps
-    table = [(n, 1, "nan", "1", 1e-4) for n in range(3)]
-    train_lora.require_finite(None, [(0, 1, "1", "1", 1e-4), *table], patience=3)
-    with pytest.raises(LoRAError, match=r"^step 1: the loss or its gradient is not finite"):
+    nans = [(n, 1, "nan", "1", 1e-4) for n in range(3)]
+    train_lora.require_finite(None, [(0, 1, "1", "1", 1e-4), *nans], patience=3)
+    with refused(LoRAError, r"^step 1: the loss or its gradient is not finite"):
         train_lora.require_finite(Namespace(out=tmp_path), [(1, 1, "1", "inf", 1e-4)], patience=0)
 
 
@@ -297,7 +296,7 @@ def test_a_sheet_shows_eight_captions_at_most_and_long_ones_are_said(
 def test_another_sites_classes_leave_their_prompts_beside_the_lora(tiny_model, folder, tmp_path):
     flags = f"--source {folder} --per-plane 2 --repeats 1 --rank 2 --resize crop"
     main(parse_args(f"--model {tiny_model} --device cpu --out {tmp_path} {flags}".split()))
-    said = json.loads((tmp_path / "prompts.json").read_text())
+    said = read_json(tmp_path / "prompts.json")
     assert said["1_fetal femur"] == ["an ultrasound image of 1_fetal femur"] and len(said) == 2
 
 
@@ -338,7 +337,7 @@ AUTHORS = {
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    "flags, expected",
     [
         ("", PAPER),
         ("--preset kohya", AUTHORS),
