@@ -9,7 +9,6 @@ model of the last epoch is the one that is tested: nothing is selected on any im
 """
 
 import argparse
-import math
 import os
 from functools import partial
 from pathlib import Path
@@ -125,8 +124,7 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     require_at_least(parser, args, 1, "epochs", "passes", "batch_size", "per_plane")
     require_at_least(parser, args, 0, "validation", "workers")
-    if not 0 < args.lr < math.inf:
-        parser.error(f"--lr {args.lr}: must be positive")
+    require_at_least(parser, args, 1e-12, "lr")
     if args.model not in MODELS and not probe_name(args.model):
         parser.error(f"--model {args.model}: choose from {', '.join(MODELS)}, or probe:ID")
     if bool(args.classifier) != bool(args.predict or args.export):

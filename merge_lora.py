@@ -33,21 +33,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="of kohya, PEFT or diffusers: files or hub ids",
     )
-    add("--out", type=Path, required=True, help="the file or folder to write, which must not exist")
+    add("--out", type=Path, required=True, help="NAME.safetensors, or a folder for diffusers")
     add("--strength", type=float, nargs="+", default=[1.0], help="one of all LoRAs, or one of each")
-    add(
-        "--to",
-        choices=["single", "folder"],
-        help="webui's file or diffusers' folder (else: by the name of --out)",
-    )
     add("--dtype", choices=DTYPES, help="of the weights that are written (else: the base's own)")
     args = parser.parse_args(argv)
-    single = args.out.suffix == ".safetensors"
-    args.to = args.to or ("single" if single else "folder")
-    if single != (args.to == "single") or args.out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        parser.error(
-            f"--out {args.out}: a single file has a name in .safetensors, a folder one without"
-        )
+    if args.out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        parser.error(f"--out {args.out}: a single file has a name in .safetensors")
     if len(args.strength) not in (1, len(args.loras)):
         given = f"{len(args.strength)} numbers for {len(args.loras)} LoRAs"
         parser.error(f"--strength: {given}; give one, or one of each")
@@ -66,9 +57,8 @@ def main(args: argparse.Namespace) -> None:
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
     load_loras([*zip(args.loras, args.strength)], networks)
 
-    own = open_weights(
-        next(iter(model.files.values()))
-    ).dtype  # of the first file, which holds the U-Net
+    # of the first file, which holds the U-Net
+    own = open_weights(next(iter(model.files.values()))).dtype
     precision = args.dtype or next((name for name in DTYPES if DTYPES[name] == own), "fp32")
     for prefix, network in networks.items():
         for name, weight in network.named_parameters():
@@ -77,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
                 raise LoRAError(
                     f"{args.out}: {prefix} {name} is not finite in {precision}: {advice}"
                 )
-    if args.to == "folder":
+    if args.out.suffix != ".safetensors":
         save_folder(model, args.out, DTYPES[precision])
         return
 

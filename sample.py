@@ -101,6 +101,7 @@ def parse_args(argv=None):
     if args.token and not args.embedding:
         parser.error(f"--token {args.token}: of an --embedding FILE, which is not given")
     args.prompts = args.prompts or "paper"
+    args.seeds = args.seeds and [*dict.fromkeys(args.seeds)]  # they name the images
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
     require_at_least(parser, args, 1, "steps", "batch_size", "count")
     if args.count > SEEDS_APART:
@@ -114,8 +115,6 @@ def parse_args(argv=None):
         parser.error(f"--lora-weight {args.lora_weight[0]:g}: of a --lora FILE, which is not given")
     if len(args.lora_weight) < len(args.lora):
         args.lora_weight *= len(args.lora)
-    if len({*(args.seeds or ())}) < len(args.seeds or ()):
-        parser.error("--seeds: one is there twice; they name the images")
     if "<lora:" in f"{args.prompt} {args.negative_prompt}":
         parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight")
     if len({*shots.lora_labels(args.lora)}) < len(args.lora):

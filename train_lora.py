@@ -291,9 +291,7 @@ def require_finite(args: argparse.Namespace, rows: list[tuple], patience: int) -
         math.isfinite(float(loss)) and math.isfinite(float(norm)) for _, _, loss, norm, *_ in last
     ]
     if len(last) > patience and not any(finite):
-        checkpoint = args.out / "checkpoint.pt"
-        kept = f"{checkpoint} holds the last good state: " * checkpoint.exists()
-        advice = f"{kept}try a lower --lr, or --dtype bf16 or fp32"
+        advice = "try a lower --lr, or --dtype bf16 or fp32; the last checkpoint, if any, is good"
         raise LoRAError(f"step {len(rows)}: the loss or its gradient is not finite; {advice}")
 
 
@@ -357,13 +355,13 @@ def save_sheet(
     Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
-def save_curves(args: argparse.Namespace, rows: list[tuple], window: int = 50) -> None:
-    """loss.png: the training's loss, as running means over a window, and that of held-out
+def save_curves(args: argparse.Namespace, rows: list[tuple]) -> None:
+    """loss.png: the training's loss, as running means over 50 steps, and that of held-out
     images."""
     steps, sums = [row[0] for row in rows], [0.0, *accumulate(float(row[2]) for row in rows)]
-    means = [(sums[n] - sums[max(n - window, 0)]) / min(n, window) for n in range(1, len(sums))]
+    means = [(sums[n] - sums[max(n - 50, 0)]) / min(n, 50) for n in range(1, len(sums))]
     curves = {
-        f"training, mean of {min(window, len(steps))} steps": [*zip(steps, means)],
+        "training, mean of 50 steps": [*zip(steps, means)],
         "held out": [(row[0], float(row[5])) for row in rows if args.validation and row[5]],
     }
     save(loss_figure(curves, "step"), args.out / "loss.png")

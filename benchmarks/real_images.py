@@ -52,7 +52,6 @@ def parse_args(argv=None):
     add("--repeats", type=int, default=200, help="of each image that a LoRA learns")
     add("--passes", type=int, default=2000, help="images that a classifier sees, with repeats")
     add("--size", type=int, default=224, help="of a classifier's images, px")
-    add("--dtype", default="bf16", help="of the classifiers' autocast")
     add("--out", type=Path, required=True)
     return parser.parse_args(argv)
 
@@ -87,7 +86,7 @@ def synthetic(args, run, kind: str, real: list) -> Path:
 def main(args):
     real = ["--spanish", args.spanish, "--manifest", args.manifest]
     flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
-    flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", args.dtype]
+    flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", "bf16"]
     flags += ["--size", args.size, "--resume"]
     results, run = [], partial(Stages(print).run, inputs={})
     for row in ROWS:

@@ -307,8 +307,7 @@ def main(args):
         if all(map(find_spec, peers)):
             makers[" + ".join(peers)] = theirs
         rows = side_by_side(args, makers, items)
-    print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    print("\n| who | s each | speed | peak, GiB | differs by |\n|" + " --- |" * 5)
+    print(f"{args}\n\n| who | s each | speed | peak, GiB | differs by |\n|" + " --- |" * 5)
     *_, last = (statistics.median(seconds) for seconds, _ in rows.values())
     for name, (seconds, facts) in rows.items():
         median = statistics.median(seconds)

@@ -169,8 +169,7 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str) 
     axes = figure.subplots()
     for colour, (label, values) in zip(LINES, losses.items()):
         if values:
-            marker = "." * (len(values) < 50)
-            axes.plot(*zip(*values), color=colour, label=label, marker=marker)
+            axes.plot(*zip(*values), color=colour, label=label)
     axes.set(xlabel=xlabel, ylabel="loss")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)

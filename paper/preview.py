@@ -94,7 +94,7 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
     if args.weights == "imagenet":
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)
-    state += [f"{line} (else our own classifier)" for line in missing_weights(["inception_v3"])]
+    state += missing_weights(["inception_v3"])
     if scale is not PAPER:  # of which nobody has measured a GPU
         minutes = cpu_minutes(args, scale, left, drawn)
         state.append(f"training and drawing: {minutes:.0f} minutes on two CPU cores")

@@ -59,14 +59,11 @@ def parse_args(argv=None):
     add("--out", type=Path, required=True, help="the folder to write when done")
     add("--start", type=Path, help="a folder of this model to go on from")
     add("--scenes", type=int, default=32_000)
-    add("--vae-steps", type=int, default=1_800, help="0 leaves --start's autoencoder as it is")
+    add("--vae-steps", type=int, default=1_800, help="0 leaves the autoencoder as it is")
     add("--unet-steps", type=int, default=12_000)
     add("--vae-lr", type=float, default=1e-3)
     add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if not args.vae_steps and not args.start:
-        parser.error("--vae-steps 0: there is no autoencoder without --start")
-    return args
+    return parser.parse_args(argv)
 
 
 def make_scenes(work: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:

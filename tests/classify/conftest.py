@@ -3,7 +3,7 @@
 import runpy
 
 import pytest
-from common import ROOT
+from shorthand import ROOT
 from small import tiny, write_site
 
 from classify.models import MODELS

@@ -12,8 +12,8 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from common import ROOT, exits, read_json, refused, table
 from PIL import Image
+from shorthand import ROOT, exits, read_json, refused, table
 from small import write_site
 from torch.nn.functional import nll_loss
 
@@ -155,10 +155,10 @@ def test_a_test_set_of_one_class_has_no_auc_which_json_says_by_null(classify, si
     [
         (["--epochs", 0], "--epochs 0: at least 1"),
         (["--validation", -1], "--validation -1: at least 0"),
-        (["--lr", "inf"], "--lr inf: must be positive"),
+        (["--lr", "inf"], "--lr inf: at least"),
         (["--model", "vgg"], "--model vgg: choose from"),
-        (["--predict", "x"], "--classifier FILE goes with --predict"),
-        (["--classifier", "x"], "--classifier FILE goes with --predict"),
+        (["--predict", "x"], "--classifier FILE and --predict FOLDER"),
+        (["--classifier", "x"], "--classifier FILE and --predict FOLDER"),
         (["--african", "b"], "--spanish belongs to --african"),
         (["--manifest", "x", "--per-plane", 2], "not allowed with"),
     ],

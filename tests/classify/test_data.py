@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
-from common import agree, refused
 from PIL import Image
+from shorthand import agree, refused
 from small import noise_records, tiny
 from torch import nn
 from torchvision.transforms import RandomResizedCrop

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision.models as tv
-from common import DATA, refused
+from shorthand import DATA, refused
 from small import tiny
 
 from classify import ClassifyError

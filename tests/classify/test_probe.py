@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision.models as tv
-from common import DATA, real_data, refused, table
 from PIL import Image
+from shorthand import DATA, real_data, refused, table
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler

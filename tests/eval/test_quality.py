@@ -7,8 +7,8 @@ from math import erfc, isnan, sqrt
 
 import numpy as np
 import pytest
-from common import DATA, REFERENCES, real_data, refused
 from PIL import Image
+from shorthand import DATA, REFERENCES, real_data, refused
 
 from eval.quality import (
     MEASURES,

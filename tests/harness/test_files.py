@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from common import exits, read_json, refused
+from shorthand import exits, read_json, refused
 
 from harness import processes
 from harness.files import (

@@ -9,7 +9,7 @@ import warnings
 from argparse import Namespace
 
 import pytest
-from common import ROOT, refused
+from shorthand import ROOT, refused
 
 from harness.script import LOCK, alone, alone_in, progress, run
 

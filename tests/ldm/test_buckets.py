@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from common import agree, refused
 from PIL import Image
+from shorthand import agree, refused
 
 from ldm.buckets import choose_bucket, read_bucketed
 from ldm.generate import seeded_noise

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import agree, refused
+from shorthand import agree, refused
 
 from ldm.generate import generate, make_nodes
 from ldm.unet import UNet, UNetConfig

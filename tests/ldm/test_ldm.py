@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import agree, refused
+from shorthand import agree, refused
 from torch import nn
 
 from ldm.layers import SpatialTransformer, timestep_embedding

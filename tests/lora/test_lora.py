@@ -3,7 +3,7 @@ refused."""
 
 import pytest
 import torch
-from common import agree, refused
+from shorthand import agree, refused
 from torch import nn
 
 from ldm.text import TextConfig, TextEncoder

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import agree, exits, refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from shorthand import agree, exits, refused
 
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig

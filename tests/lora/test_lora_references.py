@@ -5,8 +5,8 @@ import copy
 
 import pytest
 import torch
-from common import REFERENCES, ROOT, agree
 from safetensors.torch import load_file
+from shorthand import REFERENCES, ROOT, agree
 from torch import nn
 
 from ldm.checkpoints.keys import SINGLE_FILE, rename

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import agree
+from shorthand import agree
 from torch import nn
 
 from lora.training import Draws, held_out_loss, loss_weights, make_optimizer

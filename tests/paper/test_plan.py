@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from common import DATA, exits, real_data, refused
+from shorthand import DATA, exits, real_data, refused
 
 import reproduce
 from classify import ClassifyError

@@ -7,8 +7,8 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from common import refused
 from PIL import Image
+from shorthand import refused
 from sklearn.metrics import confusion_matrix
 
 from eval.metrics import METRICS, evaluate

@@ -8,8 +8,8 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-from common import ROOT, read_json, refused, table
 from PIL import Image
+from shorthand import ROOT, read_json, refused, table
 
 import paper.elsewhere
 import reproduce

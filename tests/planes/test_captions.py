@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from common import refused
+from shorthand import refused
 
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.captions import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from common import DATA, real_data, refused
+from shorthand import DATA, real_data, refused
 
 from planes import PAPER_COUNTS, PLANES, Plane
 from planes.datasets import (

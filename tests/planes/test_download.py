@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from common import DATA, Answers, real_data, refused, served
+from shorthand import DATA, Answers, real_data, refused, served
 
 from planes import PLANES
 from planes.datasets import DatasetError, read_african, read_spanish, read_synthetic, require_images

@@ -4,7 +4,7 @@ they refuse."""
 import json
 
 import pytest
-from common import refused
+from shorthand import refused
 
 from planes.datasets import DatasetError
 from planes.folders import Captioned, read_captioned_folder

@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from common import refused
 from PIL import Image, PngImagePlugin
+from shorthand import refused
 
 from classify.data import decode
 from ldm.buckets import read_bucketed

@@ -1,7 +1,7 @@
 """Sites of anybody's, of any classes: folders or a table, and what is none."""
 
 import pytest
-from common import refused
+from shorthand import refused
 
 from planes.datasets import DatasetError
 from planes.sites import classes_of, has_patients, prompts_of, read_site

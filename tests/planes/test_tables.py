@@ -1,7 +1,7 @@
 """Tables lose no row: quotation marks that do not close, line ends of all kinds."""
 
 import pytest
-from common import refused
+from shorthand import refused
 
 from planes.datasets import DatasetError
 from planes.tables import read_table

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from common import agree, noise
+from shorthand import agree, noise
 
 from samplers import NoiseSchedule, euler_nodes, sample_euler, sample_unipc, unipc_nodes
 from samplers.unipc import coefficients

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import agree, noise, refused
+from shorthand import agree, noise, refused
 
 from samplers import (
     Denoiser,

@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from common import REFERENCES, agree
 from safetensors import safe_open
+from shorthand import REFERENCES, agree
 from torch.nn.functional import conv2d
 
 from samplers import (

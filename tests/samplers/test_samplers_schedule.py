@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from common import agree, noise, refused
+from shorthand import agree, noise, refused
 
 from samplers import (
     Denoiser,

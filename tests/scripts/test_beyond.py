@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import agree, read_json, refused, table
 from safetensors.torch import load_file, save_file
+from shorthand import agree, read_json, refused, table
 
 import beyond
 import sample

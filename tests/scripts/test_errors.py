@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from common import ROOT
 from safetensors.torch import save_file
+from shorthand import ROOT
 
 import beyond
 import merge_lora
@@ -56,7 +56,6 @@ REFUSED = {
     "sample": {
         "--prompt x --planes brain": "give --prompt, or --prompts and --planes",
         "--seeds 1 2 --count 3": "--count: not allowed with argument --seeds",
-        "--seeds 1 2 1": "--seeds: one is there twice",
         "--seeds 5 4294967301": "--seeds: 4294967301: choose a whole number",
         "--seed 4293967296": "--seed 4293967296: those of the last plane would lie",
         "--count 0": "--count 0: at least 1",
@@ -82,7 +81,7 @@ REFUSED = {
     "merge_lora": {
         "x y --strength 1 2": "2 numbers for 1 LoRAs; give one, or one of each",
         "x y y": "one file twice; give it once",
-        "x y --to single": "a single file has a name in .safetensors",
+        "x y --out a.ckpt": "a single file has a name in .safetensors",
         "x y --model z": "unrecognized arguments: --model",
         "nowhere y": "nowhere: no such file or folder",
     },
@@ -108,7 +107,7 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     save_file({"<a>": torch.zeros(16), "<b>": torch.zeros(16)}, tmp_path / "embedding.safetensors")
     places = {"IMAGES": str(folder), "EMBEDDING": "embedding.safetensors"}
-    given = [places.get(word, word) for word in flags.split()] + ["--out", "out/of/it"]
+    given = ["--out", "out/of/it", *(places.get(word, word) for word in flags.split())]
     if script != "merge_lora":
         given += ["--device", "cpu"] * ("--device" not in given)
         given += ["--model", str(tiny_model)] * ("--model" not in given)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from common import refused
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shorthand import refused
 
 import merge_lora
 import sample

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import read_json
+from shorthand import read_json
 
 from planes.phantoms.phantom import write_spanish_layout
 

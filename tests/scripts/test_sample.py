@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from common import read_json, refused, table
 from PIL import Image, PngImagePlugin
+from shorthand import read_json, refused, table
 
 import sample
 from harness.files import sha256

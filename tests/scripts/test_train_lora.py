@@ -8,10 +8,10 @@ from argparse import Namespace
 
 import pytest
 import torch
-from common import agree, read_json, refused, table
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shorthand import agree, read_json, refused, table
 
 import train_lora
 from ldm.buckets import read_bucketed
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(tiny_model, folder, 
     with refused(LoRAError, line):
         train(tiny_model, folder, tmp_path / "a", flags)
     assert not (tmp_path / "a").exists()
-    with refused(LoRAError, r"checkpoint\.pt holds the last good state: try a lower"):
+    with refused(LoRAError, "try a lower --lr, .* the last checkpoint, if any, is good"):
         train(tiny_model, folder, tmp_path / "b", f"{flags} --save-every 1")
     # GradScaler, which looks for its scale, is given some steps
     nans = [(n, 1, "nan", "1", 1e-4) for n in range(3)]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import REFERENCES, agree, refused
 from safetensors.torch import load_file, save_file
+from shorthand import REFERENCES, agree, refused
 
 import ldm.checkpoints.checkpoint
 from ldm import CheckpointError

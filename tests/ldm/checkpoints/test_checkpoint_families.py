@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import refused
 from safetensors.torch import load_file, save_file
+from shorthand import refused
 from test_checkpoint import (
     CONFIG,
     UNTOLD,

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from common import Answers, refused, served
+from shorthand import Answers, refused, served
 
 from ldm import MINI, CheckpointError
 from ldm.checkpoints import load

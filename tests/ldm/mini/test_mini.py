@@ -3,7 +3,7 @@ open it."""
 
 import pytest
 import torch
-from common import DATA, real_data
+from shorthand import DATA, real_data
 from test_checkpoint import assert_near
 
 from ldm import MINI

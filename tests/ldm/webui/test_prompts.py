@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from common import agree
+from shorthand import agree
 
 from ldm import MINI
 from ldm.checkpoints.tokenizer import load_tokenizer

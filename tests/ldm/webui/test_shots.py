@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from common import refused
 from PIL import Image
 from safetensors.torch import save_file
+from shorthand import refused
 
 from ldm.webui import shots
 from ldm.webui.manifest import manifest_text, other_rows
