@@ -42,8 +42,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.strength) not in (1, len(args.loras)):
         given = f"{len(args.strength)} numbers for {len(args.loras)} LoRAs"
         parser.error(f"--strength: {given}; give one, or one of each")
-    if len({path.resolve() for path in args.loras}) < len(args.loras):
-        parser.error("LORA: one file twice; give it once, with its --strength")
     if len(args.strength) < len(args.loras):
         args.strength *= len(args.loras)
     return args
