@@ -39,6 +39,7 @@ def held(tmp_path_factory):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_one_folder_is_refused_and_the_first_named(held, tmp_path):
     out, process = held
     line = rf"out: process {process.pid} on .* is at work there; wait for it, or give another$"
@@ -48,6 +49,7 @@ def test_a_second_run_in_one_folder_is_refused_and_the_first_named(held, tmp_pat
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train_lora", "sample", "classify", "reproduce"])
 def test_every_script_keeps_out_of_a_folder_that_is_held(held, script):
     out, process = held
@@ -59,6 +61,7 @@ def test_every_script_keeps_out_of_a_folder_that_is_held(held, script):
     assert [path.name for path in out.iterdir()] == [LOCK]
 
 
+@pytest.mark.slow
 def test_a_lock_ends_with_its_process_however_that_ends(held):
     out, process = held
     process.kill()

@@ -59,6 +59,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 def test_a_phantom_is_what_it_was_when_results_were_measured_on_it_by_its_mean_grey(site):
     def grey(plane, n):
@@ -96,6 +97,7 @@ def test_the_african_layout_has_no_other_and_no_thorax_in_ghana_and_uganda(tmp_p
     assert len(records) == 2 * (3 * 4 + 2 * 3) and all(r.path.is_file() for r in records)
 
 
+@pytest.mark.slow
 def test_the_phantoms_of_any_site_are_written_by_one_command_by_seed(tmp_path, monkeypatch):
     for name, value in {"TRAIN": 1, "TEST": 0, "PATIENTS": 1}.items():
         monkeypatch.setattr(f"planes.phantoms.__main__.{name}", value)

@@ -89,6 +89,7 @@ def test_inversion_moves_the_embedding_of_its_token_alone_and_sampling_names_it(
     assert row["model_hash"] != plain["model_hash"]
 
 
+@pytest.mark.slow
 def test_dreambooth_moves_a_and_b_alone_and_prior_images_weigh_in(
     tiny_model, folder, prior, tmp_path, changed_by
 ):

@@ -147,6 +147,7 @@ def test_a_reference_file_written_again_has_every_tensor_it_was_read_from(
     )
 
 
+@pytest.mark.slow
 def test_a_single_file_is_not_overwritten_and_none_of_a_model_that_it_does_not_tell(
     models, sd_1, tokenizer_folder, tmp_path
 ):
@@ -281,6 +282,7 @@ def foreign(tokenizer_folder):
     return random_model(config, tokenizer_folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, base",
     [
@@ -317,6 +319,7 @@ def test_another_vae_takes_the_place_of_the_models_own(
     assert f"vae/{file}" in model.files
 
 
+@pytest.mark.slow
 def test_a_model_without_a_vae_takes_anothers(models, kept, sd_1, read):
     rewrite(sd_1, lambda t: {k: v for k, v in t.items() if not k.startswith("first_stage")})
     assert_same(read(sd_1, vae=kept / "sd1"), parameters(models["1"]))
