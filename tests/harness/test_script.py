@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from argparse import Namespace
+from weakref import WeakSet
 
 import pytest
 from shorthand import ROOT, refused
@@ -135,6 +136,8 @@ def test_a_log_gets_a_line_a_minute_and_none_of_what_takes_less(monkeypatch, cap
     clock = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    # bars of runs that other tests broke off would stand above this one
+    monkeypatch.setattr("tqdm.std.tqdm._instances", WeakSet(), raising=False)
     for step in progress(range(290), desc="LoRA", unit="step"):
         clock[0] += 1.0
         assert step >= 0
