@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shorthand import REFERENCES, agree, refused
+from shorthand import REFERENCES, agree, read_json, refused
 
 import ldm.checkpoints.checkpoint
 from ldm import CheckpointError
@@ -568,6 +568,8 @@ def test_a_folder_saved_in_float16_loads_alike_and_is_not_overwritten(tiny, tmp_
     for name in (UNET, VAE, TEXT):
         assert {v.dtype for v in load_file(tmp_path / "half" / name).values()} == {torch.float16}
     assert_same(load(tmp_path / "half"), parameters(tiny))  # the model's numbers are float16's
+    side = read_json(tmp_path / "half/vae/config.json")["sample_size"]
+    assert side == tiny.sample_size * tiny.vae.config.downsampling
     before = (tmp_path / "half" / UNET).read_bytes()
     with refused(CheckpointError, "half: exists already; remove it first"):
         save_folder(tiny, tmp_path / "half")

@@ -3,7 +3,7 @@ without one."""
 
 import json
 import shutil
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from hashlib import sha1
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -16,7 +16,7 @@ from ldm import MINI, CheckpointError
 from ldm.checkpoints import load
 from ldm.checkpoints.folder import network_files
 from ldm.checkpoints.hub import find_model, resolve_model
-from ldm.cli import lora_path
+from ldm.cli import lora_path, model_flags
 
 READ = [  # of a diffusers folder
     "model_index.json",
@@ -282,3 +282,10 @@ def test_a_lora_is_named_by_an_id_with_its_file_and_fetched_once(hub, tmp_path):
     assert len(hub.requests) == asked
     with refused(ArgumentTypeError, "has no v3"):
         lora_path("a/b/v3.safetensors")
+
+
+def test_another_script_is_given_the_same_model_by_its_flags():
+    given = {"model": "a", "tokenizer": "b", "vae": None, "prediction_type": None}
+    flags = ["--model", "a", "--tokenizer", "b"]
+    assert model_flags(Namespace(**given, ema=True)) == [*flags, "--ema"]
+    assert model_flags(Namespace(**given, ema=False)) == flags
