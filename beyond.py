@@ -127,7 +127,7 @@ def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     """Trains LoRA on the images and on the prior ones, and writes it; the loss of each step."""
     prior, dtype = prior_pairs(args.prior), DTYPES[args.dtype]
     training = Training(args, model, pairs, args.seed)
-    held = Training(args, model, prior, args.seed + 1)
+    of_prior = Training(args, model, prior, args.seed + 1)
     texts = [*{caption for _, caption in (*pairs, *prior)}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
     inject(model.unet, args.rank, args.rank, args.target, seed=args.seed)
@@ -135,7 +135,7 @@ def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     optimizer = make_optimizer([{"params": parameters, "lr": args.lr}], 0.01, eight_bit=False)
     losses = []
     for step in progress(range(args.steps), desc="DreamBooth", unit="step"):
-        loss = training.loss(step, contexts) + args.prior_weight * held.loss(step, contexts)
+        loss = training.loss(step, contexts) + args.prior_weight * of_prior.loss(step, contexts)
         loss.backward()
         require_finite(step, loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

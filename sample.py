@@ -12,6 +12,7 @@ how many are made at once too.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from harness.flags import (
     seed_number,
 )
 from harness.record import record_run
-from harness.script import alone_together, progress, run
+from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
@@ -226,7 +227,7 @@ def write_outputs(args, groups, others, hashes) -> None:
     record_run(args.out, args, hashes | files)
 
 
-@alone_together
+@partial(alone, together=True)
 def main(args):
     # what is wrong with samplers and prompts is told before the model is loaded
     for name in args.samplers:

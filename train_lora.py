@@ -29,7 +29,7 @@ from harness.files import sha256, write_text
 from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
 from harness.record import record_run
 from harness.resume import SaveTimes, rate_share, read_state, write_state
-from harness.script import alone_together, progress, run
+from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.buckets import read_bucketed
 from ldm.checkpoints import Model
@@ -395,7 +395,7 @@ def write_outputs(
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-@alone_together
+@partial(alone, together=True)
 def main(args):
     # data: images and their captions, and those that are held out
     images, held_out = read_data(args)

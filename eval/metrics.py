@@ -1,10 +1,10 @@
 """Accuracy, recall, precision, F-score and AUC as the paper reports them, with intervals by
 bootstrap over patients.
 
-Each metric is a function of confusion matrices, (..., K, K), row = target, column = prediction: of
-one, or of one for each bootstrap replicate. Macro averages run over the classes that occur among
-the targets: the African set has no Other, and counting that class would cap recall at 80 %.
-Everything is a fraction; percent is for printing.
+Each metric, but for the AUC by probabilities, is a function of confusion matrices, (..., K, K),
+row = target, column = prediction: of one, or of one for each bootstrap replicate. Macro averages
+run over the classes that occur among the targets: the African set has no Other, and counting that
+class would cap recall at 80 %. Everything is a fraction; percent is for printing.
 """
 
 from collections.abc import Hashable, Sequence

@@ -67,7 +67,10 @@ def alone(
     main: Callable[[Namespace], object], together: bool = False
 ) -> Callable[[Namespace], object]:
     """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as
-    they were."""
+    they were.
+
+    together: all processes of torchrun are at it
+    """
 
     @functools.wraps(main)
     def _held(args: Namespace) -> object:
@@ -81,11 +84,6 @@ def alone(
                     signal.signal(number, handler)
 
     return _held
-
-
-def alone_together(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
-    """The same of a main that all processes of torchrun are at together."""
-    return alone(main, together=True)
 
 
 @contextlib.contextmanager

@@ -95,5 +95,6 @@ class Denoiser:
                 kind = str(self.contexts[0].dtype).removeprefix("torch.")
                 raise SamplerError(
                     f"what the model predicts at t = {t:g} is not finite in {kind}: take a wider"
-                    " --dtype, another model, LoRA or embedding, or a lower guidance scale"
+                    " --dtype where this is a half, another model, LoRA or embedding, or a lower"
+                    " guidance scale"
                 )

@@ -1,4 +1,4 @@
-"""generate: noise by seed, settings of the samplers, image-to-image, and what is refused."""
+"""generate: noise by seed, settings of the samplers, and what is refused."""
 
 import math
 
