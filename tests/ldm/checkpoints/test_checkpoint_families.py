@@ -27,6 +27,7 @@ from test_checkpoint import tokenizer_folder as tokenizer_folder
 
 from ldm import CheckpointError
 from ldm.checkpoints import Config, load, save_folder, save_single
+from ldm.checkpoints.single_file import config_of
 from ldm.text import TextConfig
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
@@ -51,6 +52,12 @@ SD_2 = Config(
 )
 
 slow = pytest.mark.slow
+
+
+def test_sd_2_has_heads_of_64_channels_at_its_published_widths():
+    published = config_of(True, {})
+    assert published.unet.num_heads == (5, 10, 20, 20)
+    assert published.text_encoder.num_attention_heads == 16
 
 
 @pytest.fixture(scope="module")
