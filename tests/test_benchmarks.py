@@ -2,10 +2,10 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from shorthand import ROOT
 from torchvision.models import mobilenet_v2
 
 from ldm.unet import UNetConfig
@@ -14,7 +14,6 @@ from planes.datasets import read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from planes.style import STYLES
 
-ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 SPEED = {  # of each task: flags, the peer, and how far outcomes may be apart

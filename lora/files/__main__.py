@@ -1,14 +1,14 @@
 """Converts a LoRA file: python -m lora.files IN OUT --to kohya or peft."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from lora.files import convert
 from lora.layer import LoRAError
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m lora.files", description="Converts a LoRA file, without a model."
     )
@@ -19,12 +19,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
     try:
         convert(args.source, args.out, args.to)
     except LoRAError as error:
-        parser.exit(2, f"lora.files: {error}\n")
+        sys.stderr.write(f"lora.files: {error}\n")
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

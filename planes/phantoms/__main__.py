@@ -10,17 +10,20 @@ TRAIN, TEST = 230, 40  # images per plane of site A
 PATIENTS = 25  # per country of african/
 
 
-def main(argv=None):
+def parse_args(argv=None):
     text = "Write both sites' phantoms in the layouts of the real datasets."
     parser = argparse.ArgumentParser(prog="python -m planes.phantoms", description=text)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="gets spanish/ (site A) and african/")
     add("--african-site", choices=SITES, default="B", help="whose phantoms african/ holds")
     add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(args):
     write_spanish_layout(args.out / "spanish", TRAIN, TEST, args.seed)
     write_african_layout(args.out / "african", PATIENTS, args.seed, SITES[args.african_site])
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

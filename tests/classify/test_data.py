@@ -109,6 +109,7 @@ def test_augmentation_has_the_paper_s_statistics():
 
 
 def test_the_notebook_s_crops_are_those_that_torchvision_draws():
+    assert (NOTEBOOK.horizontal_flip, NOTEBOOK.vertical_flip) == (0.5, 0)
     affine = draw_augmentation(NOTEBOOK, 0, 0, torch.arange(3000))
     sides = affine[:, :, :2].norm(dim=1)  # of the crop, in units of the image's
     area, aspect = sides.prod(dim=1), sides[:, 0] / sides[:, 1]

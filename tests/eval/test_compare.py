@@ -76,9 +76,10 @@ def test_mcnemar_is_scipys_exact_binomial_test_of_the_discordant_images(b, c):
 def test_a_planted_difference_is_found_with_the_sign_of_second_minus_first_and_mirrors():
     targets, first, second, owner = clustered(0, 80, second_gain=0.5)
     there, back = single(targets, first, second, owner), single(targets, second, first, owner)
+    twice = paired_bootstrap(targets, [np.stack([first] * 2)], [np.stack([second] * 2)], owner)
     for name, found in there.items():
         truth = score(targets, second)[name] - score(targets, first)[name]
-        assert found.value == pytest.approx(truth, abs=1e-11)
+        assert (found.value, twice[name].value) == pytest.approx((truth, truth), abs=1e-11)
         assert 0 < found.low < found.value < found.high and found.p_value < 0.01, name
         assert numbers(found) == pytest.approx(numbers(back[name], -1), abs=1e-9)
 

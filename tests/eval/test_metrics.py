@@ -88,6 +88,8 @@ def test_all_scores_agree_with_scikit_learn(seed, planes):
         # a class without targets, and one that is never predicted
         (np.diag([5, 5, 5, 5, 0]), Scores(1, 1, 1, 1, 1)),
         ([[10, 0], [10, 0]], Scores(0.5, 0.5, 0.25, pytest.approx(1 / 3), 0.5)),
+        # a class of one image
+        ([[0, 1], [0, 4]], Scores(0.8, 0.5, 0.4, 4 / 9, 0.5)),
         # of one class there is no AUC
         ([[3, 1], [0, 0]], Scores(0.75, 0.75, 1, 6 / 7, pytest.approx(np.nan, nan_ok=True))),
     ],

@@ -11,7 +11,7 @@ from shorthand import agree, refused
 
 from ldm.buckets import choose_bucket, read_bucketed
 from ldm.generate import seeded_noise
-from ldm.images import encode_images, read_image
+from ldm.images import decode_images, encode_images, read_image
 from ldm.vae import AutoencoderKL, VAEConfig
 from planes.pictures import ImageError
 
@@ -136,3 +136,5 @@ def test_latents_of_images_of_several_sizes_are_each_drawn_with_the_noise_of_the
         noise = seeded_noise([3_000_009 + n], row.shape)
         assert torch.equal(row, vae.to_latents(image[None], noise)[0])
         assert not torch.equal(row, vae.to_latents(image[None])[0])
+        shown = vae.decode(row[None]).clamp(-1, 1)[0].permute(1, 2, 0)
+        agree(decode_images(vae, row[None])[0].float(), (shown + 1) * 127.5, 0.51)

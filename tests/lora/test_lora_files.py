@@ -19,7 +19,7 @@ from shorthand import agree, exits, refused
 from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from lora import LoRAError, convert, inject, load_loras, lora_layers, save_lora
-from lora.files.__main__ import main
+from lora.files.__main__ import main, parse_args
 from lora.files.formats import dotted, kohya_name, read
 from lora.files.metadata import metadata, trained_otherwise
 
@@ -476,7 +476,7 @@ def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(
     source = tmp_path / "in"
     save_file({f"{name}.lora_{x}.weight": ones(2, 2) for x in ("down", "up")}, source)
     with exits(capsys, message):
-        main([str(source), str(tmp_path / out), "--to", "peft"])
+        main(parse_args([str(source), str(tmp_path / out), "--to", "peft"]))
     assert list(tmp_path.iterdir()) == [source]
 
 

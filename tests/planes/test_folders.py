@@ -122,9 +122,7 @@ def test_an_image_without_a_caption_is_refused(tmp_path, file, content, words):
     [
         ('{"file_name": "a.png"', "must be like {"),
         ({"text": "no name"}, "must be like {"),
-        ({"file_name": "a.png", "text": 3}, "must be like {"),
-        ({"file_name": "a.png", "text": " "}, "must be like {"),
-        ({"file_name": "a.png", "text": "half \ud83d"}, "must be like {"),
+        *(({"file_name": "a.png", "text": x}, "must be like {") for x in (3, " ", "half \ud83d")),
         ({"file_name": "lost.png", "text": "one"}, "lost.png is not there; file_name is relative"),
     ],
 )

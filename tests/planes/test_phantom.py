@@ -10,7 +10,7 @@ from PIL import Image
 from harness.files import folder_hash
 from planes import PLANES, Plane
 from planes.datasets import read_african, read_spanish
-from planes.phantoms.__main__ import main
+from planes.phantoms.__main__ import main, parse_args
 from planes.phantoms.phantom import phantom, write_african_layout, write_spanish_layout
 from planes.phantoms.scanner import BONE, FLUID, Probe, Tissue, scan, speckle
 from planes.phantoms.sites import SITES
@@ -103,7 +103,7 @@ def test_the_phantoms_of_any_site_are_written_by_one_command_by_seed(tmp_path, m
         monkeypatch.setattr(f"planes.phantoms.__main__.{name}", value)
     for name in "ab":
         flags = f"--out {tmp_path / name} --seed 5 --african-site C"
-        main(flags.split())
+        main(parse_args(flags.split()))
     sizes = {Image.open(path).size for path in (tmp_path / "a/african").rglob("*.png")}
     assert len(list((tmp_path / "a").rglob("*.png"))) == 5 + 18 and sizes <= {*SITES["C"].sizes}
     assert folder_hash(tmp_path / "a") == folder_hash(tmp_path / "b")

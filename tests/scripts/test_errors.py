@@ -81,7 +81,6 @@ REFUSED = {
     "merge_lora": {
         "x y --strength 1 2": "2 numbers for 1 LoRAs; give one, or one of each",
         "x y --out a.ckpt": "a single file has a name in .safetensors",
-        "x y --model z": "unrecognized arguments: --model",
         "nowhere y": "nowhere: no such file or folder",
     },
     "beyond": {
