@@ -48,7 +48,6 @@ REFUSED = {
         "--images x --validation -1": "--validation -1: at least 0",
         "--images x --preset papers": "invalid choice: 'papers'",
         "--images x --device foo": "--device: foo: not here (",
-        "--images x --seed 1.5": "--seed: 1.5: choose a whole number from 0 to",
         "--images nowhere": "nowhere: no such folder",
         "--images IMAGES --target none": "target 'none' matches no layer of UNet",
         "--images IMAGES --size 60": "--size 60x60: both must be multiples of 16",
