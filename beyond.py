@@ -49,7 +49,8 @@ def parse_args(argv=None):
     add("--prior-weight", type=float, default=1.0, help="of the loss on prior images")
     add = parser.add_argument_group("training").add_argument
     add("--rank", type=int, default=128, help="of dreambooth's LoRA; alpha is the rank")
-    add("--target", default="cross-attention", help=f"of the same: {', '.join(TARGETS)}")
+    add("--layers", default="cross-attention", help=f"of the same: {', '.join(TARGETS)}")
+    add("--target", dest="layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # once so
     add("--steps", type=int, default=5000, help="optimizer steps")
     add("--batch-size", type=int, default=2, help="images at once, and as many prior ones")
     add("--lr", type=float, help="learning rate (else: 5e-3 for a token, 1e-4 for LoRA)")
@@ -130,7 +131,7 @@ def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     of_prior = Training(args, model, prior, args.seed + 1)
     texts = [*{caption for _, caption in (*pairs, *prior)}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
-    inject(model.unet, args.rank, args.rank, args.target, seed=args.seed)
+    inject(model.unet, args.rank, args.rank, args.layers, seed=args.seed)
     parameters = lora_parameters(model.unet)
     optimizer = make_optimizer([{"params": parameters, "lr": args.lr}], 0.01, eight_bit=False)
     losses = []

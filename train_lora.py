@@ -52,7 +52,7 @@ from samplers.schedule import NoiseSchedule
 PRESETS: dict[str, dict[str, object]] = {
     "paper": {},
     "kohya": {
-        "target": "transformer",
+        "layers": "transformer",
         "init": "kaiming",
         "train_text_encoder": True,
         "clip_skip": 2,
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, object]] = {
 configuration of kohya's script that the authors published."""
 
 SAME = (
-    *("rank", "alpha", "target", "init", "train_text_encoder", "style_words", "resize", "bucket"),
+    *("rank", "alpha", "layers", "init", "train_text_encoder", "style_words", "resize", "bucket"),
     *("repeats", "batch_size", "accumulate", "lr", "text_encoder_lr", "schedule", "weight_decay"),
     *("debiased_estimation_loss", "clip_skip", "seed", "dtype", "ema"),
 )
@@ -102,7 +102,8 @@ def parse_args(argv=None):
     add("--preset", choices=PRESETS, default="paper", help="defaults: the paper's, or kohya's")
     add("--rank", **count, default=128, help="r, the inner width of B A")
     add("--alpha", type=float, help="the update is scaled by alpha / r (else: the rank)")
-    add("--target", default="cross-attention", help=f"{', '.join(TARGETS)}, or a regex for paths")
+    add("--layers", default="cross-attention", help=f"{', '.join(TARGETS)}, or a regex for paths")
+    add("--target", dest="layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # once so
     add("--init", choices=("gaussian", "kaiming"), default="gaussian", help="of A; kohya: kaiming")
     add("--train-text-encoder", **switch, help="LoRA on CLIP too, on six layers of each block")
     add("--clip-skip", **count, default=1, help="1: CLIP's last layer, 2: the last but one")
@@ -161,7 +162,7 @@ def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned
 def adapt(model: Model, args: argparse.Namespace) -> list[dict]:
     """Freezes the base, in args.dtype, and puts LoRA into it, whose A and B are float32; returns
     them as the optimizer's groups."""
-    targets, groups = [(model.unet, args.target, args.lr)], []
+    targets, groups = [(model.unet, args.layers, args.lr)], []
     if args.train_text_encoder:
         targets.append((model.text_encoder, "text-encoder", args.text_encoder_lr))
     for network, target, lr in targets:

@@ -31,7 +31,7 @@ from reproduce import EMBEDDED
 
 CLASSIFIER = "mobilenet_v2"
 TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convolutions too
-    "--target transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20"
+    "--layers transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20"
     " --guidance-scale 1.5 --rank 32"
 )
 DATA = ("ES", "ES+DA", "ES+DA+contrast", "HB", "HB+DA", "HB-styles", "HB-styles+DA")

@@ -39,7 +39,7 @@ script = runpy.run_path("reproduce.py", run_name="reproduce")
 space = script["parse_args"].__globals__
 scale = dict(
     per_plane={"all": 3, "balanced": 3, "lora": 2},
-    train_lora="--target transformer --batch-size 10 --repeats 2",
+    train_lora="--layers transformer --batch-size 10 --repeats 2",
     repeats=2,  # where a scale has them, behind the flags above
     rank=32,
     sample="--steps 2",

@@ -52,12 +52,12 @@ def inject(
         pattern = re.compile(TARGETS.get(target, target))
     except re.error as error:
         reason = f"is neither of {names} nor a regular expression: {error}"
-        raise LoRAError(f"target {target!r} {reason}") from None
+        raise LoRAError(f"{target!r} {reason}") from None
     bases = {path: layer for path, layer in adaptable(model) if pattern.fullmatch(path)}
     if not bases:
         example = next((f" such as {path}" for path, _ in adaptable(model)), "")
         raise LoRAError(
-            f"target {target!r} matches no layer of {type(model).__name__}: use one of {names} or"
+            f"{target!r} matches no layer of {type(model).__name__}: use one of {names} or"
             f" a regular expression for a whole path{example}"
         )
     for path, base in bases.items():

@@ -167,7 +167,7 @@ PAPER = Scale(
 EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
     per_plane={"all": None, "balanced": 23, "lora": 20},
     train_lora=(
-        "--target locon --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
+        "--layers locon --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
         "--guidance-scale 1.5"
     ),
     repeats=140,

@@ -49,7 +49,7 @@ REFUSED = {
         "--images x --preset papers": "invalid choice: 'papers'",
         "--images x --device foo": "--device: foo: not here (",
         "--images nowhere": "nowhere: no such folder",
-        "--images IMAGES --target none": "target 'none' matches no layer of UNet",
+        "--images IMAGES --layers none": "'none' matches no layer of UNet",
         "--images IMAGES --size 60": "--size 60x60: both must be multiples of 16",
     },
     "sample": {

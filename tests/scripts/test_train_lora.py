@@ -301,7 +301,7 @@ def test_another_sites_classes_leave_their_prompts_beside_the_lora(tiny_model, f
 
 
 PAPER = {
-    "target": "cross-attention",
+    "layers": "cross-attention",
     "rank": 128,
     "alpha": 128,
     "init": "gaussian",
@@ -317,7 +317,7 @@ PAPER = {
     "dtype": "fp32",
 }
 AUTHORS = {
-    "target": "transformer",
+    "layers": "transformer",
     "rank": 128,
     "alpha": 128,
     "init": "kaiming",
