@@ -12,6 +12,7 @@ lora.safetensors, for sample.py --rare-token. Both write loss.csv and args.json.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from lora.files import save_lora
 from lora.layer import LoRAError
 from lora.model import TARGETS, inject, lora_parameters
 from lora.training import Draws, loss_weights, make_optimizer
-from planes.captions import prior_pairs, with_token
+from planes.captions import prior_images, with_token
 from planes.datasets import DatasetError
+from planes.folders import Captioned
 from samplers.schedule import NoiseSchedule
 from train_lora import add_data_arguments, mixed_precision, read_data, write_prompts
 
@@ -72,16 +74,17 @@ def parse_args(argv=None):
 
 class Training:
     """What both loops share: a frozen model, the images as latents, what a step draws, the squared
-    error of its prediction. pairs: (image, caption)."""
+    error of its prediction."""
 
-    def __init__(self, args, model, pairs: list[tuple[Path, str]], seed: int):
+    def __init__(self, args, model, images: list[Captioned], seed: int):
         self.unet, self.kind, self.schedule = model.unet, model.prediction_type, NoiseSchedule()
         self.unet.to(args.device, DTYPES[args.dtype])
         size, _ = fitting_size(model, args.size)
-        images = (read_image(path, size) for path, _ in progress(pairs, desc="latents"))
-        latents = [x0.to(args.device) for x0 in encode_images(model.vae, images, seed)]
-        captions = [caption for _, caption in pairs]
-        self.draws = Draws(latents, captions, [1] * len(pairs), args.batch_size, 1, seed)
+        bar = progress(images, desc="latents")
+        pixels = (read_image(image.path, size, levels=image.levels) for image in bar)
+        latents = [x0.to(args.device) for x0 in encode_images(model.vae, pixels, seed)]
+        captions = [image.caption for image in images]
+        self.draws = Draws(latents, captions, [1] * len(images), args.batch_size, 1, seed)
         self.autocast, _ = mixed_precision(args)
         debiased = args.debiased_estimation_loss
         weights = loss_weights(self.schedule.alphas_cumprod, self.kind, debiased)
@@ -104,12 +107,12 @@ def require_finite(step: int, loss: torch.Tensor) -> None:
         raise LoRAError(f"step {step + 1}: the loss is not finite: try a lower --lr")
 
 
-def inversion(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
+def inversion(args, model, images: list[Captioned]) -> list[float]:
     """Trains v*, the embedding of a new token, and writes it; the loss of each step."""
     vector = word_embedding(model.tokenizer, model.text_encoder, args.init_word)
     vector = add_token(model.tokenizer, model.text_encoder, args.token, vector).vector
-    training, dtype = Training(args, model, pairs, args.seed), DTYPES[args.dtype]
-    texts = [*{caption for _, caption in pairs}]
+    training, dtype = Training(args, model, images, args.seed), DTYPES[args.dtype]
+    texts = [*{image.caption for image in images}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=True)
     optimizer = make_optimizer([{"params": [vector], "lr": args.lr}], 0.0, eight_bit=False)
     losses = []
@@ -124,12 +127,12 @@ def inversion(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
     return losses
 
 
-def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
+def dreambooth(args, model, images: list[Captioned]) -> list[float]:
     """Trains LoRA on the images and on the prior ones, and writes it; the loss of each step."""
-    prior, dtype = prior_pairs(args.prior), DTYPES[args.dtype]
-    training = Training(args, model, pairs, args.seed)
+    prior, dtype = prior_images(args.prior), DTYPES[args.dtype]
+    training = Training(args, model, images, args.seed)
     of_prior = Training(args, model, prior, args.seed + 1)
-    texts = [*{caption for _, caption in (*pairs, *prior)}]
+    texts = [*{image.caption for image in (*images, *prior)}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
     inject(model.unet, args.rank, args.rank, args.layers, seed=args.seed)
     parameters = lora_parameters(model.unet)
@@ -150,13 +153,14 @@ def dreambooth(args, model, pairs: list[tuple[Path, str]]) -> list[float]:
 @alone
 def main(args):
     images, _ = read_data(args)
-    pairs = [(image.path, with_token(image.caption, args.token)) for image in images]
+    images = [replace(image, caption=with_token(image.caption, args.token)) for image in images]
     model = load_model(args, device=args.device)
-    losses = {"inversion": inversion, "dreambooth": dreambooth}[args.method](args, model, pairs)
+    losses = {"inversion": inversion, "dreambooth": dreambooth}[args.method](args, model, images)
     rows = [f"{step},{loss:.6f}\n" for step, loss in enumerate(losses, start=1)]
     write_text(args.out / "loss.csv", "step,loss\n" + "".join(rows))
     write_prompts(args)
-    record_run(args.out, args, model.sha256() | {str(path): sha256(path) for path, _ in pairs})
+    hashes = {str(image.path): sha256(image.path) for image in images}
+    record_run(args.out, args, model.sha256() | hashes)
 
 
 if __name__ == "__main__":

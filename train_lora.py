@@ -215,7 +215,7 @@ def read_latents(
         step = model.vae.config.downsampling * model.unet.config.multiple
         read = partial(read_bucketed, step=step)
     bar = progress(images, desc="latents", unit="image")
-    pixels = (read(image.path, size=size) for image in bar)
+    pixels = (read(image.path, size=size, levels=image.levels) for image in bar)
     latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
     model.vae.to("cpu")
     return latents
@@ -249,7 +249,7 @@ def identity_of(
     same = {name: str(getattr(args, name)) for name in SAME}
     if args.schedule != "constant":  # whose rates the length decides
         same["epochs"] = str(args.epochs)
-    words = json.dumps([(image.caption, image.repeats) for image in images])
+    words = json.dumps([(image.caption, image.repeats, *image.levels) for image in images])
     files = "".join(sha256(image.path) for image in images)
     return same | {
         "size": str(fitting_size(model, args.size)[0]),

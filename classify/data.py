@@ -4,7 +4,6 @@ input range."""
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +65,17 @@ class PlaneImages(Dataset):
     """
 
     def __init__(self, records: Sequence[Record], size: int, classes: Sequence[str] = PLANES):
-        self.paths = [record.path for record in records]
+        self.records = list(records)
         self.targets = [classes.index(record.plane) for record in records]
         self.size = size
         self.kept: list[Tensor] = []
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         n = index % len(self)
-        image = self.kept[n] if n < len(self.kept) else decode(self.paths[n], self.size)
+        image = self.kept[n] if n < len(self.kept) else self.decode(self.records[n])
         return image, self.targets[n], index
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
@@ -87,21 +86,24 @@ class PlaneImages(Dataset):
         neighbours.
         """
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            for image in pool.map(decode, self.paths, repeat(self.size)):
+            for image in pool.map(self.decode, self.records):
                 memory -= image.numel()
                 if memory < 0:
                     return
                 self.kept.append(image)
                 yield image
 
+    def decode(self, record: Record) -> Tensor:
+        return decode(record.path, self.size, record.levels)
 
-def decode(path: Path, size: int) -> Tensor:
+
+def decode(path: Path, size: int, levels: Sequence[float] = ()) -> Tensor:
     """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio
     is not kept.
 
-    Raises ImageError as `planes.pictures.open_image`.
+    Raises ImageError as `planes.pictures.open_image`, which takes the levels.
     """
-    pixels = np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
+    pixels = np.array(open_image(path, levels).resize((size, size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
 
 

@@ -176,7 +176,7 @@ def pixel_features(records: Sequence[Record]) -> np.ndarray:
     """
 
     def grey(record: Record) -> np.ndarray:
-        image = open_image(record.path).resize((32, 32), Image.Resampling.BILINEAR)
+        image = open_image(record.path, record.levels).resize((32, 32), Image.Resampling.BILINEAR)
         return np.asarray(image, np.float32).reshape(1024, -1).mean(axis=1)
 
     images = np.stack([grey(record) for record in records])
@@ -227,7 +227,7 @@ def closest_pairs_figure(
     """
     closest = np.argsort(found.ratio, kind="stable")[:8]
     rows = [[synthetic[n] for n in closest], [train[found.index[n]] for n in closest]]
-    images = [[open_image(record.path) for record in row] for row in rows]
+    images = [[open_image(record.path, record.levels) for record in row] for row in rows]
     return contact_sheet(
         images, ("synthetic", "training"), [f"{found.ratio[n]:.2f}" for n in closest]
     )

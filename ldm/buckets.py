@@ -2,6 +2,7 @@
 px, as in kohya."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -41,13 +42,15 @@ def choose_bucket(
     return min(pairs, key=lambda pair: abs(pair[1][0] / pair[1][1] - width / height))
 
 
-def read_bucketed(path: Path, size: int, step: int = 64) -> Tensor:
+def read_bucketed(path: Path, size: int, step: int = 64, levels: Sequence[float] = ()) -> Tensor:
     """An image file as (3, h, w) in [-1, 1]: resized, and its middle cut out, as choose_bucket
     says.
 
+    levels: of `planes.pictures.open_image`
+
     Raises ImageError as `planes.pictures.open_image`, and for an image too narrow for a bucket.
     """
-    image = open_image(path).convert("RGB")
+    image = open_image(path, levels).convert("RGB")
     try:
         (wide, high), (width, height) = choose_bucket(*image.size, size, step)
     except ImageError as error:

@@ -1,6 +1,6 @@
 """Pixels in and out: image files as the VAE takes them, latents as images."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,17 @@ from planes.pictures import ImageError, open_image
 AT_ONCE = 4  # images that the decoder is given on a GPU
 
 
-def read_image(path: Path, size: int, resize: str = "squash") -> Tensor:
+def read_image(
+    path: Path, size: int, resize: str = "squash", levels: Sequence[float] = ()
+) -> Tensor:
     """An image file as (3, size, size) in [-1, 1].
 
     resize: "squash" the whole frame into it, as the classifiers do, or "crop" its middle square
+    levels: of `planes.pictures.open_image`
 
     Raises ImageError as `planes.pictures.open_image`.
     """
-    image = open_image(path).convert("RGB")
+    image = open_image(path, levels).convert("RGB")
     if resize == "crop":
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

@@ -151,8 +151,9 @@ def figure_2(
     groups |= {name.capitalize(): records for name, records in sites.items()}
     cells = []
     for records in groups.values():
-        first = {record.plane: record.path for record in reversed(records)}
-        cells.append([first.get(name) and open_image(first[name]) for name in classes])
+        first = {record.plane: record for record in reversed(records)}
+        shown = [first.get(name) for name in classes]
+        cells.append([record and open_image(record.path, record.levels) for record in shown])
     return contact_sheet(cells, list(groups), classes)
 
 

@@ -98,7 +98,7 @@ def say_style(image: Captioned) -> Captioned:
 
     Raises ImageError as `planes.pictures.open_image`.
     """
-    words = style_words(open_image(image.path))
+    words = style_words(open_image(image.path, image.levels))
     return replace(image, caption=with_style(image.caption, words))
 
 
@@ -157,20 +157,22 @@ def training_images(
     if images:
         return [image for image in chosen if image not in unseen], unseen
     require_images(chosen + unseen)
-    captioned = ([Captioned(r.path, prompts[r.plane], 1) for r in g] for g in (chosen, unseen))
-    return tuple(captioned)
+    return tuple(
+        [Captioned(r.path, prompts[r.plane], levels=r.levels) for r in group]
+        for group in (chosen, unseen)
+    )
 
 
-def prior_pairs(manifest: Path) -> list[tuple[Path, str]]:
-    """(image, prompt) pairs of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et
+def prior_images(manifest: Path) -> list[Captioned]:
+    """The images and prompts of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et
     al. 2023).
 
     Raises DatasetError where there are none, or their files are missing.
     """
     rows = read_table(manifest, "image", "prompt")
-    pairs = [(manifest.parent / image, prompt) for _, image, prompt in rows]
-    if missing := [path for path, _ in pairs if not path.is_file()]:
+    images = [Captioned(manifest.parent / image, prompt) for _, image, prompt in rows]
+    if missing := [image.path for image in images if not image.path.is_file()]:
         raise DatasetError(
-            f"{manifest}: {len(missing)} of {len(pairs)} images are missing, such as {missing[0]}"
+            f"{manifest}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}"
         )
-    return pairs
+    return images

@@ -43,6 +43,7 @@ class Record:
     patient: unique among all sources, such as "spain/305" or "africa/Malawi/14"
     source: a key of ORIGINS, or "source" or "target"
     center: the country, the site's folder, or the sampler of a synthetic image
+    levels: its site's, for more than 8 bits (`planes.pictures.levels_of`)
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Record:
     train: bool
     source: str
     center: str
+    levels: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.files import TYPES, images_of
+from planes.pictures import with_levels
 from planes.tables import DatasetError, from_json, read_text
 
 OTHER_TYPES = (".gif", ".avif", ".heic", ".jp2", ".jxl", ".tga", ".dcm", ".nii", ".mha", ".nrrd")
@@ -20,11 +21,13 @@ METADATA = "metadata.jsonl"
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image, its caption, and how many times one epoch shows it."""
+    """An image, its caption, how many times one epoch shows it, and the levels of more than 8 bits
+    (`planes.pictures.levels_of`)."""
 
     path: Path
     caption: str
-    repeats: int
+    repeats: int = 1
+    levels: tuple[float, ...] = ()
 
 
 def read_captioned_folder(folder: str | Path) -> list[Captioned]:
@@ -48,13 +51,14 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
     named = {path: REPEATS.fullmatch(path.name) for path in sorted(folder.iterdir())}
     repeated = {path: found for path, found in named.items() if found and path.is_dir()}
     if not repeated:
-        return _read_flat(folder)
+        return with_levels(_read_flat(folder), folder)
     _refuse(folder, [p for p in named if p not in repeated and (_holds(p) or p.name == METADATA)])
-    return [
+    images = [
         image
         for path, found in repeated.items()
         for image in _read_flat(path, int(found[1]), found[2].strip())
     ]
+    return with_levels(images, folder)
 
 
 def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[Captioned]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from harness.files import TYPES, images_of
 from planes.datasets import Record
+from planes.pictures import dicom_patient, with_levels
 from planes.tables import DatasetError, read_table
 
 TABLE = "images.csv"
@@ -31,9 +32,9 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
     source: "source" or "target", which begins every patient's name
     train: what images without a split are for
 
-    An image without a patient is a patient of its own. Raises DatasetError where there are fewer
-    than two classes, a class has no image, pictures lie beside the classes, or a row of the table
-    means nothing.
+    An image without a patient is of the one that its DICOM file names, else a patient of its own.
+    Raises DatasetError where there are fewer than two classes, a class has no image, pictures lie
+    beside the classes, or a row of the table means nothing.
     """
     root = Path(root)
     if not root.is_dir():
@@ -61,14 +62,15 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
             raise DatasetError(f"{where}: split is {split!r}, neither {' nor '.join(SPLITS)}")
         if image in records:
             raise DatasetError(f"{where}: {image} is listed twice; remove one")
-        owner, trains = f"{source}/{patient or image}", SPLITS.get(split, train)
+        patient = patient or dicom_patient(root / image) or image
+        owner, trains = f"{source}/{patient}", SPLITS.get(split, train)
         records[image] = Record(root / image, name, owner, trains, source, center)
     if len(spelled) < 2:
         raise DatasetError(
             f"{root}: has images of {', '.join(spelled.values())} alone; a classifier tells two"
             " apart"
         )
-    return list(records.values())
+    return with_levels(list(records.values()), root)
 
 
 def require_class_name(name: str, where: str | Path) -> None:

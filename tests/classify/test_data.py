@@ -159,7 +159,6 @@ def test_contrast_is_gamma_then_gain_then_offset_and_leaves_what_rotation_brings
 def test_balanced_batches_draw_every_class_equally_often_and_each_image_anew():
     dataset = PlaneImages([], 64)
     dataset.targets = [0] * 2 + [1] * 9 + [2] * 5  # of 16 images, so 5 or 6 of each class
-    dataset.paths = [None] * 16
     dataset.kept = [torch.zeros(1, 64, 64, dtype=torch.uint8)] * 16
     loader = batches(dataset, 5, shuffle_seed=0, balanced=True)
     passes = [torch.cat([indices for *_, indices in loader]).tolist() for _ in range(2)]

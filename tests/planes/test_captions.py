@@ -8,7 +8,7 @@ from shorthand import refused
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.captions import (
     choose_prompt,
-    prior_pairs,
+    prior_images,
     prompt_in_turn,
     prompts_beside,
     read_prompts,
@@ -16,6 +16,7 @@ from planes.captions import (
     with_token,
 )
 from planes.datasets import DatasetError, read_spanish
+from planes.folders import Captioned
 from planes.phantoms.phantom import write_spanish_layout
 from planes.style import STYLES
 
@@ -104,7 +105,7 @@ def test_prior_images_are_those_of_a_manifest_and_must_be_there(tmp_path):
     (tmp_path / "a.png").touch()
     path = tmp_path / "manifest.csv"
     path.write_text('image,prompt\na.png,"a photo, of a brain"\n')
-    assert prior_pairs(path) == [(tmp_path / "a.png", "a photo, of a brain")]
+    assert prior_images(path) == [Captioned(tmp_path / "a.png", "a photo, of a brain")]
     path.write_text("image,prompt\na.png,x\nb.png,y\n")
     with refused(DatasetError, r"1 of 2 images are missing, such as .*b\.png"):
-        prior_pairs(path)
+        prior_images(path)

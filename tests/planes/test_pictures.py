@@ -6,16 +6,19 @@ import struct
 import zlib
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
 from shorthand import refused
 
-from classify.data import decode
+from classify.data import PlaneImages, decode
 from ldm.buckets import read_bucketed
 from ldm.images import read_image
 from planes import pictures
+from planes.folders import read_captioned_folder
 from planes.pictures import ImageError, open_image
+from planes.sites import read_site
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +34,13 @@ def picture(width=64, height=48):
     return Image.fromarray(levels)
 
 
-def read_by_all(path):
+def read_by_all(path, levels=()):
     """A 64 px square as LoRA and image-to-image, buckets and the classifiers get it: (3, 64, 64) in
     [0, 255]."""
     return [
-        (read_image(path, 64) + 1) * 127.5,
-        (read_bucketed(path, 64, 8) + 1) * 127.5,
-        decode(path, 64).expand(3, -1, -1).float(),
+        (read_image(path, 64, levels=levels) + 1) * 127.5,
+        (read_bucketed(path, 64, 8, levels) + 1) * 127.5,
+        decode(path, 64, levels).expand(3, -1, -1).float(),
     ]
 
 
@@ -83,13 +86,126 @@ def test_an_opaque_alpha_channel_changes_nothing_and_is_not_worth_a_word(tmp_pat
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("levels", [np.uint16, ">u2", np.int32, np.float32])
-def test_more_than_eight_bits_are_refused_by_name(tmp_path, levels):
-    pixels = np.linspace(0, 4000, 64 * 64).reshape(64, 64).astype(levels)
-    Image.fromarray(pixels).save(tmp_path / "a.tif")
-    line = r"a\.tif: has more than 8 bits per channel \([IF].*\); convert it to 8 bits$"
-    with refused(ImageError, line):
+SHADES = np.linspace(0, 4000, 64 * 64).reshape(64, 64)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32, np.float32])
+def test_more_than_eight_bits_are_refused_by_name_or_scaled_as_their_site(tmp_path, dtype, caplog):
+    for name, shift in zip("ab", (0, 1000)):
+        Image.fromarray((SHADES + shift).astype(dtype)).save(tmp_path / f"{name}.tif")
+        (tmp_path / f"{name}.txt").write_text("a picture")
+    with refused(ImageError, r"a\.tif: has more than 8 bits per channel \([IF].*\); convert it"):
         open_image(tmp_path / "a.tif")
+    (tmp_path / "images.csv").write_text("image,class\na.tif,x\nb.tif,y\n")
+    site = read_site(tmp_path, "source", train=True)
+    assert [record.levels for record in site] == [(0, 5000)] * 2
+    assert caplog.messages == [
+        f"{tmp_path}: 2 of 2 images have more than 8 bits; scaled from 0..5000 to 0..255"
+    ]
+    assert [image.levels for image in read_captioned_folder(tmp_path)] == [(0, 5000)] * 2
+    for record, shift in zip(site, (0, 1000)):
+        expected = (SHADES + shift) / 5000 * 255
+        kept = PlaneImages([record], 64, "xy")[0][0]
+        for pixels in (kept, *read_by_all(record.path, (0, 5000))):
+            assert abs(pixels.numpy() - expected).max() <= 0.6
+
+
+def write_dicom(path, pixels, syntax="1.2.840.10008.1.2.1", **header):
+    file, (rows, columns) = pydicom.Dataset(), pixels.shape[-2:]
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = syntax
+    file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = "1.2.840.10008.5.1.4.1.1.7"
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = "1.2.3"
+    bits, signed = 8 * pixels.itemsize, int(pixels.dtype.kind == "i")
+    header = {
+        "Rows": rows,
+        "Columns": columns,
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": signed,
+        "PatientName": "Doe^Jane",
+        "PatientID": "p7",
+        "PixelData": pixels.tobytes(),
+    } | header
+    for key, value in header.items():
+        setattr(file, key, value)
+    file.save_as(path, enforce_file_format=True)
+
+
+EIGHT, WINDOW = SHADES // 16, {"WindowCenter": [1000, 5], "WindowWidth": [501, 5]}
+INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
+CT = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+
+
+@pytest.mark.parametrize(
+    "pixels, header, expected",
+    {
+        "8 bits": (EIGHT.astype(np.uint8), {}, EIGHT),
+        "8 bits inverted": (EIGHT.astype(np.uint8), INVERTED, 255 - EIGHT),
+        "a window": (SHADES.astype(np.uint16), WINDOW, (SHADES - 750) / 500 * 255),
+        "inverted": (SHADES.astype(np.uint16), WINDOW | INVERTED, 255 - (SHADES - 750) / 500 * 255),
+        "a scan": ((SHADES / 2).astype(np.int16), CT | WINDOW, (SHADES - 1750) / 500 * 255),
+        "no window": (SHADES.astype(np.uint16), {}, SHADES / 4095 * 255),
+        "12 bits inverted": (
+            SHADES.astype(np.uint16),
+            INVERTED | {"BitsStored": 12, "HighBit": 11},
+            255 - SHADES / 4095 * 255,
+        ),
+    }.values(),
+)
+def test_a_dicom_file_is_shown_as_its_first_window_says(tmp_path, pixels, header, expected):
+    write_dicom(tmp_path / "a.dcm", pixels, **header)
+    shown = np.asarray(open_image(tmp_path / "a.dcm", (0, 4095)), float)
+    assert abs(shown - expected.clip(0, 255)).max() <= 1.2
+
+
+def test_colours_of_a_dicom_file_stay(tmp_path):
+    colours = np.asarray(picture()) // 2
+    header = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "Rows": 48, "Columns": 64}
+    header["PhotometricInterpretation"] = "RGB"
+    write_dicom(tmp_path / "a.dcm", colours, **header)
+    assert np.array_equal(open_image(tmp_path / "a.dcm"), colours)
+
+
+def test_of_a_dicom_file_the_patients_number_is_taken_and_no_more_is_told(tmp_path, caplog, capsys):
+    pixels = EIGHT.astype(np.uint8)
+    write_dicom(tmp_path / "a.dcm", pixels)
+    write_dicom(tmp_path / "b.dcm", np.stack([pixels] * 2), NumberOfFrames=2, PatientID="")
+    header = {"PixelData": pydicom.encaps.encapsulate([b"Doe^Jane"])}
+    write_dicom(tmp_path / "c.dcm", pixels, "1.2.840.10008.1.2.4.57", **header)
+    write_dicom(tmp_path / "d.dcm", pixels, PhotometricInterpretation="Doe^Jane", Rows=65)
+    (tmp_path / "e.dcm").write_bytes(b"Doe^Jane")
+    caplog.clear()
+    rows = "a.dcm,x,\nb.dcm,y,\nc.dcm,y,other"
+    (tmp_path / "images.csv").write_text(f"image,class,patient\n{rows}\n")
+    site = read_site(tmp_path, "source", train=True)
+    assert [record.patient[7:] for record in site] == ["p7", "b.dcm", "other"]
+    ends = {"b": "has 2 frames; save one of them", "c": "cannot be decoded (JPEG Lossless"}
+    for name in "bcde":
+        with pytest.raises(ImageError) as error:
+            open_image(tmp_path / f"{name}.dcm")
+        said = str(error.value)
+        assert ends.get(name, "not a readable image (") in said and "Doe" not in said
+    assert "Doe" not in caplog.text + "".join(capsys.readouterr())
+
+
+def test_16_bits_of_colour_and_stacks_of_pages_are_refused(tmp_path):
+    deep = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(7))),
+        (b"IEND", b""),
+    ):
+        deep += struct.pack(">I", len(data)) + kind + data
+        deep += struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "a.png").write_bytes(deep)
+    picture().save(tmp_path / "b.tif", save_all=True, append_images=[picture()])
+    for name, words in (("a.png", r"more than 8 bits per channel \(RGB\)"), ("b.tif", "2 frames")):
+        with refused(ImageError, words):
+            open_image(tmp_path / name)
 
 
 def test_megabytes_of_text_in_a_png_do_not_matter(tmp_path):

@@ -19,7 +19,7 @@ from ldm.images import encode_images, read_image
 from ldm.text import encode_prompts
 from lora.layer import LoRAError
 from lora.training import Draws
-from planes.captions import prior_pairs
+from planes.captions import prior_images
 from planes.folders import read_captioned_folder
 from samplers.schedule import NoiseSchedule
 
@@ -97,7 +97,8 @@ def test_dreambooth_moves_a_and_b_alone_and_prior_images_weigh_in(
     names = changed_by(beyond, line_of(tiny_model, "dreambooth", tmp_path, flags))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in names} == {"A", "B"}
     pairs = [(i.path, f"sks {i.caption}") for i in read_captioned_folder(folder)]
-    loss = first_loss(tiny_model, pairs, 4) + 0.5 * first_loss(tiny_model, prior_pairs(prior), 5)
+    drawn = [(i.path, i.caption) for i in prior_images(prior)]
+    loss = first_loss(tiny_model, pairs, 4) + 0.5 * first_loss(tiny_model, drawn, 5)
     assert losses(tmp_path)[0] == pytest.approx(loss, abs=2e-6) and len(losses(tmp_path)) == 3
     lora = ["--lora", tmp_path / "lora.safetensors", "--rare-token", "sks"]
     row = table(draw(tiny_model, tmp_path / "out", *lora))[0]
