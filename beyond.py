@@ -35,7 +35,7 @@ from planes.captions import prior_images, with_token
 from planes.datasets import DatasetError
 from planes.folders import Captioned
 from samplers.schedule import NoiseSchedule
-from train_lora import add_data_arguments, mixed_precision, read_data, write_prompts
+from train_lora import add_data_arguments, keep_prompts, mixed_precision, read_data
 
 
 def parse_args(argv=None):
@@ -158,7 +158,7 @@ def main(args):
     losses = {"inversion": inversion, "dreambooth": dreambooth}[args.method](args, model, images)
     rows = [f"{step},{loss:.6f}\n" for step, loss in enumerate(losses, start=1)]
     write_text(args.out / "loss.csv", "step,loss\n" + "".join(rows))
-    write_prompts(args)
+    keep_prompts(args)
     hashes = {str(image.path): sha256(image.path) for image in images}
     record_run(args.out, args, model.sha256() | hashes)
 

@@ -225,9 +225,7 @@ def main(args):
                 checkpoint,
                 {"identity": identity} | training_state(history, model, optimizer, loader),
             )
-            saves.leave_if_asked(
-                f"{checkpoint} has {epoch + 1} epochs; --resume goes on from there"
-            )
+            saves.leave_if_asked(f"{checkpoint} has {epoch + 1} epochs")
     saves.restore()
 
     # the test, at the unseen site, and what is written: whole files or none

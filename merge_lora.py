@@ -7,6 +7,7 @@ W0 + strength * (alpha / r) * B A (the paper's eq. 2), summed in float32 and cas
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 from harness.flags import HelpFormatter
@@ -14,11 +15,11 @@ from harness.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights
-from ldm.cli import DTYPES, add_model_arguments, load_model, lora_path
+from ldm.cli import DTYPES, add_loras, add_model_arguments, load_model, lora_path
 from ldm.webui.shots import lora_hash, model_hash
-from lora.files import load_loras
 from lora.files.metadata import ARCHITECTURES
 from lora.layer import LoRAError
+from planes.captions import PROMPTS_FILE, prompts_file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,21 +53,20 @@ def main(args: argparse.Namespace) -> None:
     if args.out.exists():  # said before a long load
         raise CheckpointError(f"{args.out}: exists already; remove it first or choose another name")
     model = load_model(args)
-    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
-    load_loras([*zip(args.loras, args.strength)], networks)
+    add_loras(model, args.loras, args.strength, 1, print)
 
     # of the first file, which holds the U-Net
     own = open_weights(next(iter(model.files.values()))).dtype
     precision = args.dtype or next((name for name in DTYPES if DTYPES[name] == own), "fp32")
-    for prefix, network in networks.items():
-        for name, weight in network.named_parameters():
-            if not weight.to(DTYPES[precision]).isfinite().all():
-                advice = "give a lower --strength, or --dtype fp32"
-                raise LoRAError(
-                    f"{args.out}: {prefix} {name} is not finite in {precision}: {advice}"
-                )
+    for name, weight in model.networks.named_parameters():
+        if not weight.to(DTYPES[precision]).isfinite().all():
+            advice = "give a lower --strength, or --dtype fp32"
+            raise LoRAError(f"{args.out}: {name} is not finite in {precision}: {advice}")
+    prompts = prompts_file(args.loras, args.model)
     if args.out.suffix != ".safetensors":
         save_folder(model, args.out, DTYPES[precision])
+        if prompts:  # whose classes sample.py then draws
+            shutil.copyfile(prompts, args.out / PROMPTS_FILE)
         return
 
     # what the webui and ComfyUI show of it; no times and no paths: equal merges say the same
@@ -90,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
     if kind in ARCHITECTURES:
         facts["modelspec.architecture"] = ARCHITECTURES[kind]
     save_single(args.out, model, DTYPES[precision], facts)
+    if prompts:
+        print(f"its classes are drawn by sample.py --prompts {prompts}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from PIL import Image
 
 from eval.figures import first_images_figure, save
 from harness import processes
-from harness.files import sha256, write_text
+from harness.files import folder_hash, sha256, write_text
 from harness.flags import (
     LAST_SEED,
     HelpFormatter,
@@ -35,14 +35,20 @@ from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
-from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
+from ldm.cli import (
+    DTYPES,
+    add_loras,
+    add_model_arguments,
+    fitting_size,
+    image_size,
+    load_model,
+    lora_path,
+)
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images
 from ldm.webui import manifest, shots
 from ldm.webui.prompts import encode_weighted
-from lora.files import load_loras
-from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
 from planes.captions import (
     choose_prompt,
@@ -127,10 +133,7 @@ def adapt(model: Model, args: argparse.Namespace) -> tuple[str | None, dict[str,
     """Puts the LoRAs into the weights, each at its own weight, and the learned token into the
     vocabulary; returns the token that prompts are to name, and the hashes of all that the model
     then is."""
-    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
-    for path, file in zip(args.lora, load_loras([*zip(args.lora, args.lora_weight)], networks)):
-        for difference in trained_otherwise(file.metadata, args.clip_skip, model.prediction_type):
-            print(f"{path}: {difference}")
+    add_loras(model, args.lora, args.lora_weight, args.clip_skip, print)
     hashes, token = model.sha256(), args.rare_token
     if args.embedding:
         token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
@@ -223,7 +226,7 @@ def write_outputs(args, groups, others, hashes) -> None:
         first = [Image.open(args.out / shot.image) for shot in group[:4]]
         images[group[0].sampler][group[0].plane] = first
     save(first_images_figure(images), args.out / "contact_sheet.png")
-    files = {path.name: sha256(path) for path in args.lora if path.is_file()}
+    files = {str(path): folder_hash(path) for path in args.lora}
     record_run(args.out, args, hashes | files)
 
 
@@ -234,7 +237,7 @@ def main(args):
         make_nodes(name, args.steps, args.spacing, args.order if name == "unipc" else None)
     prompts = {"prompt": (args.prompt,)}
     if args.prompt is None:
-        prompts = read_prompts(args.prompts, prompts_beside(args.lora))
+        prompts = read_prompts(args.prompts, prompts_beside(args.lora, args.model))
 
     # the model, with LoRAs in its weights and a learned token in its vocabulary
     model = load_model(args, device=args.device, dtype=DTYPES[args.dtype])
@@ -246,7 +249,7 @@ def main(args):
     prompts = {name: [with_token(text, token) for text in prompts[name]] for name in prompts}
     groups = list(plan(args, prompts, model, hashes, (width, height)))
     every = [shot for group in groups for shot in group]
-    others = manifest.other_rows(every, args.out)
+    others = manifest.other_rows(every, args.out, prompts if args.prompt is None else ())
     with torch.no_grad():
         contexts = {
             text: encode_weighted(model.tokenizer, model.text_encoder, text, args.clip_skip)

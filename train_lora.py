@@ -43,7 +43,7 @@ from lora.files.metadata import metadata
 from lora.layer import LoRAError
 from lora.model import TARGETS, inject, lora_parameters
 from lora.training import Draws, held_out_loss, loss_weights, make_optimizer
-from planes.captions import PROMPTS_FILE, say_style, training_images
+from planes.captions import say_style, training_images, write_prompts
 from planes.datasets import DatasetError
 from planes.folders import REPEATS, Captioned
 from planes.sites import classes_of, prompts_of, read_site
@@ -368,13 +368,12 @@ def save_curves(args: argparse.Namespace, rows: list[tuple]) -> None:
     save(loss_figure(curves, "step"), args.out / "loss.png")
 
 
-def write_prompts(args: argparse.Namespace) -> None:
+def keep_prompts(args: argparse.Namespace) -> None:
     """prompts.json: what the classes of --source are called, which sample.py then draws."""
     if args.source:
         classes = classes_of(read_site(args.source, "source", train=True))
-        prompts = {name: [text] for name, text in prompts_of(classes, args.prompt_template).items()}
-        text = json.dumps(prompts, indent=2, ensure_ascii=False)
-        write_text(args.out / PROMPTS_FILE, text + "\n")
+        prompts = prompts_of(classes, args.prompt_template).items()
+        write_prompts(args.out, {name: [text] for name, text in prompts})
 
 
 def write_outputs(
@@ -388,9 +387,8 @@ def write_outputs(
     said = metadata(vars(args) | facts, images, optimizer, model.unet.config.cross_attention_dim)
     networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
     save_lora(args.out / "lora.safetensors", networks, said, torch.float16)
-    write_prompts(args)
-    paths = [image.path for image in (*images, *held_out)]
-    files = {f"{path.parent.name}/{path.name}": sha256(path) for path in paths}
+    keep_prompts(args)
+    files = {str(image.path): sha256(image.path) for image in (*images, *held_out)}
     record_run(args.out, args, model.sha256() | files)
     if args.device.startswith("cuda"):
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -464,7 +462,7 @@ def main(args):
         if saves.due(step + 1):
             if processes.is_first():
                 save_state(args, state, rows)
-            saves.leave_if_asked(f"{step + 1:,} steps are saved in {args.out}: --resume goes on")
+            saves.leave_if_asked(f"{step + 1:,} steps are saved in {args.out}")
     saves.restore()
 
     if processes.is_first():

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,16 @@ def images_of(folder: Path, below: bool = False) -> list[Path]:
     such as the "._a.png" that macOS leaves."""
     files = folder.rglob("*") if below else folder.iterdir()
     return sorted(f for f in files if f.suffix.lower() in TYPES and not f.name.startswith("."))
+
+
+def told_apart(*folders: Path) -> list[str]:
+    """What folders are called: the ends of their paths, as much of them as tells them apart."""
+    paths = [Path(os.path.abspath(folder)) for folder in folders]
+    for depth in range(1, 1 + max(len(path.parts) for path in paths)):
+        names = [Path(*path.parts[-depth:]).as_posix() for path in paths]
+        if len({*names}) == len({*paths}):
+            break
+    return names
 
 
 def sha256(path: Path) -> str:

@@ -36,7 +36,7 @@ def run(
 ) -> None:
     """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2;
     SIGINT is 130."""
-    name, show = Path(sys.argv[0]).name, warnings.showwarning
+    args, name, show = Namespace(), Path(sys.argv[0]).name, warnings.showwarning
 
     def show_own_in_a_line(message, category, filename, *where):
         own = Path(filename).is_relative_to(ROOT) and "site-packages" not in filename
@@ -51,16 +51,20 @@ def run(
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
         if processes.size() > 1:
             sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
-        main(parse_args())
+        args = parse_args()
+        main(args)
         processes.leave()
     except (*mistakes, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room where --out is, and give the same command again" if full else ""
         sys.stderr.write(f"{name}: {error}{advice}\n")
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\n{name}: stopped\n")
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = getattr(stop, "code", 130)
+        if code in (130, 143):
+            again = "--resume goes on" if "resume" in args else "give the same command again"
+            sys.stderr.write(f"\n{name}: stopped; {again}\n")
+        sys.exit(code)
 
 
 def alone(

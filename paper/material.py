@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 
-from harness.files import sha256, write_text
+from harness.files import sha256, told_apart, write_text
 from paper.plan import Row
 from planes import PAPER_COUNTS, PLANES
 from planes.datasets import Record, balanced, read_african, read_manifest, read_spanish
@@ -69,6 +69,11 @@ class Selections:
     def second(self) -> list[Record]:
         root = self.roots[1]
         return read_site(root, "target", train=False) if self.own else read_african(root)
+
+    @property
+    def names(self) -> list[str]:
+        """What the two are called."""
+        return told_apart(*self.roots)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

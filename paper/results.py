@@ -3,10 +3,10 @@ over seeds."""
 
 import csv
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
@@ -22,8 +22,9 @@ from planes.datasets import Record
 
 
 def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
-    """Where a reproduction keeps a row's run."""
-    return out / "rows" / data / re.sub(r"[^\w.-]+", "_", classifier) / f"seed{seed}"
+    """Where a reproduction keeps a row's run; no two classifiers share a folder."""
+    name = quote(classifier, safe="").replace("probe%3A", "probe_", 1)
+    return out / "rows" / data / name / f"seed{seed}"
 
 
 def is_run(out: Path, row: Row, seed: int) -> bool:

@@ -1,9 +1,9 @@
 """Runs scripts one after the other, each into its own folder, and does not do again what is
 done."""
 
-import argparse
 import json
 import runpy
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,7 +36,8 @@ class Stages:
 
         flags: name what a script would else fill in by itself (--repeats): it is recorded, and
             would look like a change
-        inputs: what it reads -> its hash, kept in inputs.json
+        inputs: what it reads -> its hash, kept in inputs.json with its settings; a checkpoint of
+            another stage's is removed, so that this one begins anew
         by: which process of torchrun does it alone; None: all are at it, and the first says whether
             it is done
         """
@@ -46,27 +47,40 @@ class Stages:
         self.seen.add(command)
         if by not in (None, processes.rank()):
             return out
-        self.say(f"\n$ python {script}.py {' '.join(command[1:])}")
+        self.say(f"\n$ python {shlex.join([f'{script}.py', *command[1:]])}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](command[1:])
+        # where things lie, and what computes, makes no other stage of it
+        settings = {
+            name: value
+            for name, value in vars(args).items()
+            if name != "device" and not isinstance(value, Path)
+        }
+        asked = json.loads(json.dumps({**inputs, "arguments": settings}, default=str))
         with nullcontext() if by is None else processes.apart():
-            if processes.broadcast(is_done(out, args, inputs)):
+            if processes.broadcast(is_done(out, asked)):
                 self.say("done before")
                 return out
             if processes.is_first():
                 out.mkdir(parents=True, exist_ok=True)
                 (out / "args.json").unlink(missing_ok=True)
-                write_text(out / "inputs.json", json.dumps(dict(inputs), indent=2) + "\n")
+                if _read(out / "inputs.json") != asked:
+                    (out / "checkpoint.pt").unlink(missing_ok=True)
+                write_text(out / "inputs.json", json.dumps(asked, indent=2) + "\n")
             module["main"](args)
             processes.barrier()  # for the first, which writes
         return out
 
 
-def is_done(out: Path, args: argparse.Namespace, inputs: Mapping[str, str]) -> bool:
+def is_done(out: Path, asked: Mapping[str, object]) -> bool:
     """Was it made so, of these things? args.json is what a script writes last."""
+    before = _read(out / "args.json").get("arguments", {})
+    return _read(out / "inputs.json") == asked and asked["arguments"].items() <= before.items()
+
+
+def _read(file: Path) -> dict:
+    """What a file of JSON holds; nothing where it cannot be read."""
     try:
-        before = json.loads((out / "args.json").read_text(encoding="utf-8"))["arguments"]
-        read = json.loads((out / "inputs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError):
-        return False
-    return read == dict(inputs) and before == json.loads(json.dumps(vars(args), default=str))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,6 +1,7 @@
 """The words of images: the prompts they are sampled with, the captions that LoRA is trained with, a
 token in either."""
 
+import json
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.files import write_text
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
@@ -18,17 +20,32 @@ from planes.style import STYLES, style_words, with_style
 from planes.tables import from_json, read_table, read_text
 
 PROMPTS_FILE = "prompts.json"
-"""Beside a LoRA that was trained on another site than the paper's: the captions of its classes, as
-`read_prompts` takes them from a file."""
+"""Beside a LoRA that was trained on another site than the paper's, or in a model that it was merged
+into: the captions of its classes, as `read_prompts` takes them from a file."""
 
 
-def prompts_beside(loras: Sequence[Path]) -> dict[str, str]:
-    """The prompt of each class of the run that a LoRA comes from: PROMPTS, or those that lie beside
-    the first of the LoRAs that has some. Raises DatasetError for a file of them that is none."""
-    for path in loras:
-        if (file := path.parent / PROMPTS_FILE).is_file():
-            return {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
-    return dict(PROMPTS)
+def write_prompts(folder: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
+    """PROMPTS_FILE in a folder, of captions that are sampled as they were trained, to the letter:
+    what weighs words there, brackets, backslashes and BREAK, is escaped by a backslash."""
+    marks = re.compile(r"[()\[\]\\]|(?<=\bB)(?=REAK\b)")
+    lists = {name: [marks.sub(r"\\\g<0>", text) for text in prompts[name]] for name in prompts}
+    write_text(folder / PROMPTS_FILE, json.dumps(lists, indent=2, ensure_ascii=False) + "\n")
+    return folder / PROMPTS_FILE
+
+
+def prompts_file(loras: Sequence[Path], model: str) -> Path | None:
+    """The PROMPTS_FILE of the first of the LoRAs that has one, or of the model's folder."""
+    places = [path.parent / PROMPTS_FILE for path in loras] + [Path(model, PROMPTS_FILE)]
+    return next((file for file in places if file.is_file()), None)
+
+
+def prompts_beside(loras: Sequence[Path], model: str) -> dict[str, str]:
+    """The prompt of each class of the run that a LoRA comes from, or the model that it was merged
+    into: PROMPTS, or those of `prompts_file`. Raises DatasetError for a file of them that is
+    none."""
+    if not (file := prompts_file(loras, model)):
+        return dict(PROMPTS)
+    return {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
 
 
 def read_prompts(source: str, base: Mapping[str, str] = PROMPTS) -> dict[str, tuple[str, ...]]:
@@ -167,10 +184,14 @@ def prior_images(manifest: Path) -> list[Captioned]:
     """The images and prompts of a manifest.csv of sample.py, what DreamBooth holds on to (Ruiz et
     al. 2023).
 
-    Raises DatasetError where there are none, or their files are missing.
+    A caption is the prompt without the backslashes of `write_prompts`. Raises DatasetError where
+    there are none, or their files are missing.
     """
     rows = read_table(manifest, "image", "prompt")
-    images = [Captioned(manifest.parent / image, prompt) for _, image, prompt in rows]
+    images = [
+        Captioned(manifest.parent / image, re.sub(r"\\(.)", r"\1", prompt))
+        for _, image, prompt in rows
+    ]
     if missing := [image.path for image in images if not image.path.is_file()]:
         raise DatasetError(
             f"{manifest}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}"

@@ -82,7 +82,8 @@ def resolve_model(source: str | Path, part: str = "model") -> Path:
         folder = snapshot_download(name.repository, revision=name.revision, allow_patterns=chosen)
         return Path(folder, name.file or "")
     except (HTTPError, OSError) as error:
-        raise CheckpointError(f"{source}: {_reason(error, name)}") from None
+        reason = f"no such file or folder, {_reason(error, name)}"
+        raise CheckpointError(f"{source}: {reason}") from None
 
 
 def find_model(source: str | Path, part: str = "model") -> Path | None:
@@ -119,9 +120,12 @@ def _choose(
     part: str, names: Collection[str], file: str | None = None
 ) -> tuple[list[str], list[str]]:
     """Of a repository's files those that the loader reads, and what it would miss; `file`: that one
-    alone is wanted."""
+    is wanted, and what belongs to it."""
     if file:
-        return [file], [file] * (file not in names)
+        config = f"{file.rpartition('/')[0]}/adapter_config.json".lstrip("/")  # PEFT's
+        needs = part == "lora" and (config in names or file.endswith("adapter_model.safetensors"))
+        wanted = [file] + [config] * needs
+        return wanted, [name for name in wanted if name not in names]
     prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
     chosen, missing = [], []
     for name in (prefix + name for name in _READS[part]):
@@ -148,16 +152,14 @@ def _reason(error: Exception, name: _Id) -> str:
     """Why nothing came from the hub, and what to do."""
     page = f"https://huggingface.co/{name.repository}"
     if isinstance(error, RevisionNotFoundError):
-        return f"{name.repository} has no branch, tag or commit {name.revision}; see {page}"
+        return f"and {name.repository} has no branch, tag or commit {name.revision}; see {page}"
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         if successor := _SUCCESSORS.get(name.repository):
-            return f"withdrawn from the hub; its copy is {successor}"
-        return (
-            "no such file or folder, and no such repository on the hub; a private one needs `hf"
-            " auth login`"
-        )
+            return f"and withdrawn from the hub; its copy is {successor}"
+        return "and no such repository on the hub; a private one needs `hf auth login`"
     if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-        return f"closed to you; accept its licence on {page} and log in with `hf auth login`"
+        advice = f"accept its licence on {page} and log in with `hf auth login`"
+        return f"and on the hub closed to you; {advice}"
     why = next(iter(str(error).splitlines()), type(error).__name__)
     return (
         f"not whole in the hub cache, and fetching it fails ({why}); run this once where there is a"

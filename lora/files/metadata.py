@@ -92,7 +92,7 @@ def trained_otherwise(said: Mapping[str, str], clip_skip: int, prediction_type: 
     """
     found = []
     if (before := said.get("ss_clip_skip", "None")) not in ("None", str(clip_skip)):
-        found.append(f"was trained with clip skip {before}, this is --clip-skip {clip_skip}")
+        found.append(f"was trained with clip skip {before}: sample.py --clip-skip {before} does so")
     stated = said.get("modelspec.prediction_type") or {"True": "v", "False": "epsilon"}.get(
         said.get("ss_v_parameterization", "")
     )

@@ -96,7 +96,8 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):
         (Mistake("x: no such plane"), 2, "train_lora.py: x: no such plane\n"),
         (FileNotFoundError(errno.ENOENT, "no", "x"), 2, "train_lora.py: [Errno 2] no: 'x'\n"),
         (OSError(errno.ENOSPC, "full"), 2, "full; make room where --out is, and give the same"),
-        (KeyboardInterrupt(), 130, "\ntrain_lora.py: stopped\n"),
+        (KeyboardInterrupt(), 130, "\ntrain_lora.py: stopped; give the same command again\n"),
+        (SystemExit(143), 143, "\ntrain_lora.py: stopped; give the same command again\n"),
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code, line):

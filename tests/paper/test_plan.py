@@ -1,6 +1,5 @@
 """The paper's rows as data, the flags, what a plan counts and misses, and the stages' commands."""
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,14 +11,29 @@ from shorthand import DATA, exits, real_data, refused
 import reproduce
 from classify import ClassifyError
 from classify.images import choose_records
+from harness.files import told_apart
 from ldm import MINI
 from paper.material import PHANTOMS, Selections
 from paper.plan import BEYOND_ROWS, EMBEDDED, PAPER, QUICK_ROWS, ROWS, choose
 from paper.preview import missing_weights, real_counts
-from paper.stages import is_done
+from paper.results import row_folder
+from paper.stages import Stages, is_done
 from planes import PLANES
-from planes.datasets import read_african
+from planes.datasets import DatasetError, read_african
 from planes.phantoms.phantom import write_african_layout
+
+
+def test_no_two_classifiers_share_a_folder_and_no_two_sites_a_name():
+    names = "probe:x/y", "probe:x_y", "probe:x y", "resnet18"
+    folders = [row_folder(Path(), "ES", name, 0).parent.name for name in names]
+    assert folders == ["probe_x%2Fy", "probe_x_y", "probe_x%20y", "resnet18"]
+    for roots, told in {
+        ("a/b/shop", "shed"): ["shop", "shed"],
+        ("a/images", "b/images"): ["a/images", "b/images"],
+        ("images", "b/images"): [f"{Path.cwd().name}/images", "b/images"],
+        (".", "shed"): [Path.cwd().name, "shed"],
+    }.items():
+        assert told_apart(*map(Path, roots)) == told
 
 
 def test_the_plan_is_both_tables_the_controls_and_the_style_words():
@@ -225,13 +239,32 @@ def test_every_stage_gets_the_flags_of_its_row_and_of_the_base_model(tmp_path):
 
 
 def test_a_stage_is_done_until_its_arguments_or_what_it_reads_change(tmp_path):
-    args, read = argparse.Namespace(steps=3, out=tmp_path), {"images": "1f"}
-    assert not is_done(tmp_path, args, read)
-    (tmp_path / "inputs.json").write_text(json.dumps(read))
-    (tmp_path / "args.json").write_text(
-        json.dumps({"arguments": {"steps": 3, "out": str(tmp_path)}})
-    )
-    assert is_done(tmp_path, args, read)
-    assert not is_done(tmp_path, argparse.Namespace(steps=4, out=tmp_path), read)
-    for other in ({}, {"images": "2f"}, {"images": "1f", "model": "1f"}):
-        assert not is_done(tmp_path, args, other)
+    asked = {"images": "1f", "arguments": {"steps": 3}}
+    assert not is_done(tmp_path, asked)
+    (tmp_path / "inputs.json").write_text(json.dumps(asked))
+    record = tmp_path / "args.json"
+    record.write_text(json.dumps({"arguments": {"steps": 3, "out": str(tmp_path)}}))
+    assert is_done(tmp_path, asked)
+    for other in ({"images": "2f"}, {"model": "1f"}, {"arguments": {"steps": 4}}):
+        assert not is_done(tmp_path, asked | other)
+    record.write_text(json.dumps({"arguments": {"steps": 4}}))  # of a run by hand
+    assert not is_done(tmp_path, asked)
+
+
+def test_a_checkpoint_of_other_settings_or_images_is_no_checkpoint_of_this_stage(tmp_path):
+    said, out = [], tmp_path / "a b"
+    stages, flags = Stages(said.append), ["--images", tmp_path / "none", "--model", "none"]
+
+    def goes_on(*more, **inputs):
+        (out / "checkpoint.pt").touch()
+        with pytest.raises(DatasetError):
+            stages.run("train_lora", out, *flags, *more, "--device", "cpu", inputs=inputs)
+        stages.seen.clear()
+        return (out / "checkpoint.pt").exists()
+
+    out.mkdir()
+    changes = [((), {"i": "1"}), ((), {"i": "2"}), (["--rank", 3], {"i": "2"})]
+    assert [[goes_on(*more, **inputs) for _ in "12"] for more, inputs in changes] == [
+        [False, True]
+    ] * 3
+    assert f"--out '{out}'" in said[0]

@@ -32,8 +32,9 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(OWN))
     assert read_prompts(str(path)) == {name: tuple(texts) for name, texts in OWN.items()}
-    assert prompts_beside([tmp_path / "a.safetensors"]) == {"bolt": "a bolt", "nut": "a nut"}
-    assert prompts_beside([tmp_path / "x" / "a.safetensors"]) == PROMPTS
+    assert prompts_beside([tmp_path / "a.safetensors"], "") == {"bolt": "a bolt", "nut": "a nut"}
+    assert prompts_beside([], tmp_path)["nut"] == "a nut"  # in the folder of a merged model
+    assert prompts_beside([tmp_path / "x" / "a.safetensors"], "none") == PROMPTS
     with refused(DatasetError, "of the paper's planes, not of bolt, nut"):
         read_prompts("detailed", OWN)
 
@@ -106,6 +107,8 @@ def test_prior_images_are_those_of_a_manifest_and_must_be_there(tmp_path):
     path = tmp_path / "manifest.csv"
     path.write_text('image,prompt\na.png,"a photo, of a brain"\n')
     assert prior_images(path) == [Captioned(tmp_path / "a.png", "a photo, of a brain")]
+    path.write_text("image,prompt\na.png,a \\(b\\)\n")
+    assert prior_images(path)[0].caption == "a (b)"
     path.write_text("image,prompt\na.png,x\nb.png,y\n")
     with refused(DatasetError, r"1 of 2 images are missing, such as .*b\.png"):
         prior_images(path)

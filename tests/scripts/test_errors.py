@@ -66,7 +66,7 @@ REFUSED = {
         "--spacing even": "unknown spacing 'even'",
         "--lora a b --lora-weight 1 2 3": "3 weights for 2 LoRAs; give one",
         "--lora-weight 0.5": "--lora-weight 0.5: of a --lora FILE",
-        "--lora a/x.safetensors a/x.safetensors": "two files of one name",
+        "--lora x.safetensors x.safetensors": "two files of one name",
         "--prompt <lora:x:1>": "give LoRAs by --lora and --lora-weight",
         "--prompt f\udce9tal": "no text in this terminal's encoding",
         "--size 64y64": "64y64: give the side of a square",

@@ -56,7 +56,7 @@ def test_every_plane_and_sampler_has_seeds_of_its_own_which_name_the_images(draw
     assert found == {*names, "manifest.csv", "contact_sheet.png", "args.json"}
     record = read_json(drawn / "args.json")
     lora = flags[flags.index("--lora") + 1]
-    assert record["inputs"]["fetal.safetensors"] == sha256(lora)
+    assert record["inputs"][str(lora)] == sha256(lora)
 
 
 def test_a_png_tells_its_settings_to_the_webui_and_exactly(drawn, loras):
@@ -179,7 +179,7 @@ def test_a_lora_is_drawn_by_the_prompts_of_its_own_classes_and_told_where_it_was
         ("normal/euler_0.png", "a normal chest"),
         ("nodule/euler_200000.png", "a nodule"),
     ]
-    said = f"{lora}: was trained with clip skip 2, this is --clip-skip 1\n"
+    said = f"{lora}: was trained with clip skip 2: sample.py --clip-skip 2 does so\n"
     assert capsys.readouterr().out.count(said) == 1
     with refused(DatasetError, "--planes brain: choose from normal, nodule"):
         draw(tiny_model, out, "--lora", lora, "--planes", "brain")

@@ -83,7 +83,8 @@ def test_a_run_writes_its_losses_its_weights_and_what_it_was(trained):
         if "lora_up" in key:  # with clip skip 2 the last layer of CLIP has no part in the loss
             assert weight.any() != ("encoder_layers_2_" in key), key
     record = read_json(trained / "args.json")
-    assert record["arguments"]["rank"] == 2 and "1_fetal femur/0.png" in record["inputs"]
+    assert record["arguments"]["rank"] == 2
+    assert any(name.endswith("1_fetal femur/0.png") for name in record["inputs"])
 
 
 def test_the_file_says_how_it_was_trained_in_kohyas_words(trained, tiny_model):
@@ -129,7 +130,7 @@ def test_a_run_that_is_stopped_twice_and_goes_on_ends_with_the_same_bits(
         assert stop.value.code == 128 + number and signal.getsignal(number) is before
         said = capsys.readouterr()
         assert "4 images, 10 image passes, 4 optimizer steps" in said.out
-        assert f"{at + 1} steps are saved in {out}: --resume goes on" in said.err
+        assert f"{at + 1} steps are saved in {out}\n" in said.err
         assert not (out / "lora.safetensors").exists()
     monkeypatch.setattr(Draws, "__call__", draw)
     train(tiny_model, folder, out, f"{KOHYA} --resume")

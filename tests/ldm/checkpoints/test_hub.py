@@ -277,11 +277,19 @@ def test_a_lora_is_named_by_an_id_with_its_file_and_fetched_once(hub, tmp_path):
     assert path.read_bytes() == b"weights" and not (path.parent / "v2.safetensors").exists()
     asked = len(hub.requests)
     assert lora_path("a/b/v1.safetensors") == path
-    for name in (str(tmp_path), str(tmp_path / "none.safetensors"), "none.safetensors", "a/none"):
+    for name in (str(tmp_path), str(tmp_path / "none.safetensors"), "none.safetensors"):
         assert lora_path(name) == Path(name)
     assert len(hub.requests) == asked
     with refused(ArgumentTypeError, "has no v3"):
         lora_path("a/b/v3.safetensors")
+    with refused(ArgumentTypeError, "^runs/l/x.safetensors: no such file or folder, and no such"):
+        lora_path("runs/l/x.safetensors")
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"peft"}
+    hub.repositories["a/peft"] = {"main": adapter | {"README.md": b"no"}}
+    hub.repositories["a/deep"] = {"main": {f"x/{name}": b for name, b in adapter.items()}}
+    assert names(lora_path("a/peft")) == [*adapter]
+    file = lora_path("a/deep/x/adapter_model.safetensors")
+    assert file.read_bytes() == b"peft" and names(file.parent) == [*adapter]
 
 
 def test_another_script_is_given_the_same_model_by_its_flags():

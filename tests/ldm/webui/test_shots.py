@@ -104,6 +104,13 @@ def test_the_manifest_keeps_rows_of_other_planes_and_samplers_whose_files_are_th
     rows = other_rows(made, tmp_path)
     assert [row["image"] for row in rows] == ["a.png", "gone.png"]
     assert manifest_text(made, rows, tmp_path) == manifest_text([before[1], *made], [], tmp_path)
+    said = []  # a class that was renamed
+    rows = other_rows(made, tmp_path, ["brain", SHOT.plane], said.append)
+    assert len(rows) == 2 and not said
+    assert other_rows(made, tmp_path, ["brain"], said.append) == []
+    assert said == [
+        f"{tmp_path}/manifest.csv: no prompt is of {SHOT.plane}: their rows go, their images stay"
+    ]
     (tmp_path / "manifest.csv").write_text("image,plane\na,b\n")
     with refused(DatasetError, "mend or remove it, or give another --out"):
         other_rows([SHOT], tmp_path)
