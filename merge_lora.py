@@ -15,9 +15,10 @@ from harness.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights
-from ldm.cli import DTYPES, add_loras, add_model_arguments, load_model, lora_path
+from ldm.cli import DTYPES, add_model_arguments, load_model, lora_path
 from ldm.webui.shots import lora_hash, model_hash
-from lora.files.metadata import ARCHITECTURES
+from lora.files import load_loras
+from lora.files.metadata import ARCHITECTURES, trained_otherwise
 from lora.layer import LoRAError
 from planes.captions import PROMPTS_FILE, prompts_file
 
@@ -53,7 +54,10 @@ def main(args: argparse.Namespace) -> None:
     if args.out.exists():  # said before a long load
         raise CheckpointError(f"{args.out}: exists already; remove it first or choose another name")
     model = load_model(args)
-    add_loras(model, args.loras, args.strength, 1, print)
+    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
+    for path, file in zip(args.loras, load_loras([*zip(args.loras, args.strength)], networks)):
+        for difference in trained_otherwise(file.metadata, 1, model.prediction_type):
+            print(f"{path}: {difference}")
 
     # of the first file, which holds the U-Net
     own = open_weights(next(iter(model.files.values()))).dtype

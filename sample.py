@@ -35,20 +35,14 @@ from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
-from ldm.cli import (
-    DTYPES,
-    add_loras,
-    add_model_arguments,
-    fitting_size,
-    image_size,
-    load_model,
-    lora_path,
-)
+from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images
 from ldm.webui import manifest, shots
 from ldm.webui.prompts import encode_weighted
+from lora.files import load_loras
+from lora.files.metadata import trained_otherwise
 from lora.layer import LoRAError
 from planes.captions import (
     choose_prompt,
@@ -133,7 +127,10 @@ def adapt(model: Model, args: argparse.Namespace) -> tuple[str | None, dict[str,
     """Puts the LoRAs into the weights, each at its own weight, and the learned token into the
     vocabulary; returns the token that prompts are to name, and the hashes of all that the model
     then is."""
-    add_loras(model, args.lora, args.lora_weight, args.clip_skip, print)
+    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
+    for path, file in zip(args.lora, load_loras([*zip(args.lora, args.lora_weight)], networks)):
+        for difference in trained_otherwise(file.metadata, args.clip_skip, model.prediction_type):
+            print(f"{path}: {difference}")
     hashes, token = model.sha256(), args.rare_token
     if args.embedding:
         token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)

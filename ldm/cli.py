@@ -2,7 +2,6 @@
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +10,6 @@ from ldm import MINI, CheckpointError
 from ldm.checkpoints import PREDICTION_TYPES, Model, load
 from ldm.checkpoints.hub import find_model, resolve_model
 from ldm.checkpoints.tokenizer import CLIP_REPOSITORY
-from lora.files import load_loras
-from lora.files.metadata import trained_otherwise
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -68,21 +65,6 @@ def lora_path(text: str) -> Path:
         return resolve_model(text, "lora")
     except CheckpointError as error:
         raise ArgumentTypeError(str(error)) from None
-
-
-def add_loras(
-    model: Model,
-    paths: Sequence[Path],
-    strengths: Sequence[float],
-    clip_skip: int,
-    say: Callable[[str], object],
-) -> None:
-    """Puts LoRAs into the model's weights, each at its strength; says what they were trained with
-    that this is not. Raises LoRAError."""
-    networks = {"lora_unet": model.unet, "lora_te": model.text_encoder}
-    for path, file in zip(paths, load_loras([*zip(paths, strengths)], networks)):
-        for difference in trained_otherwise(file.metadata, clip_skip, model.prediction_type):
-            say(f"{path}: {difference}")
 
 
 def image_size(text: str) -> tuple[int, int]:
