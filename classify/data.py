@@ -4,7 +4,7 @@ input range."""
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class PlaneImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         n = index % len(self)
-        image = self.kept[n] if n < len(self.kept) else self.decode(self.records[n])
+        image = self.kept[n] if n < len(self.kept) else decode(self.records[n], self.size)
         return image, self.targets[n], index
 
     def preload(self, memory: int = MEMORY, threads: int = 1) -> Iterator[Tensor]:
@@ -86,24 +86,22 @@ class PlaneImages(Dataset):
         neighbours.
         """
         with ThreadPoolExecutor(max(threads, 1)) as pool:
-            for image in pool.map(self.decode, self.records):
+            for image in pool.map(decode, self.records, repeat(self.size)):
                 memory -= image.numel()
                 if memory < 0:
                     return
                 self.kept.append(image)
                 yield image
 
-    def decode(self, record: Record) -> Tensor:
-        return decode(record.path, self.size, record.levels)
 
+def decode(record: Record, size: int) -> Tensor:
+    """A record's image as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect
+    ratio is not kept.
 
-def decode(path: Path, size: int, levels: Sequence[float] = ()) -> Tensor:
-    """An image file as uint8 (1 or 3, size, size): one channel if it is stored grey. Aspect ratio
-    is not kept.
-
-    Raises ImageError as `planes.pictures.open_image`, which takes the levels.
+    Raises ImageError as `planes.pictures.open_image`.
     """
-    pixels = np.array(open_image(path, levels).resize((size, size), Image.Resampling.BILINEAR))
+    image = open_image(record.path, record.levels)
+    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
     return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
 
 
