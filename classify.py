@@ -31,7 +31,7 @@ from classify.predict import temperature, use, write_outcome
 from classify.probe import probe_name, run_probe
 from classify.train import MOMENTUM, predict, restore, train_epoch, training_state
 from harness.files import sha256, whole_files, write_table
-from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
+from harness.flags import HELD_OUT, HelpFormatter, device_name, require_at_least, seed_number
 from harness.record import record_run
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
@@ -77,6 +77,7 @@ def parse_args(argv=None):
         default=0,
         help="images of the first site held out with all of their patients'",
     )
+    add("--held-out", **HELD_OUT)
     add("--recipe", choices=RECIPES, default="paper", help="of size, input range, --augment")
     add("--size", type=int, help="square side in px, aspect ignored, instead of the recipe's")
     add("--input-range", choices=INPUT_RANGES, help="of pixels, instead of the recipe's")

@@ -26,7 +26,7 @@ from PIL import Image
 from eval.figures import loss_figure, save
 from harness import processes
 from harness.files import sha256, write_text
-from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
+from harness.flags import HELD_OUT, HelpFormatter, device_name, require_at_least, seed_number
 from harness.record import record_run
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
@@ -82,6 +82,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     add("--manifest", type=Path, help="the list of images to take from --spanish, if not drawn")
     add("--per-plane", type=int, default=20, help="images of a plane or class to draw")
     add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--held-out", **HELD_OUT)
     add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
     return add
 
@@ -152,7 +153,7 @@ def parse_args(argv=None):
 def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned]]:
     """The images to train on with their captions and repeats, and those that are held out."""
     chosen = args.spanish, args.images, args.manifest, args.per_plane, args.seed, args.validation
-    groups = training_images(*chosen, args.source, args.prompt_template)
+    groups = training_images(*chosen, args.source, args.prompt_template, args.held_out, print)
     if args.style_words:
         groups = [list(map(say_style, group)) for group in groups]
     images, held_out = groups

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from classify import ClassifyError
-from harness.files import sha256_of_all
+from harness.files import sha256_of_all, some
 from planes import PLANES
 from planes.datasets import (
     Record,
@@ -19,14 +19,16 @@ from planes.datasets import (
     require_images,
     validation_split,
 )
-from planes.leaks import describe_leaks, leaks, repeated
-from planes.sites import classes_of, has_patients, read_site
+from planes.leaks import describe_held_out, describe_leaks, leaks, repeated, same_names
+from planes.sites import classes_of, read_site
+from planes.survey import survey
 
 
 @dataclass(frozen=True)
 class Chosen:
     """Records, each image there.
 
+    validation: images of --validation; without it those of --source that are not trained on
     twice: test images that their own site has twice
     copies: test images with the same bytes as a training image
     classes: names, class index = position
@@ -51,24 +53,19 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     """The paper's datasets where --spanish and --african name them, or any two sites by --source
     and --target.
 
-    say: is told where a site names no patients, and which test images are copies of training
+    say: is told what `planes.survey` warns of, and which images that are tested on or held out are
+        copies of training
 
     Raises ClassifyError, also where a patient is in training and in test, DatasetError.
     """
-    first = read_site(args.source, "source", train=True) if args.source else []
+    first = read_site(args.source, "source", True, args.held_out) if args.source else []
     first = read_spanish(args.spanish) if args.spanish else first
     second = (
         read_site(args.target, "target", train=False) if args.target else read_african(args.african)
     )
     classes = PLANES if args.african else classes_of(first or second)
-    for site, records in ((args.source, first), (args.target, second)):
-        if site and not has_patients(records):
-            say(f"{site}: names no patients, so each image counts as one of its own")
-    if unknown := [name for name in classes_of(second) if name not in classes]:
-        has = f"{args.source} has images of {', '.join(classes)} alone"
-        raise ClassifyError(
-            f"{args.target}: nobody can learn {', '.join(unknown)}, as {has}; take these images out"
-        )
+    if own := [site for site in ((args.source, first), (args.target, second)) if site[0]]:
+        survey(own, say=say)
 
     training, validation = [record for record in first if record.train], []
     if args.manifest:
@@ -77,6 +74,8 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
         training = balanced(training, args.per_plane, args.seed, classes)
     if args.validation:
         training, validation = validation_split(training, args.validation, seed=args.seed)
+    elif args.source:
+        validation = [record for record in first if not record.train]
     for manifest in args.synthetic:
         training = training + read_synthetic(manifest, classes)
     training += [record for record in second if record.train and args.african_train]
@@ -85,6 +84,12 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     if not training:
         raise ClassifyError(
             "there is nothing to train on; give --spanish, --source, --synthetic or --african-train"
+        )
+    shown = {record.plane for record in training}
+    if lost := [name for name in classes_of(first + test) if name not in shown]:
+        raise ClassifyError(
+            f"no training image is left of {', '.join(lost)}; give some, hold fewer out"
+            " (--validation, --seed), or take the class out"
         )
     if not test:
         raise ClassifyError(f"{args.target or args.african}: has no test images")
@@ -98,8 +103,13 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     found = leaks(training, test)
     if shared := [leak.test.patient for leak in found if leak.kind == "patient"]:
         raise ClassifyError(f"{shared[0]} is in training and in test, on {len(shared)} test images")
-    say(f"leak check: {describe_leaks(found)}")
+    say(f"leak check: {describe_leaks(found, same_names(training, test))}")
     copies = {leak.test for leak in found}
     if copies:
-        say(f"warning: {len(copies)} test images are in training; metrics.json has scores without")
+        without = "none is left for" if len(copies) == len(test) else "metrics.json has"
+        say(f"warning: {len(copies)} test images are in training; {without} scores without")
+    if both := {r.patient for r in training} & {r.patient for r in validation}:
+        say(f"warning: {len(both)} held-out patients are in training: {some(sorted(both))}")
+    if line := describe_held_out([r.path for r in training], [r.path for r in validation]):
+        say(line)
     return Chosen(training, validation, test, repeated(second), copies, classes)

@@ -19,7 +19,7 @@ from classify.train import predict
 from eval.figures import confusion_figure, contact_sheet
 from eval.figures import save as save_figure
 from eval.metrics import evaluate
-from harness.files import TYPES, images_of, json_text, sha256, whole_files, write_table
+from harness.files import TYPES, json_text, sha256, walk, whole_files, write_table
 from harness.record import record_run
 from planes.datasets import Record, count
 from planes.pictures import open_image
@@ -120,7 +120,7 @@ def predict_folder(model: nn.Module, description: dict, folder: Path, workers: i
     each class, as testing computes it. The confidence is that probability, or where the run had
     validation images what they make of it (`temperature`).
     """
-    paths = images_of(folder, below=True) if folder.is_dir() else []
+    paths = walk(folder).images if folder.is_dir() else []
     if not paths:
         raise ClassifyError(f"--predict {folder}: no folder with images ({', '.join(TYPES)}) in it")
     classes = description["classes"]

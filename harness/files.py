@@ -8,17 +8,73 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
+from unicodedata import normalize
 
-TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
 """The endings of image files, in lower case."""
 
+OTHER_TYPES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".pgm", ".ppm", ".psd")
+OTHER_TYPES += (".svg", ".nii", ".mha", ".mhd", ".nrrd", ".npy", ".svs", ".czi", ".avi", ".mp4")
+"""The endings of pictures that are not read, and therefore not left out in silence."""
 
-def images_of(folder: Path, below: bool = False) -> list[Path]:
-    """The image files in a folder, sorted, or with those in its subfolders; without hidden ones,
-    such as the "._a.png" that macOS leaves."""
-    files = folder.rglob("*") if below else folder.iterdir()
-    return sorted(f for f in files if f.suffix.lower() in TYPES and not f.name.startswith("."))
+
+class Found(NamedTuple):
+    """What a folder holds, sorted: images, and pictures of OTHER_TYPES."""
+
+    images: list[Path]
+    others: list[Path]
+
+
+def walk(folder: Path, below: bool = True) -> Found:
+    """The pictures in a folder and, where `below` is True, in its subfolders and those it links to,
+    each once.
+
+    Hidden files and folders do not count, such as the "._a.png" that macOS leaves, nor do pictures
+    beside an args.json, which are a run's own figures. Raises OSError for what cannot be looked at.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files, seen = [], set()
+    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        new = (real := os.path.realpath(at)) not in seen
+        seen.add(real)
+        folders[:] = sorted(n for n in folders if below and new and not n.startswith("."))
+        if new and "args.json" not in names:
+            files += [Path(at, name) for name in names if not name.startswith(".")]
+    kinds = TYPES, OTHER_TYPES
+    return Found(*(sorted(f for f in files if f.suffix.lower() in kind) for kind in kinds))
+
+
+def left_out(folder: Path, others: Sequence[Path]) -> str:
+    """The line that says which pictures of a folder are not read; empty where there are none."""
+    if not others:
+        return ""
+    return (
+        f"{folder}: {len(others)} pictures of types that are not read are left out: {some(others)}"
+    )
+
+
+def some(things: Iterable[object], most: int = 3) -> str:
+    """The first of them in words, paths by their names, and two dots where there are more."""
+    names = [thing.name if isinstance(thing, Path) else str(thing) for thing in things]
+    return ", ".join(names[:most]) + ", .." * (len(names) > most)
+
+
+def file_below(folder: Path, name: str) -> Path:
+    """The file that a list calls so: with \\ as Windows writes, its accents as one character or
+    two. Where there is none, the name as it stands."""
+    if not (path := folder / name).is_file():
+        above, _, last = name.replace("\\", "/").rpartition("/")
+        for forms in product(("NFC", "NFD"), repeat=2):
+            other = folder / normalize(forms[0], above) / normalize(forms[1], last)
+            if other.is_file():
+                return other
+    return path
 
 
 def told_apart(*folders: Path) -> list[str]:

@@ -8,6 +8,7 @@
 | folders of captioned images: kohya's with repeats, flat ones, metadata.jsonl | `folders.py` |
 | the Spanish and African datasets, manifests, selections | `datasets.py` |
 | any other site, of any classes: a folder for each, or a table | `sites.py` |
+| what there is at two sites before hours of work, what would be refused | `survey.py` |
 | tables in which no row is lost | `tables.py` |
 | image files, upright and opaque | `pictures.py` |
 | what leaks from training into test | `leaks.py` |

@@ -4,19 +4,22 @@ token in either."""
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
-from harness.files import write_text
+from harness.files import file_below, write_text
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
+from planes.leaks import describe_held_out
 from planes.pictures import open_image
 from planes.sites import classes_of, prompts_of, read_site, require_class_name
 from planes.style import STYLES, style_words, with_style
+from planes.survey import survey
 from planes.tables import from_json, read_table, read_text
 
 PROMPTS_FILE = "prompts.json"
@@ -81,6 +84,7 @@ def _read_lists(source: Path, classes: Iterable[str] | None) -> dict[str, tuple[
         raise DatasetError(f"{source}: cannot be read as JSON in UTF-8 ({error})") from None
     if not isinstance(lists, dict) or not lists:
         raise DatasetError(f"{source}: no object with a list of prompts for each class")
+    lists = {normalize("NFC", name).strip(): prompts for name, prompts in lists.items()}
     if classes is None or ({*classes} == {*PLANES} and not {*lists} & {*PLANES}):
         for name in lists:
             require_class_name(name, source)
@@ -141,6 +145,8 @@ def training_images(
     held_out: int = 0,
     source: Path | None = None,
     template: str = "",
+    share: float = 0.0,
+    say: Callable[[str], object] = str,
 ) -> tuple[list[Captioned], list[Captioned]]:
     """The images to train on, each file there: those of the folder `images`, images of `spanish`
     with PROMPTS, or of any site `source` with prompts by a template (`planes.sites`); and the
@@ -148,6 +154,8 @@ def training_images(
 
     manifest: the list of images to take from `spanish`; None: `per_plane` of each class, drawn by
         `seed`
+    share: of the patients of `source` that are not trained on (`read_site`)
+    say: is told what `planes.survey` warns of, and which held-out images are copies of others
     held_out: how many; of a dataset or site training images of other patients, so that those that
         are trained on stay the same; of `images` some of them, which are then not trained on
     An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies
@@ -158,7 +166,9 @@ def training_images(
     if images:
         chosen = pool = read_captioned_folder(images)
     else:
-        every = read_site(source, "source", train=True) if source else read_spanish(spanish)
+        every = read_site(source, "source", True, share) if source else read_spanish(spanish)
+        if source:
+            survey([(source, every)], template=template, per_class=per_plane, say=say)
         classes = classes_of(every) if source else PLANES
         prompts = prompts_of(classes, template) if source else PROMPTS
         pool = [record for record in every if record.train]
@@ -172,8 +182,12 @@ def training_images(
         raise DatasetError(f"{held_out} images cannot be held out: {len(pool)} are left for it")
     unseen = [pool[n] for n in sorted(rng.permutation(len(pool))[:held_out])]
     if images:
-        return [image for image in chosen if image not in unseen], unseen
+        chosen = [image for image in chosen if image not in unseen]
     require_images(chosen + unseen)
+    if line := describe_held_out([i.path for i in chosen], [i.path for i in unseen]):
+        say(line)
+    if images:
+        return chosen, unseen
     return tuple(
         [Captioned(r.path, prompts[r.plane], levels=r.levels) for r in group]
         for group in (chosen, unseen)
@@ -189,7 +203,7 @@ def prior_images(manifest: Path) -> list[Captioned]:
     """
     rows = read_table(manifest, "image", "prompt")
     images = [
-        Captioned(manifest.parent / image, re.sub(r"\\(.)", r"\1", prompt))
+        Captioned(file_below(manifest.parent, image), re.sub(r"\\(.)", r"\1", prompt))
         for _, image, prompt in rows
     ]
     if missing := [image.path for image in images if not image.path.is_file()]:

@@ -5,13 +5,15 @@ Readers know an image by its table alone, so they also work where only some of t
 cervix are left out, as in the paper.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
+from harness.files import file_below, walk
 from planes import PLANES, Plane
 from planes.tables import DatasetError, read_table
 
@@ -117,13 +119,19 @@ def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> lis
     """
     path = Path(manifest)
     labels = LABELS if classes == PLANES else {name.lower(): name for name in classes}
-    rows = _rows(path, "plane|Plane", "image|Image_name", optional=("sampler",), labels=labels)
-    files = {}
+    rows = _rows(path, "plane", "image|Image_name", optional=("sampler",), labels=labels)
+    files = defaultdict(list)
     if not all(sampler for *_, sampler in rows):  # the authors' list has names alone
-        files = {file.stem: file for file in path.parent.rglob("*.png")}
+        for file in walk(path.parent).images:
+            files[file.stem].append(file)
     records = []
     for plane, image, sampler in rows:
-        file, by = files.get(image, path.parent / image), sampler or "published"
+        file, *more = files.get(image, [file_below(path.parent, image)])
+        if more:
+            raise DatasetError(
+                f"{path}: {image} is {file} and {more[0]}: move the folder that is not meant away"
+            )
+        by = sampler or "published"
         patient = f"synthetic/{plane}/{by}/{file.stem}"
         records.append(Record(file, plane, patient, True, "synthetic", by))
     return records
@@ -225,7 +233,7 @@ def _rows(
     for where, label, *cells in read_table(path, *columns, optional=optional):
         if "" in cells[: len(columns) - 1]:
             raise DatasetError(f"{where}: {columns[1 + cells.index('')]} is empty")
-        plane = _meaning(label.lower(), labels, f"{where}, Plane")
+        plane = _meaning(normalize("NFC", label.lower()), labels, f"{where}, Plane")
         if "Train" in columns:
             cells[-1] = _meaning(cells[-1], SPLIT, f"{where}, Train")
         name = "/".join(cells[:key])

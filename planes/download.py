@@ -14,7 +14,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import images_of
+from harness.files import walk
 from planes.tables import DatasetError
 
 API = "https://zenodo.org/api/records"
@@ -143,7 +143,7 @@ def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
 
 def _lacking(source: Source, folder: Path) -> str:
     """What a folder lacks, in words; empty where it is complete."""
-    count = len(images_of(folder, below=True))
+    count = len(walk(folder).images)
     return "" if count >= source.images else f"{count:,} of {source.images:,} images are there"
 
 

@@ -5,12 +5,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import TYPES, images_of
+from harness.files import OTHER_TYPES, TYPES, file_below, walk
 from planes.pictures import with_levels
 from planes.tables import DatasetError, from_json, read_text
-
-OTHER_TYPES = (".gif", ".avif", ".heic", ".jp2", ".jxl", ".tga", ".dcm", ".nii", ".mha", ".nrrd")
-"""The endings of pictures that are not read, and therefore not left out in silence."""
 
 REPEATS = re.compile(r"(?!0+_)(\d{1,5})_(.+)")
 """A folder's name in kohya's layout, "20_fetal brain": repeats, not 0 and no date, then a
@@ -66,7 +63,7 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
     empty."""
     if (folder / METADATA).is_file():
         return _read_metadata(folder / METADATA, repeats)
-    images = images_of(folder)
+    images = walk(folder, below=False).images
     if not images:
         raise DatasetError(
             f"{folder}: no images in it ({', '.join(TYPES)}), no {METADATA} and no folders"
@@ -83,10 +80,10 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
 
 
 def _holds(path: Path) -> bool:
-    """Is it a picture, of whatever kind, or a folder of images? Hidden ones are not."""
+    """Is it a picture, of whatever kind, or a folder of pictures? Hidden ones are not."""
     if path.name.startswith("."):
         return False
-    return bool(images_of(path)) if path.is_dir() else path.suffix.lower() in TYPES + OTHER_TYPES
+    return any(walk(path)) if path.is_dir() else path.suffix.lower() in TYPES + OTHER_TYPES
 
 
 def _refuse(folder: Path, strays: list[Path]) -> None:
@@ -123,12 +120,12 @@ def _read_metadata(file: Path, repeats: int) -> list[Captioned]:
         if not good:
             needed = '{"file_name": "image.png", "text": "its caption"}'
             raise DatasetError(f"{file}, line {number}: must be like {needed}, neither empty")
-        if not (file.parent / name).is_file():
+        if not (path := file_below(file.parent, name)).is_file():
             raise DatasetError(
                 f"{file}, line {number}: {name} is not there; file_name is relative to"
                 f" {file.parent}"
             )
-        images.append(Captioned(file.parent / name, caption.strip(), repeats))
+        images.append(Captioned(path, caption.strip(), repeats))
     if not images:
         raise DatasetError(f"{file}: no images listed in it")
     return images

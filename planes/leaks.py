@@ -2,7 +2,8 @@
 same."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from harness.files import sha256
@@ -28,19 +29,46 @@ def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
     train, test = list(train), list(test)
     require_images(train + test)
     patients = {record.patient: record for record in reversed(train)}
-    # files of different sizes differ: no need to read them
-    sizes, copies = {record.path.stat().st_size for record in test}, defaultdict(list)
-    for record in train:
-        if record.path.stat().st_size in sizes:
-            copies[sha256(record.path)].append(record)
+    copies = copied([r.path for r in train], [r.path for r in test])
+    of = {record.path: record for record in train}
     return [Leak("patient", patients[r.patient], r) for r in test if r.patient in patients] + [
-        Leak("file", copy, r) for r in test for copy in copies.get(sha256(r.path), ())
+        Leak("file", of[path], r) for r in test for path in copies.get(r.path, ())
     ]
 
 
-def describe_leaks(found: list[Leak]) -> str:
+def copied(train: Iterable[Path], test: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Files of `test` that are byte for byte in `train` -> those they are."""
+    test, copies = list(test), defaultdict(list)
+    sizes = {path.stat().st_size for path in test}  # others differ: no need to read them
+    for path in train:
+        if path.stat().st_size in sizes:
+            copies[sha256(path)].append(path)
+    return {path: copies[digest] for path in test if (digest := sha256(path)) in copies}
+
+
+def describe_held_out(train: Iterable[Path], held_out: Iterable[Path]) -> str:
+    """The line on images that are held out, and trained on nevertheless; empty without them."""
+    if not (copies := copied(train, held_out)):
+        return ""
+    path, (other, *_) = next(iter(copies.items()))
+    return f"warning: {len(copies)} held-out images are in training: {path} is {other}"
+
+
+def same_names(first: Iterable[Record], second: Iterable[Record]) -> list[str]:
+    """Names that patients have at two sites (`planes.sites`), who may be other people."""
+    named = (
+        {r.patient.partition("/")[2] for r in site if not r.patient.endswith(r.path.name)}
+        for site in (first, second)
+    )
+    return sorted(set.intersection(*named))
+
+
+def describe_leaks(found: list[Leak], same: Sequence[str] = ()) -> str:
     """The leaks in words: for each kind the number of test images concerned, then a line for each
-    leak."""
+    leak.
+
+    same: names that patients have at both sites
+    """
     lines = []
     for kind in ("patient", "file"):
         some = [leak for leak in found if leak.kind == kind]
@@ -48,7 +76,8 @@ def describe_leaks(found: list[Leak]) -> str:
             images = len({leak.test for leak in some})
             lines.append(f"{images} test images share a {kind} with training:")
         lines += [f"  {b.name} ({b.patient}) with {a.name} ({a.patient})" for _, a, b in some]
-    return "\n".join(lines) or "training and test share no patient and no file"
+    names = f"no file, but {len(same)} names of patients" if same else "no patient and no file"
+    return "\n".join(lines) or f"training and test share {names}"
 
 
 def repeated(african: list[Record]) -> set[Record]:

@@ -3,13 +3,21 @@ image is what.
 
 The two datasets of the paper have readers of their own (`datasets.py`); here is the one for
 everybody else's.
+
+    python -m planes.sites clinic_a clinic_b    # what is there, before hours of work
+
+(`survey.py`)
 """
 
+import hashlib
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PureWindowsPath
+from unicodedata import normalize
 
-from harness.files import TYPES, images_of
+from harness.files import TYPES, file_below, walk
 from planes.datasets import Record
 from planes.pictures import dicom_patient, with_levels
 from planes.tables import DatasetError, read_table
@@ -23,18 +31,21 @@ TAKEN = ("image", "patient", "center", "target", "prediction", "copy", "confiden
 """Columns of predictions.csv, in which the classes are columns too."""
 
 
-def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
+def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0) -> list[Record]:
     """The images of a site, whatever their classes are called, in the order of their names or of
     the table.
 
-    root: SITE/<class>/<image>; or a folder with images.csv, whose columns are image (a path below
-        root), class and, where there are such, patient and split ("train" or "test")
+    root: SITE/<class>/<image> or SITE/<class>/<patient>/<image>; or a folder with images.csv, whose
+        columns are image (a path below root), class and, where there are such, patient and split
+        ("train" or "test")
     source: "source" or "target", which begins every patient's name
     train: what images without a split are for
+    held_out: where no split is named, the share of the patients that are not trained on
 
-    An image without a patient is of the one that its DICOM file names, else a patient of its own.
-    Raises DatasetError where there are fewer than two classes, a class has no image, pictures lie
-    beside the classes, or a row of the table means nothing.
+    Names of classes and patients are trimmed, and in NFC. An image without a patient is of the one
+    that its DICOM file names, else a patient of its own. Raises DatasetError where there are fewer
+    than two classes, a class has no image, pictures lie beside the classes, or a row of the table
+    means nothing.
     """
     root = Path(root)
     if not root.is_dir():
@@ -48,29 +59,46 @@ def read_site(root: str | Path, source: str, train: bool) -> list[Record]:
         rows = _folders(root)
     records, spelled, center = {}, {}, root.resolve().name
     for where, image, name, patient, split in rows:
-        split = split.lower()
+        name, patient = (normalize("NFC", text).strip() for text in (name, patient))
+        split, place = split.lower(), PureWindowsPath(image)  # for which / and \ are one
         if not image or not name:
             raise DatasetError(f"{where}: image or class is empty")
-        if image.startswith("/") or ".." in Path(image).parts:
+        if place.root or ".." in place.parts:
             raise DatasetError(f"{where}: {image}: give the image's path below {root}")
         require_class_name(name, where)
-        if (other := spelled.setdefault(name.lower(), name)) != name:
+        if (other := spelled.setdefault(name.casefold(), name)) != name:
             raise DatasetError(
                 f"{where}: the classes {other} and {name} differ by capitals alone; call them alike"
             )
         if split not in ("", *SPLITS):
             raise DatasetError(f"{where}: split is {split!r}, neither {' nor '.join(SPLITS)}")
-        if image in records:
+        path = file_below(root, image)
+        if path in records:
             raise DatasetError(f"{where}: {image} is listed twice; remove one")
-        patient = patient or dicom_patient(root / image) or image
+        patient = patient or dicom_patient(path) or path.relative_to(root).as_posix()
         owner, trains = f"{source}/{patient}", SPLITS.get(split, train)
-        records[image] = Record(root / image, name, owner, trains, source, center)
+        records[path] = Record(path, name, owner, trains, source, center)
     if len(spelled) < 2:
         raise DatasetError(
             f"{root}: has images of {', '.join(spelled.values())} alone; a classifier tells two"
             " apart"
         )
-    return with_levels(list(records.values()), root)
+    held = set() if any(row[-1] for row in rows) else _held_out(records.values(), held_out)
+    records = [replace(r, train=r.train and r.patient not in held) for r in records.values()]
+    return with_levels(records, root)
+
+
+def _held_out(records: Iterable[Record], share: float) -> set[str]:
+    """So many of the patients, by the hashes of their names, that no class loses its last image."""
+    of = defaultdict(Counter)
+    for record in records:
+        of[record.patient][record.plane] += 1
+    left, held = sum(of.values(), Counter()), set()
+    for patient in sorted(of, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if len(held) < round(share * len(of)) and of[patient].keys() <= (left - of[patient]).keys():
+            held.add(patient)
+            left -= of[patient]
+    return held
 
 
 def require_class_name(name: str, where: str | Path) -> None:
@@ -107,20 +135,35 @@ def prompts_of(classes: Iterable[str], template: str) -> dict[str, str]:
 
 def _folders(root: Path) -> list[tuple[str, str, str, str, str]]:
     """The same rows as of a table, from folders of images."""
-    if strays := images_of(root):
+    if strays := walk(root, below=False).images:
         raise DatasetError(
             f"{strays[0]}: lies beside the folders of the classes; put it into one, or elsewhere"
         )
     rows = []
     for folder in sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        images = images_of(folder)
+        images = walk(folder).images
         if not images:
             raise DatasetError(
                 f"{folder}: no images in it ({', '.join(TYPES)}); fill it, or remove it"
             )
-        rows += [(str(folder), f"{folder.name}/{i.name}", folder.name, "", "") for i in images]
+        for image in images:
+            patient = image.relative_to(folder).parts[:-1][:1]
+            row = image.relative_to(root).as_posix(), folder.name, *(patient or ("",)), ""
+            rows.append((str(folder), *row))
     if not rows:
         raise DatasetError(
             f"{root}: neither {TABLE} nor folders of images, one for each class, are in it"
         )
+    if (names := {row[2].casefold() for row in rows}) <= {*SPLITS, "val", "valid", "validation"}:
+        raise DatasetError(
+            f"{root}: its folders {', '.join(sorted(names))} are splits, not classes: give one of"
+            f" them, or an {TABLE} with a column split"
+        )
     return rows
+
+
+if __name__ == "__main__":
+    from harness.script import run
+    from planes.survey import main, parse_args
+
+    run(parse_args, main, DatasetError)

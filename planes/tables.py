@@ -17,7 +17,7 @@ def read_table(
     """(where it stands, a cell for each of `columns`, one for each of `optional`) for each row that
     is not blank.
 
-    columns: their headers ("this|or that")
+    columns: their headers ("this|or that"), in any capitals
     optional: headers of columns that may be absent, whose cells are then empty
     strip: where False, spaces around cells are theirs
 
@@ -48,7 +48,8 @@ def read_table(
             f"{path}, line {begin}: {error}; are all quotation marks in pairs?"
         ) from None
 
-    found = [next((n for n in column.split("|") if n in header), None) for column in columns]
+    names = [name.casefold() for name in header]
+    found = [next((n for n in c.casefold().split("|") if n in names), None) for c in columns]
     if None in found:
         needed, had = ", ".join(columns).replace("|", " or "), ", ".join(header) or "none"
         raise DatasetError(
@@ -58,7 +59,7 @@ def read_table(
         raise DatasetError(f"{path}: no images listed in it")
     table = []
     for line, cells in rows:
-        where, row = f"{path}, line {line}", dict(zip(header, cells))
+        where, row = f"{path}, line {line}", dict(zip(names, cells))
         if len(cells) != len(header):
             raise DatasetError(f"{where}: {len(cells)} cells under {len(header)} headers")
         table.append((where, *(row[n] for n in found), *(row.get(n, "") for n in optional)))

@@ -19,6 +19,7 @@ from torch.nn.functional import nll_loss
 
 from classify import ClassifyError
 from classify.data import RECIPES, draw_augmentation, draw_contrast
+from classify.images import choose_records
 from classify.models import load
 from classify.predict import temperature
 from classify.train import train_epoch
@@ -136,6 +137,34 @@ def test_copies_are_marked_and_scores_without_them_are_given(classify, sites, tm
     )
     metrics = classify(tmp_path / "b", places=("--source", tmp_path / "same", *places[2:]))
     assert metrics["test"]["copies_of_training"] == 8 and "without_copies" not in metrics
+    assert "8 test images are in training; none is left for scores" in capsys.readouterr().out
+
+
+def test_a_sources_own_test_images_are_held_out_and_told_where_they_are_trained_on(
+    classify, sites, tmp_path, capsys
+):
+    write_site(tmp_path / "a", 2, 8, 4)
+    shutil.copy(tmp_path / "a" / "0.png", tmp_path / "a" / "9.png")
+    table = tmp_path / "a" / "images.csv"
+    table.write_text(table.read_text().replace("7.png,b,3", "7.png,b,4"))
+    args = classify.globals["parse_args"]
+
+    def chosen(*flags):
+        line = "--source", tmp_path / "a", "--target", sites / "target", "--out", "x", *flags
+        return choose_records(args([*map(str, line)]), print)
+
+    assert [record.name for record in chosen().validation] == ["8", "9", "10", "11"]
+    said = capsys.readouterr().out
+    assert f"1 held-out images are in training: {tmp_path}/a/9.png is {tmp_path}/a/0.png" in said
+    assert "1 held-out patients are in training: source/4\n" in said
+    assert "leak check: training and test share no file, but 3 names of patients\n" in said
+    table.write_text(table.read_text().replace("test", "").replace("train", ""))
+    held = chosen("--held-out", "0.4").validation
+    assert [record.patient[7:] for record in held] == ["1", "1", "4", "4", "4"]
+    assert len(chosen("--validation", 6).validation) == 6 and not chosen().validation
+    table.write_text("image,class\n" + "\n".join(f"{n}.png,{'ab'[n > 1]}" for n in range(4)))
+    with refused(ClassifyError, "^no training image is left of a; give some, hold fewer out"):
+        chosen("--validation", 3)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
@@ -156,6 +185,7 @@ def test_a_test_set_of_one_class_has_no_auc_which_json_says_by_null(classify, si
         (["--epochs", 0], "--epochs 0: at least 1"),
         (["--validation", -1], "--validation -1: at least 0"),
         (["--lr", "inf"], "--lr inf: at least"),
+        (["--held-out", "1"], "--held-out: 1: choose a number from 0 to less than 1"),
         (["--model", "vgg"], "--model vgg: choose from"),
         (["--predict", "x"], "--classifier FILE and --predict FOLDER"),
         (["--classifier", "x"], "--classifier FILE and --predict FOLDER"),

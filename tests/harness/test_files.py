@@ -12,11 +12,13 @@ from shorthand import exits, read_json, refused
 
 from harness import processes
 from harness.files import (
+    file_below,
     folder_hash,
-    images_of,
     json_text,
+    left_out,
     sha256,
     sha256_of_all,
+    walk,
     whole_file,
     whole_files,
     write_table,
@@ -67,12 +69,34 @@ def test_hashes_are_of_contents_in_order_and_of_a_folders_names(tmp_path):
     assert folder_hash(tmp_path) == digest(f"a {digest('a')}\nx/b {digest('b')}\n")
 
 
-def test_images_are_found_by_their_endings_without_hidden_ones(tmp_path):
-    (tmp_path / "deep").mkdir()
-    for name in ("b.PNG", "a.tif", "._a.png", "notes.txt", "deep/c.webp"):
-        (tmp_path / name).touch()
-    assert [path.name for path in images_of(tmp_path)] == ["a.tif", "b.PNG"]
-    assert [path.name for path in images_of(tmp_path, below=True)] == ["a.tif", "b.PNG", "c.webp"]
+def test_pictures_are_found_by_their_endings_without_hidden_ones_and_a_runs_own(tmp_path):
+    root, other = tmp_path / "root", tmp_path / "other"
+    files = "b.PNG a.tif ._a.png notes.txt q.GIF deep/c.webp deep/r.dcm deep/s.tga .trash/o.png"
+    for name in (*files.split(), "run/args.json", "run/sheet.png", "run/x/d.png", "../other/e.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "link").symlink_to(other)
+    (other / "back").symlink_to(root)
+    images, others = walk(root)
+    assert [path.relative_to(root).as_posix() for path in images] == [
+        *("a.tif", "b.PNG", "deep/c.webp", "deep/r.dcm", "link/e.jpg", "run/x/d.png")
+    ]
+    assert left_out(root, others).endswith(
+        "2 pictures of types that are not read are left out: s.tga, q.GIF"
+    )
+    assert walk(root, below=False) == (images[:2], others[1:]) and not left_out(root, [])
+    with pytest.raises(FileNotFoundError):
+        walk(root / "none")
+
+
+def test_a_file_is_found_by_the_name_that_a_list_of_another_system_gives_it(tmp_path):
+    composed, apart = "f\u00e9mur", "fe\u0301mur"
+    (tmp_path / composed).mkdir()
+    path = tmp_path / composed / f"{apart}.png"
+    path.touch()
+    for name in (f"{apart}\\{composed}.png", f"{composed}/{apart}.png", f"{apart}/{apart}.png"):
+        assert file_below(tmp_path, name) == path
+    assert file_below(tmp_path, "a\\b.png") == tmp_path / "a\\b.png"
 
 
 def test_what_is_no_number_is_null_in_json_and_a_table_has_its_rows(tmp_path):

@@ -6,11 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from shorthand import DATA, exits, real_data, refused
+from shorthand import DATA, exits, real_data
 
 import reproduce
-from classify import ClassifyError
-from classify.images import choose_records
 from harness.files import told_apart
 from ldm import MINI
 from paper.material import PHANTOMS, Selections
@@ -159,17 +157,6 @@ def test_missing_images_are_counted_and_named(capsys, tmp_path):
     text = plan(capsys, *sites, "--only", "ES", "--out", tmp_path / "runs")
     assert f"source: 1 images are missing, such as {lost}\n" in text
     assert cells(text)["ES/ResNet18"] == ["4", "0", "0", "1"]
-
-
-def test_a_class_that_nobody_can_learn_is_told(tmp_path):
-    for name, classes in (("shop", "bolt nut"), ("shed", "bolt rivet")):
-        (tmp_path / name).mkdir()
-        rows = [f"{n}.png,{label}" for n, label in enumerate(classes.split())]
-        (tmp_path / name / "images.csv").write_text("\n".join(["image,class", *rows]))
-    sites = {"source": tmp_path / "shop", "target": tmp_path / "shed"}
-    words = "nobody can learn rivet, as .*shop has images of bolt, nut alone"
-    with refused(ClassifyError, words):
-        choose_records(SimpleNamespace(spanish=None, african=None, **sites), str)
 
 
 @real_data

@@ -100,6 +100,9 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     assert len(held_out) == 1 and sorted([*rest, *held_out], key=lambda i: i.path) == every
     with refused(DatasetError, "3 images cannot be held out"):
         training_images(None, own.parent, None, 20, 0, held_out=3)
+    said = []
+    training_images(None, own.parent, None, 20, 0, held_out=1, say=said.append)
+    assert "1 held-out images are in training: " in said[0]  # all three are empty files
 
 
 def test_prior_images_are_those_of_a_manifest_and_must_be_there(tmp_path):

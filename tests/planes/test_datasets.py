@@ -167,6 +167,10 @@ def test_the_authors_published_synthetic_images_are_found_at_any_depth(tmp_path)
     assert found == Record(path, Plane.FEMUR, patient, True, "synthetic", "published")
     with refused(DatasetError, r"1 of 2 images are missing.*00002-77.*13228158"):
         require_images([found, lost])
+    (tmp_path / "previews").mkdir()
+    (tmp_path / "previews" / path.name).touch()
+    with refused(DatasetError, r"00001-26 is .*26\.png and .*26\.png: move the folder"):
+        read_synthetic(tmp_path / "list.csv")
 
 
 # --- selections ---

@@ -81,7 +81,7 @@ def test_metadata_lists_images_and_captions_in_its_own_order_and_alone_says_whic
 
 
 BESIDE = ["loose.png", "femur", "0_femur", "metadata.jsonl", "e.gif"]  # kohya's folders
-INSIDE = [f"{folder}/{stray}" for folder in (".", "20_brain") for stray in ("scan.DCM", "more")]
+INSIDE = [f"{folder}/{stray}" for folder in (".", "20_brain") for stray in ("scan.GIF", "more")]
 
 
 @pytest.mark.parametrize("stray", BESIDE + INSIDE)

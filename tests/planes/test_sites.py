@@ -30,6 +30,46 @@ def test_a_site_is_folders_of_classes_or_a_table(tmp_path):
     assert has_patients(records)
 
 
+def test_names_are_told_alike_whoever_wrote_them_and_subfolders_are_patients(tmp_path):
+    def read(root):
+        return [
+            (r.path.relative_to(root).as_posix(), r.plane, r.patient, r.train)
+            for r in read_site(root, "source", train=True)
+        ]
+
+    names = "fe\u0301mur/a.png", "fémur /p1/x/b.png", "disc/p1/c.png", "disc/fe\u0301/d.png"
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert read(tmp_path) == [
+        (names[3], "disc", "source/fé", True),
+        (names[2], "disc", "source/p1", True),
+        (names[0], "fémur", f"source/{names[0]}", True),
+        (names[1], "fémur", "source/p1", True),
+    ]
+    rows = "IMAGE;Class;Patient;Split", "disc\\p1\\c.png;disc;1;test", "fémur/a.png;fe\u0301mur;;"
+    (tmp_path / "images.csv").write_text("\n".join(rows), encoding="utf-8")
+    assert read(tmp_path) == [
+        (names[2], "disc", "source/1", False),
+        (names[0], "fémur", f"source/{names[0]}", True),
+    ]
+
+
+def test_patients_are_held_out_by_their_names_and_no_class_loses_all(tmp_path):
+    def read(share, split="", more=""):
+        rows = [f"{n}.png,{'ab'[n % 2]},{n // 2},{split}" for n in range(20)]
+        lines = "\n".join(["image,class,patient,split", *rows, more])
+        (tmp_path / "images.csv").write_text(lines)
+        return read_site(tmp_path, "source", True, share)
+
+    assert all(record.train for record in read(0.0))
+    held = {record.patient for record in read(0.3) if not record.train}
+    assert held == {f"source/{n}" for n in (1, 4, 7)}
+    assert all(record.train for record in read(0.3, "train"))
+    last = [record for record in read(0.99, more="x.png,c,1,") if record.train]
+    assert classes_of(last) == ("a", "b", "c") and {r.patient for r in last} == {"source/1"}
+
+
 @pytest.mark.parametrize(
     "rows, words",
     {
@@ -41,6 +81,8 @@ def test_a_site_is_folders_of_classes_or_a_table(tmp_path):
         "a/0.png,prediction,": "'prediction' is no name for a class",
         "../a/0.png,a,": r"line 2: \.\./a/0\.png: give the image's path below",
         "/a/0.png,a,": r"line 2: /a/0\.png: give the image's path below",
+        "C:\\a\\0.png,a,": "line 2: C:.*: give the image's path below",
+        "a\\..\\0.png,a,": "line 2: .*: give the image's path below",
         "a/0.png,a,maybe": "line 2: split is 'maybe', neither train nor test",
     }.items(),
 )
@@ -59,6 +101,9 @@ def test_folders_that_are_no_site_are_one_line(tmp_path):
     fails(r"neither images\.csv nor folders of images")
     (tmp_path / "nut").mkdir()
     fails("nut: no images in it")
+    (tmp_path / "splits" / "train").mkdir(parents=True)
+    (tmp_path / "splits" / "train" / "a.png").touch()
+    fails("its folders train are splits, not classes", tmp_path / "splits")
     (tmp_path / "stray.png").touch()
     fails(r"stray\.png: lies beside the folders of the classes")
 

@@ -1,0 +1,89 @@
+"""What there is at two sites, what is odd there, and what a later stage would refuse."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from shorthand import refused
+
+from planes.datasets import DatasetError
+from planes.sites import read_site
+from planes.survey import main, parse_args, survey
+
+
+def fill(root, *names, shade=0):
+    """Images, each of its own grey."""
+    for n, name in enumerate(names, start=shade):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 9 + n % 2), n, "uint8")).save(root / name)
+    return root
+
+
+@pytest.fixture
+def sites(tmp_path):
+    """Of three images a class; the second has a patient of the first, and copies of it."""
+    fill(tmp_path / "a", *(f"{c}/p{n}/{n}.png" for c in ("bar", "disc") for n in range(3)))
+    fill(tmp_path / "b", "bar/p2/x.png", "bar/q/y.png", shade=50)
+    (tmp_path / "b" / "disc").mkdir()
+    for name in ("z.png", "zz.png"):
+        (tmp_path / "b" / "disc" / name).write_bytes((tmp_path / "a/bar/p0/0.png").read_bytes())
+    (tmp_path / "b" / "bar" / "q.gif").touch()
+
+    def look(**needs):
+        sources = {"a": ("source", True), "b": ("target", False)}
+        roots = [tmp_path / name for name in sources if (tmp_path / name).exists()]
+        return survey([(root, read_site(root, *sources[root.name])) for root in roots], **needs)
+
+    return look
+
+
+def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, capsys):
+    said, root = [], str(tmp_path)
+    found = sites(template="a {class}", per_class=20, fewer=True, say=said.append)
+    rows = [line.split() for line in found.table.splitlines()]
+    assert rows[2] == ["bar", "3", "3", "0", "3", "8", "9x8", "to", "10x8"]
+    assert rows[8] == ["disc", "2", "0", "2", "2", "8", "9x8"]
+    assert [line.replace(root, "") for line in found.warnings] == [
+        "a LoRA is trained on 3 images of each class, as many as the rarest has, not on 20",
+        "/a: fewer than 8 images of bar (3), disc (3): scores will say little",
+        "/a: subfolders of the classes are taken for patients: p0, p1, p2, ..",
+        "/b: fewer than 8 images of bar (2), disc (2): scores will say little",
+        "/b: subfolders of the classes are taken for patients: p2, q",
+        "/b: 1 pictures of types that are not read are left out: q.gif",
+        "2 images are copies of the other site's: /b/disc/z.png is /a/bar/p0/0.png",
+        "2 images are copies with another label: /b/disc/z.png is /a/bar/p0/0.png",
+        "1 patients of the same names at both sites (p2): if they are the same people, leave them"
+        " out of one",
+    ]
+    assert said == found.warnings
+    assert sites(say=said.append).warnings == found.warnings[1:] and said == found.warnings
+
+    main(parse_args([*(f"{root}/{name}" for name in "ab"), "--out", f"{root}/out"]))
+    assert capsys.readouterr().out.startswith(str(sites()))
+    assert Image.open(tmp_path / "out" / "sites.png").size == (1568, 240)
+    (tmp_path / "b" / "images.csv").write_text("image,class\nbar/p2/x.png,bar\ndisc/z.png,disc")
+    assert "b: 2 pictures are not in its images.csv: y.png, zz.png" in str(sites())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    {
+        "": "0.png: not a readable image .*; replace or remove it; 2 pictures of .*a are so",
+        "b/rivet/0.png": "b: nobody can learn rivet, as .*a has images of bar, disc alone",
+        "a/images.csv": "a: nobody can learn bar: all of its images are for the test or held out",
+        "template": "'no place': a template says once where the class goes",
+        "per_class": "only 3 images of bar, but 4 of each were asked for",
+    }.items(),
+)
+def test_what_a_later_stage_would_refuse_is_refused_at_once(sites, tmp_path, change, words):
+    needs = {"template": "no place", "per_class": 4}
+    needs = {change: needs[change]} if change in needs else {}
+    if change.endswith("csv"):
+        rows = "image,class,split", "bar/p0/0.png,bar,test", "disc/p0/3.png,disc,train"
+        (tmp_path / change).write_text("\n".join(rows))
+    elif change.endswith("png"):
+        fill(tmp_path, change)
+    elif not change:
+        for n in range(2):
+            (tmp_path / "a" / "bar" / f"p{n}" / f"{n}.png").write_bytes(b"broken")
+    with refused(DatasetError, words):
+        sites(**needs)
