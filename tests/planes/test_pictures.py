@@ -14,8 +14,10 @@ from PIL import Image, PngImagePlugin
 from shorthand import refused
 
 from classify.data import decode
+from eval.quality import Memorisation, closest_pairs_figure
 from ldm.buckets import read_bucketed
 from ldm.images import read_image
+from paper.synthetic import figure_2
 from planes import pictures
 from planes.captions import training_images
 from planes.datasets import Record
@@ -137,26 +139,23 @@ def write_dicom(path, pixels, syntax="1.2.840.10008.1.2.1", **header):
     file.save_as(path, enforce_file_format=True)
 
 
-EIGHT, WINDOW = SHADES // 16, {"WindowCenter": [1000, 5], "WindowWidth": [501, 5]}
+BYTES, WORDS = (SHADES // 16).astype(np.uint8), SHADES.astype(np.uint16)
+WINDOW, SEEN = {"WindowCenter": [1000, 5], "WindowWidth": [501, 5]}, (SHADES - 750) / 500 * 255
 INVERTED = {"PhotometricInterpretation": "MONOCHROME1"}
-CT = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+SCAN = {"RescaleSlope": 2, "RescaleIntercept": -1000}
 
 
 @pytest.mark.parametrize(
     "pixels, header, expected",
-    {
-        "8 bits": (EIGHT.astype(np.uint8), {}, EIGHT),
-        "8 bits inverted": (EIGHT.astype(np.uint8), INVERTED, 255 - EIGHT),
-        "a window": (SHADES.astype(np.uint16), WINDOW, (SHADES - 750) / 500 * 255),
-        "inverted": (SHADES.astype(np.uint16), WINDOW | INVERTED, 255 - (SHADES - 750) / 500 * 255),
-        "a scan": ((SHADES / 2).astype(np.int16), CT | WINDOW, (SHADES - 1750) / 500 * 255),
-        "no window": (SHADES.astype(np.uint16), {}, SHADES / 4095 * 255),
-        "12 bits inverted": (
-            SHADES.astype(np.uint16),
-            INVERTED | {"BitsStored": 12, "HighBit": 11},
-            255 - SHADES / 4095 * 255,
-        ),
-    }.values(),
+    [
+        (BYTES, {}, BYTES),
+        (BYTES, INVERTED, 255 - BYTES),
+        (WORDS, WINDOW, SEEN),
+        (WORDS, WINDOW | INVERTED, 255 - SEEN),
+        ((SHADES / 2).astype(np.int16), SCAN | WINDOW, (SHADES - 1750) / 500 * 255),
+        (WORDS, {}, SHADES / 4095 * 255),
+        (WORDS, INVERTED | {"BitsStored": 12, "HighBit": 11}, 255 - SHADES / 4095 * 255),
+    ],
 )
 def test_a_dicom_file_is_shown_as_its_first_window_says(tmp_path, pixels, header, expected):
     write_dicom(tmp_path / "a.dcm", pixels, **header)
@@ -173,12 +172,11 @@ def test_colours_of_a_dicom_file_stay(tmp_path):
 
 
 def test_of_a_dicom_file_the_patients_number_is_taken_and_no_more_is_told(tmp_path, recwarn):
-    pixels = EIGHT.astype(np.uint8)
-    write_dicom(tmp_path / "a.dcm", pixels, SpecificCharacterSet="Doe^Jane")
-    write_dicom(tmp_path / "b.dcm", np.stack([pixels] * 2), NumberOfFrames=2, PatientID="")
+    write_dicom(tmp_path / "a.dcm", BYTES, SpecificCharacterSet="Doe^Jane")
+    write_dicom(tmp_path / "b.dcm", np.stack([BYTES] * 2), NumberOfFrames=2, PatientID="")
     header = {"PixelData": pydicom.encaps.encapsulate([b"Doe^Jane"])}
-    write_dicom(tmp_path / "c.dcm", pixels, "1.2.840.10008.1.2.4.57", **header)
-    write_dicom(tmp_path / "d.dcm", pixels, PhotometricInterpretation="Doe^Jane", Rows=65)
+    write_dicom(tmp_path / "c.dcm", BYTES, "1.2.840.10008.1.2.4.57", **header)
+    write_dicom(tmp_path / "d.dcm", BYTES, PhotometricInterpretation="Doe^Jane", Rows=65)
     (tmp_path / "e.dcm").write_bytes(b"Doe^Jane")
     recwarn.clear()
     warnings.simplefilter("always")
@@ -193,6 +191,17 @@ def test_of_a_dicom_file_the_patients_number_is_taken_and_no_more_is_told(tmp_pa
         said = str(error.value)
         assert ends.get(name, "Error") in said and "Doe" not in said
     assert not recwarn.list
+
+
+def test_figures_show_colours_and_deep_greys_as_they_are(tmp_path):
+    picture().save(tmp_path / "a.png")
+    Image.fromarray(WORDS).save(tmp_path / "b.png")
+    records = [Record(tmp_path / f"{n}.png", n, n, True, "x", "x", (0, 4000)) for n in "ab"]
+    found = Memorisation(np.arange(2), np.ones(2), np.zeros(2, bool))
+    expected = np.asarray(picture()), (WORDS / 4000 * 255 + 0.5).astype(np.uint8)
+    sheets = closest_pairs_figure(found, records, records), figure_2({}, records, "ab")
+    shown = [axes.images[0].get_array() for figure in sheets for axes in figure.axes]
+    assert len(shown) == 6 and all(map(np.array_equal, shown, expected * 3))
 
 
 def test_16_bits_of_colour_and_stacks_of_pages_are_refused(tmp_path):
