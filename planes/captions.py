@@ -16,7 +16,7 @@ from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
 from planes.leaks import describe_held_out
-from planes.pictures import open_image
+from planes.pictures import open_image, with_levels
 from planes.sites import classes_of, prompts_of, read_site, require_class_name
 from planes.style import STYLES, style_words, with_style
 from planes.survey import survey
@@ -164,7 +164,7 @@ def training_images(
     """
     rng = np.random.default_rng([seed, 700_001])  # of its own
     if images:
-        chosen = pool = read_captioned_folder(images)
+        chosen = pool = with_levels(read_captioned_folder(images), images)
     else:
         every = read_site(source, "source", True, share) if source else read_spanish(spanish)
         if source:

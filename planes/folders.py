@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.files import OTHER_TYPES, TYPES, file_below, walk
-from planes.pictures import with_levels
 from planes.tables import DatasetError, from_json, read_text
 
 REPEATS = re.compile(r"(?!0+_)(\d{1,5})_(.+)")
@@ -48,14 +47,13 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
     named = {path: REPEATS.fullmatch(path.name) for path in sorted(folder.iterdir())}
     repeated = {path: found for path, found in named.items() if found and path.is_dir()}
     if not repeated:
-        return with_levels(_read_flat(folder), folder)
+        return _read_flat(folder)
     _refuse(folder, [p for p in named if p not in repeated and (_holds(p) or p.name == METADATA)])
-    images = [
+    return [
         image
         for path, found in repeated.items()
         for image in _read_flat(path, int(found[1]), found[2].strip())
     ]
-    return with_levels(images, folder)
 
 
 def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[Captioned]:
