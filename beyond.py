@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 
 from harness.files import sha256, write_text
-from harness.flags import HelpFormatter, device_name, plain_text, require_at_least, seed_number
+from harness.flags import (
+    HelpFormatter,
+    device_name,
+    plain_text,
+    require_at_least,
+    require_template,
+    seed_number,
+)
 from harness.record import record_run
 from harness.script import alone, progress, run
 from ldm import CheckpointError
@@ -65,6 +72,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
     require_at_least(parser, args, 1, "per_plane", "rank", "steps", "batch_size", "size")
+    require_template(parser, args)
     require_at_least(parser, args, 0, "prior_weight")
     require_at_least(parser, args, 1e-12, "lr")
     if (args.prior is None) != (args.method == "inversion"):

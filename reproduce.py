@@ -12,6 +12,7 @@ report.html (and .md) in --out.
 """
 
 import argparse
+import shlex
 import sys
 from functools import cache, cached_property, partial
 from itertools import pairwise
@@ -19,9 +20,10 @@ from pathlib import Path
 
 from classify import ClassifyError
 from classify.data import RECIPES
+from classify.models import MODELS, read_weights
 from harness import processes
 from harness.files import folder_hash, sha256, sha256_of_all
-from harness.flags import HelpFormatter, device_name, seed_number
+from harness.flags import HelpFormatter, device_name, require_template, seed_number
 from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
@@ -42,14 +44,16 @@ from paper.plan import (
     choose,
     probe_rows,
 )
-from paper.preview import preview
+from paper.preview import missing_weights, preview
 from paper.report import Context, build
 from paper.results import ResultError, read_result, row_folder
 from paper.stages import Stages
 from paper.synthetic import describe
-from planes.captions import PROMPTS_FILE
+from planes.captions import PROMPTS_FILE, prompts_file, read_prompts, write_prompts
 from planes.datasets import DatasetError, read_synthetic, require_images
 from planes.download import fetch_synthetic
+from planes.sites import prompts_of
+from planes.survey import survey
 from samplers import SamplerError
 
 PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a class, of which it takes 35
@@ -66,7 +70,7 @@ def parse_args(argv=None):
     add("--african", type=Path, help="the African dataset (else: phantoms of site B)")
     add("--source", type=Path, help="instead: any site, a folder of images for each class")
     add("--target", type=Path, help="with it: another site of the same classes, the test")
-    add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--prompt-template", help='of --source, such as "a chest X-ray with {class}"')
     add("--manifests", type=Path, help="folder with the authors' lists of images (else: drawn)")
     add("--synthetic", type=Path, help="a list of images instead of making them, or zenodo")
     add("--lora", type=lora_path, help="a LoRA instead of training one: a file, or a hub id")
@@ -94,11 +98,17 @@ def parse_args(argv=None):
         parser.error("--manifests lists real images: give --spanish and --african too")
     args.seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
-    rows = QUICK_ROWS if args.quick else ROWS
+    rows = [*(QUICK_ROWS if args.quick else ROWS), *BEYOND_ROWS * args.beyond]
+    if args.source:  # whose detailed prompts nobody has written
+        rows = [row for row in rows if row.data.synthetic != "prompts"]
     try:
-        args.rows = choose([*rows, *BEYOND_ROWS * args.beyond, *probe_rows(args.probe)], args.only)
+        args.rows = choose([*rows, *probe_rows(args.probe)], args.only)
     except ValueError as error:
         parser.error(f"--only: {error}")
+    given = {"", "lora" if args.synthetic else ""}
+    draws = {row.data.synthetic for row in args.rows} - given or not (args.only or args.synthetic)
+    if draws and not (args.lora and prompts_file([args.lora])):
+        require_template(parser, args)
     return args
 
 
@@ -146,8 +156,24 @@ class Experiment:
         flags += ("--token", token, "--rank", self.scale.rank, *self.scale.beyond.split())
         return self.learn("beyond", method, method, *flags, **inputs)
 
+    def words(self, styles: bool = False) -> tuple[object, ...]:
+        """--prompts of sample.py, where they are not the paper's: of an own site's classes a file,
+        which lies beside the LoRA that is given or is made by the template."""
+        args, template = self.args, self.args.prompt_template
+        if styles and not (args.source and args.lora and template):
+            return "--prompts", "styles"
+        if not args.source:
+            return ()
+        if not template:
+            return "--prompts", prompts_file([args.lora])
+        base, folder = prompts_of(self.selections.classes, template), args.out / ("styles" * styles)
+        if processes.is_first():
+            write_prompts(folder, read_prompts("styles" if styles else "paper", base))
+        return "--prompts", folder / PROMPTS_FILE
+
     def draw(self, name: str, count: int, *flags: object) -> Path:
         """The folder of the images."""
+        flags += () if "--prompts" in flags else self.words()
         processes.barrier()  # for files that others make
         flags += (*model_flags(self.args), *self.scale.sample.split(), "--count", count)
         inputs = self.model_hashes | {
@@ -165,10 +191,7 @@ class Experiment:
         return self.draw(f"synthetic_r{rank}", count, "--lora", self.lora(rank))
 
     def images_without_lora(self) -> Path:
-        flags = []
-        if self.args.source:  # a LoRA's run says what the classes are called
-            flags = ["--prompts", self.lora(self.scale.rank).with_name(PROMPTS_FILE)]
-        return self.draw("synthetic_without_lora", 10, *flags)
+        return self.draw("synthetic_without_lora", 10)
 
     @cache  # noqa: B019 (one a run), as the processes of torchrun meet to draw
     def synthetic(self, kind: str) -> Path:
@@ -177,7 +200,7 @@ class Experiment:
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
         if kind == "styles":
-            flags = ("--prompts", "styles", "--lora", self.lora(rank, styles=True))
+            flags = (*self.words(styles=True), "--lora", self.lora(rank, styles=True))
         elif kind == "prompts":
             flags = ("--prompts", "detailed", "--lora", self.lora(rank))
         elif kind == "token":
@@ -217,13 +240,27 @@ class Experiment:
         return self.stages.run("classify", out, *flags, inputs=inputs, by=by)
 
 
+def look(args, scale: Scale, selections: Selections | None, say=None) -> str:
+    """What two own sites hold, in words. Raises DatasetError for what a later stage would
+    refuse."""
+    if not selections or not selections.own:
+        return ""
+    lora, template = args.lora, args.prompt_template
+    if lora and not template and (file := prompts_file([lora])):
+        read_prompts(str(file), dict.fromkeys(selections.classes))
+    sites = list(zip(selections.roots, (selections.first, selections.second)))
+    count = scale.per_plane["lora"] if template and not lora else None
+    return f"{survey(sites, template=template, per_class=count, fewer=True, say=say)}\n\n"
+
+
 def main(args):
     """What --plan says, or all of it."""
     scale = PAPER if args.model else QUICK if args.quick else EMBEDDED
     roots = (args.source, args.target) if args.source else (args.spanish, args.african)
     choice = args.manifests, scale.per_plane, args.seed, bool(args.source)
     if args.plan:
-        print(preview(args, scale, Selections(roots, *choice) if roots[0] else None))
+        selections = Selections(roots, *choice) if roots[0] else None
+        print(look(args, scale, selections) + preview(args, scale, selections))
         return
     with alone_in(args.out, together=True):
         # the first of several processes makes and fetches, the others find it there
@@ -234,13 +271,18 @@ def main(args):
                     roots = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
                 if args.synthetic == Path("zenodo"):
                     args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
+                for name in {row.classifier for row in args.rows} & {*MODELS}:
+                    if args.weights == "imagenet" and missing_weights([name]):
+                        read_weights(name, args.weights)  # hours before they would be missed
             processes.barrier()
         reproduce(args, scale, Selections(roots, *choice))
 
 
 def reproduce(args, scale: Scale, selections: Selections) -> None:
     """LoRAs, images, rows, report: whatever of it is not done yet."""
-    for images in selections.needed(args.rows):  # hours before one would be missed
+    # hours before something would be missed
+    look(args, scale, selections, partial(print, flush=True))
+    for images in selections.needed(args.rows):
         require_images(images)
 
     # LoRAs of three ranks and their images; then every row, tested on the second site
@@ -252,7 +294,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         experiment.lora(scale.rank, styles=True)
         panels = {rank: experiment.lora_images(rank) for rank in ranks}
         without = experiment.images_without_lora()
-    rows = [row for row in args.rows if not row.data.target or selections.target(train=True)]
+    rows = [row for row in args.rows if selections.can_train(row)]
     if left_out := [row.name for row in args.rows if row not in rows]:
         print(f"left out, as the second site has no training images: {', '.join(left_out)}")
     runs = [(row, seed) for row in rows for seed in args.seeds]
@@ -266,18 +308,18 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         read_result(folder, row.table, row.data.name, row.classifier, seed)
         for folder, (row, seed) in zip(folders, runs)
     ]
-    roots, given = selections.roots, args.spanish or args.source
+    names = selections.names
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
-        f"{roots[0].name} and {roots[1].name}" if given else "phantoms of two sites",
+        " and ".join(names) if args.spanish or args.source else "phantoms of two sites",
         args.spanish is None,
         args.recipe,
         args.seeds,
-        f"python {' '.join(sys.argv)}",
+        f"python {shlex.join(sys.argv)}",
         scale.left_out,
-        f"FU-LoRA from {roots[0].name} to {roots[1].name}" if args.source else "",
+        f"FU-LoRA from {' to '.join(names)}" if args.source else "",
     )
-    files = [*selections.tables(), args.model, args.vae, args.synthetic, args.weights]
+    files = [*selections.tables(), args.model, args.vae, args.synthetic, args.lora, args.weights]
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}
     record_environment(args.out, args, hashes)
     about = selections, panels, scale.rank, without, args.seeds[0]

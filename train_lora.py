@@ -26,7 +26,14 @@ from PIL import Image
 from eval.figures import loss_figure, save
 from harness import processes
 from harness.files import sha256, write_text
-from harness.flags import HELD_OUT, HelpFormatter, device_name, require_at_least, seed_number
+from harness.flags import (
+    HELD_OUT,
+    HelpFormatter,
+    device_name,
+    require_at_least,
+    require_template,
+    seed_number,
+)
 from harness.record import record_run
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
@@ -81,7 +88,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     site("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
     add("--manifest", type=Path, help="the list of images to take from --spanish, if not drawn")
     add("--per-plane", type=int, default=20, help="images of a plane or class to draw")
-    add("--prompt-template", default="an ultrasound image of {class}", help="of --source")
+    add("--prompt-template", help='of --source, such as "a chest X-ray with {class}"')
     add("--held-out", **HELD_OUT)
     add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
     return add
@@ -134,6 +141,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
+    require_template(parser, args)
     if args.manifest and not args.spanish:
         parser.error("--manifest lists images of --spanish, which is not given")
     if args.bucket and (args.resize or args.compile):

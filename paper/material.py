@@ -17,7 +17,7 @@ from paper.plan import Row
 from planes import PAPER_COUNTS, PLANES
 from planes.datasets import Record, balanced, read_african, read_manifest, read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
-from planes.sites import classes_of, read_site
+from planes.sites import classes_of, has_patients, read_site
 
 PHANTOMS = {  # images of each plane at site A; patients per country at site B
     "train": {plane: round(count / 10) for plane, count in PAPER_COUNTS.items()},
@@ -61,9 +61,18 @@ class Selections:
     own: bool = False
 
     @cached_property
+    def held_out(self) -> float:
+        """The share of an own source's patients that no stage trains on, who tell how well a row
+        does at home; none where its table names a split or it is small."""
+        every = read_site(self.roots[0], "source", train=True) if self.own else []
+        enough = 10 if has_patients(every) else 40
+        many = len({record.patient for record in every}) >= enough
+        return 0.2 if many and all(record.train for record in every) else 0.0
+
+    @cached_property
     def first(self) -> list[Record]:
         root = self.roots[0]
-        return read_site(root, "source", train=True) if self.own else read_spanish(root)
+        return read_site(root, "source", True, self.held_out) if self.own else read_spanish(root)
 
     @cached_property
     def second(self) -> list[Record]:
@@ -82,6 +91,7 @@ class Selections:
     def flags(self, kind: str) -> list[object]:
         """Those of a script that choose the source's images of this kind."""
         flags = ["--source" if self.own else "--spanish", self.roots[0]]
+        flags += ["--held-out", self.held_out] if self.held_out else []
         if self.lists:
             return [*flags, "--manifest", self.lists / MANIFESTS[kind]]
         count = self.count(kind)
@@ -103,6 +113,12 @@ class Selections:
             return read_manifest(self.lists / MANIFESTS[kind], self.first)
         train, count = [record for record in self.first if record.train], self.count(kind)
         return balanced(train, count, self.seed, self.classes) if count else train
+
+    def can_train(self, row: Row) -> bool:
+        """Has the target the training images that a row asks for? On these alone no class of the
+        test may be new."""
+        train, test = ({record.plane for record in self.target(t)} for t in (True, False))
+        return not row.data.target or (bool(train) and bool(row.data.source or train >= test))
 
     def target(self, train: bool) -> list[Record]:
         """The target's images for training or for the test."""

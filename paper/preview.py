@@ -62,8 +62,9 @@ def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> floa
     given = {"", "lora"} if args.synthetic else {""}
     kinds = {row.data.synthetic for row, runs in left.items() if runs} - given
     # of figure 3
-    others = 0 if args.quick or args.only or args.synthetic else len(RANKS) - 1
-    seconds = 100 * scale.repeats * (len(kinds) + others) * CPU_LORA
+    others = 0 if args.quick or args.only or args.synthetic or args.lora else len(RANKS) - 1
+    trained = len(kinds - ({"lora", "styles", "prompts"} if args.lora else set())) + others
+    seconds = 100 * scale.repeats * trained * CPU_LORA
     seconds += drawn * len(kinds) * CPU_SAMPLE
     for row, runs in left.items():
         if row.classifier in scale.passes:
@@ -85,12 +86,14 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         source, target = real_counts(row, scale, selections)
         given = args.synthetic and row.data.synthetic == "lora"
         synthetic = "given" if given else drawn if row.data.synthetic else 0
-        lines.append((row.name, source, synthetic, target, left[row] or "done"))
+        able = target == "?" or not selections or selections.can_train(row)
+        runs = left[row] or "done" if able else "left out"
+        lines.append((row.name, source, synthetic, target, runs))
 
     state = describe_models(args)
-    if selections:
+    if selections and not selections.own:
         state += map(missing_images, ("source", "target"), selections.needed(rows))
-        state += ["both datasets: python -m planes.download --to DIR"] * (not selections.own)
+        state.append("both datasets: python -m planes.download --to DIR")
     if args.weights == "imagenet":
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)

@@ -36,17 +36,17 @@ def write_prompts(folder: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
     return folder / PROMPTS_FILE
 
 
-def prompts_file(loras: Sequence[Path], model: str) -> Path | None:
-    """The PROMPTS_FILE of the first of the LoRAs that has one, or of the model's folder."""
-    places = [path.parent / PROMPTS_FILE for path in loras] + [Path(model, PROMPTS_FILE)]
-    return next((file for file in places if file.is_file()), None)
+def prompts_file(loras: Sequence[Path], *models: str) -> Path | None:
+    """The PROMPTS_FILE beside the first of the LoRAs that has one, or in a model's folder."""
+    places = [*(path.parent for path in loras), *models]
+    return next((f for f in (Path(place, PROMPTS_FILE) for place in places) if f.is_file()), None)
 
 
-def prompts_beside(loras: Sequence[Path], model: str) -> dict[str, str]:
+def prompts_beside(loras: Sequence[Path], *models: str) -> dict[str, str]:
     """The prompt of each class of the run that a LoRA comes from, or the model that it was merged
     into: PROMPTS, or those of `prompts_file`. Raises DatasetError for a file of them that is
     none."""
-    if not (file := prompts_file(loras, model)):
+    if not (file := prompts_file(loras, *models)):
         return dict(PROMPTS)
     return {name: prompts[0] for name, prompts in _read_lists(file, None).items()}
 

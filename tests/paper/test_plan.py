@@ -6,7 +6,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from shorthand import DATA, exits, real_data
+from PIL import Image
+from shorthand import DATA, exits, real_data, refused
 
 import reproduce
 from harness.files import told_apart
@@ -148,15 +149,40 @@ def test_an_empty_machine_is_told_what_is_missing_and_where_to_get_it(
     assert missing_weights(["resnet18"]) == []
 
 
-def test_missing_images_are_counted_and_named(capsys, tmp_path):
-    lost, *there = (tmp_path / f"{n}.png" for n in range(4))
-    for path in there:
-        path.touch()
-    (tmp_path / "images.csv").write_text("image,class\n0.png,a\n1.png,a\n2.png,b\n3.png,b\n")
-    sites = ("--source", tmp_path, "--target", tmp_path)
-    text = plan(capsys, *sites, "--only", "ES", "--out", tmp_path / "runs")
-    assert f"source: 1 images are missing, such as {lost}\n" in text
-    assert cells(text)["ES/ResNet18"] == ["4", "0", "0", "1"]
+def write_site(root, count):
+    for n in range(2 * count):
+        place = root / "ab"[n % 2] / f"{n}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), n).save(place)
+    return root
+
+
+def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
+    shop, shed = (write_site(tmp_path / name, 20) for name in ("shop", "shed"))
+    given = "--source", shop, "--target", shed, "--only", "HB+DA", "--out", tmp_path / "runs"
+    lora = tmp_path / "x.safetensors"
+    lora.touch()
+    words, flags = ("--prompt-template", "an x of {class}"), ("--lora", lora)
+    text = plan(capsys, *given, *words)
+    assert f"{shop}: 40 images" in text and "fewer than 8" not in text
+    # a fifth of the patients is held out
+    assert cells(text)["HB+DA/ResNet18"][:2] in ([f"{2 * n}", "200"] for n in range(12, 17))
+    assert cells(plan(capsys, *given[:5], "AF"))["AF/ViT b16"][-2:] == ["left", "out"]
+    assert cells(plan(capsys, *given, *words, *flags))["HB+DA/ResNet18"][1] == "200"
+    (tmp_path / "prompts.json").write_text('{"a": ["an a"], "c": ["a c"]}')
+    for more, line in (
+        ((), "a list of prompts for each of a, b"),
+        (("--prompt-template", "x"), "'x'"),
+    ):
+        with refused(DatasetError, line):
+            plan(capsys, *given, *flags, *more)
+    for more in ((), flags):
+        (tmp_path / "prompts.json").unlink(missing_ok=True)
+        with exits(capsys, "--source needs words: --prompt-template"):
+            plan(capsys, *given, *more)
+    (shop / "a/0.png").write_bytes(b"x")
+    with refused(DatasetError, "not a readable image", shop / "a/0.png"):
+        plan(capsys, *given, *words)
 
 
 @real_data

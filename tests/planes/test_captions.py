@@ -32,9 +32,9 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
     path = tmp_path / "prompts.json"
     path.write_text(json.dumps(OWN))
     assert read_prompts(str(path)) == {name: tuple(texts) for name, texts in OWN.items()}
-    assert prompts_beside([tmp_path / "a.safetensors"], "") == {"bolt": "a bolt", "nut": "a nut"}
+    assert prompts_beside([tmp_path / "a.safetensors"]) == {"bolt": "a bolt", "nut": "a nut"}
     assert prompts_beside([], tmp_path)["nut"] == "a nut"  # in the folder of a merged model
-    assert prompts_beside([tmp_path / "x" / "a.safetensors"], "none") == PROMPTS
+    assert prompts_beside([tmp_path / "x" / "a.safetensors"]) == PROMPTS
     with refused(DatasetError, "of the paper's planes, not of bolt, nut"):
         read_prompts("detailed", OWN)
 

@@ -65,7 +65,9 @@ def first_loss(tiny_model, pairs, seed):
 def test_inversion_moves_the_embedding_of_its_token_alone_and_sampling_names_it(
     tiny_model, folder, prior, tmp_path, changed_by
 ):
-    flags = f"--source {folder} --per-plane 2 --token {TOKEN} --lr 1e-2"
+    flags = (
+        f"--source {folder} --prompt-template a_{{class}} --per-plane 2 --token {TOKEN} --lr 1e-2"
+    )
     names = changed_by(beyond, line_of(tiny_model, "inversion", tmp_path, flags))
     assert names == {"te.text_model.embeddings.token_embedding.vector"}
     files = {path.name for path in tmp_path.iterdir()}
@@ -75,12 +77,12 @@ def test_inversion_moves_the_embedding_of_its_token_alone_and_sampling_names_it(
     word = word_embedding(base.tokenizer, base.text_encoder, "ultrasound")
     moved = (vector[0] - word).abs()
     assert token == TOKEN and 0.02 < moved.max() < 0.0301  # Adam: at most about lr in each step
-    prompt = "an ultrasound image of 1_fetal femur"
+    prompt = "a_1_fetal femur"
     assert read_json(tmp_path / "prompts.json")["1_fetal femur"] == [prompt]
     # at first the token is the word that it begins at
     inputs = read_json(tmp_path / "args.json")["inputs"]
     images = [Path(name) for name in inputs if name.endswith(".png")]
-    pairs = [(path, f"ultrasound an ultrasound image of {path.parent.name}") for path in images]
+    pairs = [(path, f"ultrasound a_{path.parent.name}") for path in images]
     assert losses(tmp_path)[0] == pytest.approx(first_loss(tiny_model, pairs, 0), abs=2e-6)
 
     flags = ["--embedding", tmp_path / "embedding.safetensors"]

@@ -295,10 +295,12 @@ def test_a_sheet_shows_eight_captions_at_most_and_long_ones_are_said(
 
 @pytest.mark.slow
 def test_another_sites_classes_leave_their_prompts_beside_the_lora(tiny_model, folder, tmp_path):
-    flags = f"--source {folder} --per-plane 2 --repeats 1 --rank 2 --resize crop"
+    flags = (
+        f"--source {folder} --prompt-template an_x_of_{{class}} --per-plane 2 --repeats 1 --rank 2"
+    )
     main(parse_args(f"--model {tiny_model} --device cpu --out {tmp_path} {flags}".split()))
     said = read_json(tmp_path / "prompts.json")
-    assert said["1_fetal femur"] == ["an ultrasound image of 1_fetal femur"] and len(said) == 2
+    assert said["1_fetal femur"] == ["an_x_of_1_fetal femur"] and len(said) == 2
 
 
 PAPER = {
