@@ -2,15 +2,25 @@
 bytes.
 
 Each function returns a matplotlib Figure made without pyplot, so that nothing global is touched;
-`save` writes it.
+`save` writes it. Labels may be of any length and script: long ones are broken into lines for which
+there is room, and where matplotlib's own font lacks a letter, another installed font draws it.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
+from unicodedata import east_asian_width
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findSystemFonts, fontManager, get_font
+from matplotlib.text import Text
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import minmax_scale
 
@@ -23,28 +33,106 @@ SOURCES: dict[str, tuple[str, str]] = {
     "source": ("#0072B2", "o"),
     "target": ("#D55E00", "s"),
 }
+LETTER = 0.6  # of a letter's size is its width, about
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a PNG without matplotlib's version in it."""
-    figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
+def save(figure: Figure, path: Path, dpi: int = 150) -> str:
+    """Write a PNG without matplotlib's version in it.
+
+    A word for which no installed font has the letters is drawn as a number in brackets. Returns
+    what these stand for, "" mostly, and says it.
+    """
+    labels = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
+    fonts, lacking = _fonts("".join(sorted({*"".join(label.get_text() for label in labels)})))
+    numbers: dict[str, str] = {}
+
+    def drawable(text: str) -> str:
+        one = f"[{re.escape(lacking)}]" if lacking else "(?!)"
+        return re.sub(rf"{one}(?:\s*{one})*", number, text)
+
+    def number(found: re.Match) -> str:
+        return numbers.setdefault("".join(found[0].split()), f"[{len(numbers) + 1}]")
+
+    for label in labels:
+        label.set(fontfamily=fonts, text=drawable(label.get_text()))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        ticks = [label.get_text() for label in axis.get_majorticklabels()]
+        if (shown := [*map(drawable, ticks)]) != ticks:  # else they are written anew
+            axis.set_ticklabels(shown)
+    look = {"bbox_inches": "tight", "pad_inches": 0.05, "metadata": {"Software": None}}
+    figure.savefig(path, dpi=dpi, format="png", **look)
+    legend = ", ".join(f"{mark} is {word}" for word, mark in numbers.items())
+    if legend:
+        said = "%s: no installed font has the letters of some names: %s; install one that has them"
+        logging.getLogger(__name__).warning(said, path.name, legend)
+    return legend
+
+
+@cache
+def _fonts(letters: str) -> tuple[list[str], str]:
+    """Font families that together draw these letters, matplotlib's own first, and the letters that
+    none has."""
+    families, left = ["DejaVu Sans"], {*filter(str.isprintable, letters)}
+    for path in [fontManager.findfont(families[0]), *sorted(findSystemFonts())]:
+        try:
+            font = get_font(path)
+        except (OSError, RuntimeError):  # no outlines, such as coloured pictures
+            continue
+        if found := {letter for letter in left if ord(letter) in font.get_charmap()}:
+            left -= found
+            fontManager.addfont(path)
+            families.append(font.family_name)
+        if not left:
+            break
+    return families, "".join(sorted(left))
+
+
+def _cells(text: str) -> int:
+    """Width in letters; a Chinese one is two wide."""
+    return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
+
+
+def _lines(labels: Iterable[str], inches: float, size: float = 9) -> list[str]:
+    """The labels, broken into lines that are so long at most. size: of the letters, in points."""
+    letters = max(4, int(inches * 72 / LETTER / size))
+    return [
+        "\n".join(
+            line
+            for part in label.split("\n")
+            for line in wrap(part, max(2, letters * len(part) // max(1, _cells(part))))
+        )
+        for label in labels
+    ]
+
+
+def _size(labels: Sequence[str], size: float = 9) -> tuple[float, float]:
+    """About the width and the height of the largest of these labels, in inches."""
+    lines = [label.split("\n") for label in labels] or [[""]]
+    width = max(_cells(line) for label in lines for line in label)
+    return width * LETTER * size / 72, max(map(len, lines)) * 1.3 * size / 72
 
 
 def _grid(
-    size: tuple[float, float],
+    cell: tuple[float, float],
     shape: tuple[int, int],
     row_labels: Sequence[str],
     column_labels: Sequence[str],
+    beside: tuple[float, float] = (0, 0),
 ) -> tuple[Figure, np.ndarray]:
-    """A figure of so many inches, and its axes, (rows, columns), with a label before each row and
-    above each column."""
+    """A figure and its axes, (rows, columns), with a label before each row and above each column.
+
+    cell: width and height of one, in inches; beside: of what else stands left and below
+    """
+    rows, titles = _lines(row_labels, 2), _lines(column_labels, cell[0])
+    margins = beside[0] + _size(rows)[0], beside[1] + _size(titles)[1]
+    size = np.multiply(cell, shape[::-1]) + margins
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(*shape, squeeze=False)
-    for axes, label in zip(grid[0], column_labels):
+    for axes, label in zip(grid[0], titles):
         axes.set_title(label, fontsize=9)
-    for axes, label in zip(grid[:, 0], row_labels):
+    for axes, label in zip(grid[:, 0], rows):
         axes.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
     return figure, grid
 
@@ -62,16 +150,31 @@ def contact_sheet(
     cell: inches of a cell's side
     """
     shape = len(rows), max(map(len, rows))
-    figure, grid = _grid((cell * shape[1], cell * shape[0]), shape, row_labels, column_labels)
-    for axes in grid.flat:
-        # square cells keep the labels in line whatever the images' shapes
-        axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1)
-        axes.spines[:].set_visible(False)
+    figure, grid = _grid((cell, cell), shape, row_labels, column_labels)
     for line, row in zip(grid, rows):
-        for axes, image in zip(line, row):
-            if image is not None:
-                axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
+        for axes, image in zip_longest(line, row):
+            _show(axes, image)
     return figure
+
+
+def labelled_sheet(images: Sequence[object], labels: Sequence[str], columns: int = 5) -> Figure:
+    """Images as for `contact_sheet`, so many in a row, each below a label of its own."""
+    cell = 1.6
+    shape = -(-len(images) // columns), min(columns, len(images))
+    labels = _lines(labels, cell)
+    figure, grid = _grid((cell, cell + _size(labels)[1]), shape, (), ())
+    for axes, image, label in zip_longest(grid.flat, images, labels):
+        _show(axes, image)
+        axes.set_title(label or "", fontsize=9)
+    return figure
+
+
+def _show(axes: Axes, image: object = None) -> None:
+    """The image alone; square axes keep labels in line whatever the images' shapes."""
+    axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1)
+    axes.spines[:].set_visible(False)
+    if image is not None:
+        axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
 
 
 def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
@@ -99,13 +202,15 @@ def confusion_figure(
     percent: numbers are shares of a row; else counts
     """
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*matrices))
-    size = 1.7 + 1.75 * len(columns), 1.2 + 1.5 * len(rows)
-    figure, grid = _grid(size, (len(rows), len(columns)), rows, columns)
+    shape, names = (len(rows), len(columns)), _lines(classes, 1.4, 7)
+    wide, high = _size(names, 7)
+    side = max(1.5, len(classes) * high)
+    figure, grid = _grid((side + 0.25, side), shape, rows, columns, (wide + 0.5, wide + 0.5))
     seen = sum(matrix.sum(axis=1) for matrix in matrices.values()) > 0
     for (i, j), axes in np.ndenumerate(grid):
         axes.tick_params(length=0, labelsize=7)
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(seen.sum()), np.array(classes)[seen])
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(seen.sum()), np.array(names)[seen])
         axes.spines[:].set_visible(False)
         axes.set(xlim=(-0.5, len(classes) - 0.5), ylim=(seen.sum() - 0.5, -0.5), aspect="equal")
         axes.label_outer()
@@ -126,20 +231,24 @@ Points = tuple[np.ndarray, Sequence[str]]
 """(N, 2) in [0, 1], and the source of each point: a key of SOURCES."""
 
 
-def tsne_grid(rows: Mapping[str, Mapping[str, Points]]) -> Figure:
+def tsne_grid(
+    rows: Mapping[str, Mapping[str, Points]], names: Mapping[str, str] | None = None
+) -> Figure:
     """Figure 3: scatter plots in a grid, points marked by where the image comes from.
 
     rows: row label, such as "r = 8" -> column title, a plane -> its points; every row has the same
         columns
+    names: source -> what the legend calls it, if otherwise
     """
     titles = list(next(iter(rows.values())))
-    size = max(2.3 * len(titles), 5), 2.2 * len(rows) + 1.0
-    figure, grid = _grid(size, (len(rows), len(titles)), list(rows), titles)
+    cell, shape = (max(2.3, 5 / len(titles)), 2.2), (len(rows), len(titles))
+    figure, grid = _grid(cell, shape, list(rows), titles, (0, 1))
     for line, panels in zip(grid, rows.values()):
         for axes, (points, sources) in zip(line, panels.values()):
             for source, (colour, marker) in SOURCES.items():
                 chosen = points[np.array(sources) == source]
-                look = {"color": colour, "marker": marker, "label": source, "linewidths": 0}
+                look = {"color": colour, "marker": marker, "linewidths": 0}
+                look["label"] = (names or {}).get(source, source)
                 if len(chosen):
                     axes.scatter(*chosen.T, s=16, alpha=0.8, **look)
             ends, ticks = (-0.04, 1.04), (0, 0.5, 1)
@@ -156,7 +265,8 @@ def _legend(figure: Figure, **look: object) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             labels.setdefault(label, handle)
     place = {"loc": "outside upper center", "ncols": 3, "frameon": False}
-    figure.legend(labels.values(), labels.keys(), **place, **look)
+    texts = _lines(labels, figure.get_figwidth() / 4)
+    figure.legend(labels.values(), texts, **place, **look)
 
 
 def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str) -> Figure:
@@ -203,9 +313,12 @@ class Point:
 def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
     """Differences one below the other, around a line at zero, their numbers to the right.
 
-    points: labels may have two lines
+    points: labels may have several lines
     """
-    figure = Figure(figsize=(6.4, 1.1 + 0.4 * len(points)), layout="constrained")
+    names = _lines([point.label for point in points], 3.2, 8)
+    wide, high = _size(names, 8)
+    size = 4.4 + wide, 1.1 + (high + 0.12) * len(points)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="0.3", linewidth=1)
     beside = axes.get_yaxis_transform()
@@ -216,7 +329,7 @@ def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
         ends = [[point.value - point.low], [point.high - point.value]]
         look = {"color": colour, "ms": 5, "lw": 1.4, "label": label}
         axes.errorbar(point.value, y, xerr=ends, fmt=marker, **look)
-    axes.set_yticks(range(len(points)), [point.label for point in points], fontsize=8)
+    axes.set_yticks(range(len(points)), names, fontsize=8)
     axes.set(xlabel=xlabel, ylim=(len(points) - 0.4, -0.6))
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9")

@@ -1,8 +1,11 @@
 """t-SNE and the figures: what is drawn where, that no labels overlap, and that equal input gives
 equal files."""
 
+import warnings
+
 import numpy as np
 import pytest
+from matplotlib import get_data_path
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 from PIL import Image
@@ -11,16 +14,23 @@ from eval.figures import (
     MARKS,
     SOURCES,
     Point,
+    _fonts,
     confusion_figure,
     contact_sheet,
     first_images_figure,
     forest_figure,
+    labelled_sheet,
     loss_figure,
     save,
     tsne,
     tsne_grid,
 )
 
+LONG = [
+    "well differentiated adenocarcinoma, low-grade",
+    "a_name_without_any_blank_of_forty_letters",
+]
+LONG += ["hyperplastic polyp", "正常组织", "кость"]
 CLASSES = ["abdomen", "brain", "femur", "thorax", "other"]
 MATRIX = np.array(
     [[37, 0, 2, 1, 25], [0, 64, 0, 0, 1], [0, 0, 53, 0, 11], [0, 1, 1, 29, 8], [0, 0, 0, 0, 0]]
@@ -61,6 +71,18 @@ DRAWN = {
     "tsne": ranks,
     "losses": lambda: loss_figure({"ES": [(1, 3.0), (2, 2.0)], "HB": [(4, 2.5)], "-": []}, "step"),
     "forest": forest,
+    "long sheet": lambda: contact_sheet([[GREY] * 5], [" ".join(LONG)], LONG),
+    "errors": lambda: labelled_sheet(
+        [COLOUR] * 7, [f"said {a}\nis {b}" for a in LONG for b in LONG[:2]]
+    ),
+    "long confusion": lambda: confusion_figure({(" ".join(LONG), LONG[0]): MATRIX.T}, LONG),
+    "long tsne": lambda: tsne_grid(
+        {"r": dict.fromkeys(LONG, (np.eye(2), ("source", "target")))},
+        {"source": LONG[0], "target": LONG[1]},
+    ),
+    "long forest": lambda: forest_figure(
+        [Point(f"{a}\nagainst {LONG[0]}", 1, 0, 2) for a in LONG], "points"
+    ),
 }
 
 
@@ -73,6 +95,9 @@ def test_a_figure_is_the_same_file_every_time_with_labels_that_do_not_overlap(dr
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as image:
         assert set(image.info) <= {"dpi"}
+        pixels = np.asarray(image.convert("L"))
+    edges = pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:]
+    assert all((edge == 255).all() for edge in edges)  # nothing is cut
 
     figure.draw_without_rendering()
     beyond = set()  # matplotlib keeps ticks beyond the ends of an axis
@@ -84,9 +109,23 @@ def test_a_figure_is_the_same_file_every_time_with_labels_that_do_not_overlap(dr
     boxes = [text.get_window_extent() for text in texts if text not in beyond]
     assert len(boxes) >= 4
     for n, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, texts[n]
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, texts[n]
         assert not any(box.overlaps(other) for other in boxes[:n]), texts[n]
+
+
+@pytest.mark.parametrize("fonts, legend", [([], "[1] is ᶁᶄ"), (["STIXGeneral"], "")])
+def test_letters_are_drawn_by_another_font_or_are_numbers_with_a_legend(
+    fonts, legend, tmp_path, monkeypatch, caplog
+):
+    paths = [f"{get_data_path()}/fonts/ttf/{name}.ttf" for name in fonts]
+    monkeypatch.setattr("eval.figures.findSystemFonts", lambda: paths)
+    _fonts.cache_clear()
+    figure = confusion_figure({("", "of ᶁᶄ"): MATRIX[:2, :2]}, ["ᶁᶄ", "кость"])
+    with warnings.catch_warnings(action="error"):  # a glyph that is missing
+        assert save(figure, tmp_path / "a.png") == legend
+    axes, name = figure.axes[0], "[1]" if legend else "ᶁᶄ"
+    ticks = [text.get_text() for text in axes.get_xticklabels()]
+    assert (axes.get_title(), ticks) == (f"of {name}", [name, "кость"])
+    assert ("a.png: no installed font" in caplog.text) is bool(legend)
 
 
 def test_confusion_matrices_show_counts_or_shares_of_the_classes_that_occur():

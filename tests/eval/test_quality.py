@@ -151,8 +151,14 @@ def test_memorisation_bears_training_images_that_repeat_each_other_and_distances
     assert found.copied.all() and found.index.tolist() == [30, 31]
     # both at exactly this distance, half of whose digits a difference of large squares would lose
     assert found.ratio[0] == pytest.approx(found.ratio[1], rel=1e-6)
-    for few in (np.repeat(train, 2, axis=0), train[:1]):
-        with refused(ValueError, "measure nothing"):
+    # each training image twice, the second as a network in another batch sees it
+    twice = np.concatenate([train, train * (1 + 2.0**-20)])
+    np.testing.assert_array_equal(memorisation(twice, train + 0.1).copied, [True] * 40)
+    np.testing.assert_allclose(
+        memorisation(twice, train + 0.1).ratio, memorisation(train, train + 0.1).ratio, rtol=0.05
+    )
+    for few in (np.repeat(train[:1], 3, axis=0), train[:1], 0 * train):
+        with refused(ValueError, "are all one"):
             memorisation(few, train)
 
 
