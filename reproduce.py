@@ -249,7 +249,7 @@ def look(args, scale: Scale, selections: Selections | None, say=None) -> str:
     if lora and not template and (file := prompts_file([lora])):
         read_prompts(str(file), dict.fromkeys(selections.classes))
     sites = list(zip(selections.roots, (selections.first, selections.second)))
-    count = scale.per_plane["lora"] if template and not lora else None
+    count = scale.per_plane["lora"] if template and not lora else 0
     return f"{survey(sites, template=template, per_class=count, fewer=True, say=say)}\n\n"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from classify import ClassifyError
-from harness.files import sha256_of_all, some
+from harness.files import sha256_of_all
 from planes import PLANES
 from planes.datasets import (
     Record,
@@ -19,7 +19,7 @@ from planes.datasets import (
     require_images,
     validation_split,
 )
-from planes.leaks import describe_held_out, describe_leaks, leaks, repeated, same_names
+from planes.leaks import describe_leaks, leaks, repeated
 from planes.sites import classes_of, read_site
 from planes.survey import survey
 
@@ -103,13 +103,11 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     found = leaks(training, test)
     if shared := [leak.test.patient for leak in found if leak.kind == "patient"]:
         raise ClassifyError(f"{shared[0]} is in training and in test, on {len(shared)} test images")
-    say(f"leak check: {describe_leaks(found, same_names(training, test))}")
+    say(f"leak check: {describe_leaks(found)}")
     copies = {leak.test for leak in found}
     if copies:
         without = "none is left for" if len(copies) == len(test) else "metrics.json has"
         say(f"warning: {len(copies)} test images are in training; {without} scores without")
-    if both := {r.patient for r in training} & {r.patient for r in validation}:
-        say(f"warning: {len(both)} held-out patients are in training: {some(sorted(both))}")
-    if line := describe_held_out([r.path for r in training], [r.path for r in validation]):
-        say(line)
+    if held := {leak.test for leak in leaks(training, validation)}:
+        say(f"warning: {len(held)} held-out images share a patient or file with training")
     return Chosen(training, validation, test, repeated(second), copies, classes)

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -16,8 +15,8 @@ from unicodedata import normalize
 TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
 """The endings of image files, in lower case."""
 
-OTHER_TYPES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".tga", ".pgm", ".ppm", ".psd")
-OTHER_TYPES += (".svg", ".nii", ".mha", ".mhd", ".nrrd", ".npy", ".svs", ".czi", ".avi", ".mp4")
+OTHER_TYPES = """.gif .avif .heic .heif .jp2 .jxl .tga .pgm .ppm .psd .svg .nii .mha .mhd .nrrd .npy
+.svs .czi .avi .mp4"""
 """The endings of pictures that are not read, and therefore not left out in silence."""
 
 
@@ -33,48 +32,40 @@ def walk(folder: Path, below: bool = True) -> Found:
     each once.
 
     Hidden files and folders do not count, such as the "._a.png" that macOS leaves, nor do pictures
-    beside an args.json, which are a run's own figures. Raises OSError for what cannot be looked at.
+    beside an args.json, which are a run's own figures.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files, seen = [], set()
-    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        new = (real := os.path.realpath(at)) not in seen
+    files, todo, seen = [], [folder], set()
+    for at in todo:
+        if (real := at.resolve()) in seen:
+            continue
         seen.add(real)
-        folders[:] = sorted(n for n in folders if below and new and not n.startswith("."))
-        if new and "args.json" not in names:
-            files += [Path(at, name) for name in names if not name.startswith(".")]
-    kinds = TYPES, OTHER_TYPES
+        shown = [path for path in sorted(at.iterdir()) if not path.name.startswith(".")]
+        folders = [path for path in shown if path.is_dir()]
+        todo += folders * below
+        if at / "args.json" not in shown:
+            files += {*shown} - {*folders}
+    kinds = TYPES, OTHER_TYPES.split()
     return Found(*(sorted(f for f in files if f.suffix.lower() in kind) for kind in kinds))
 
 
 def left_out(folder: Path, others: Sequence[Path]) -> str:
     """The line that says which pictures of a folder are not read; empty where there are none."""
-    if not others:
-        return ""
-    return (
-        f"{folder}: {len(others)} pictures of types that are not read are left out: {some(others)}"
-    )
+    names = some(path.name for path in others)
+    return names and f"{folder}: {len(others)} pictures of types that no script reads: {names}"
 
 
-def some(things: Iterable[object], most: int = 3) -> str:
-    """The first of them in words, paths by their names, and two dots where there are more."""
-    names = [thing.name if isinstance(thing, Path) else str(thing) for thing in things]
-    return ", ".join(names[:most]) + ", .." * (len(names) > most)
+def some(names: Iterable[object]) -> str:
+    """The first three in words."""
+    names = [*map(str, names)]
+    return ", ".join([*names[:3], *[".."] * (len(names) > 3)])
 
 
 def file_below(folder: Path, name: str) -> Path:
     """The file that a list calls so: with \\ as Windows writes, its accents as one character or
     two. Where there is none, the name as it stands."""
-    if not (path := folder / name).is_file():
-        above, _, last = name.replace("\\", "/").rpartition("/")
-        for forms in product(("NFC", "NFD"), repeat=2):
-            other = folder / normalize(forms[0], above) / normalize(forms[1], last)
-            if other.is_file():
-                return other
-    return path
+    other = name.replace("\\", "/")
+    paths = [folder / text for text in (name, normalize("NFC", other), normalize("NFD", other))]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def told_apart(*folders: Path) -> list[str]:

@@ -40,18 +40,8 @@ def require_at_least(parser: ArgumentParser, args: Namespace, least: float, *nam
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
 
 
-def share(text: str) -> float:
-    """A number from 0 to less than 1."""
-    try:
-        if 0 <= (value := float(text)) < 1:
-            return value
-    except ValueError:
-        pass
-    raise ArgumentTypeError(f"{text}: choose a number from 0 to less than 1")
-
-
 HELD_OUT = {
-    "type": share,
+    "type": float,
     "default": 0.0,
     "metavar": "SHARE",
     "help": "of --source's patients that no stage trains on, where its table names no split",

@@ -15,7 +15,7 @@ from harness.files import file_below, write_text
 from planes import PLANES, PROMPT_LISTS, PROMPTS
 from planes.datasets import DatasetError, balanced, read_manifest, read_spanish, require_images
 from planes.folders import Captioned, read_captioned_folder
-from planes.leaks import describe_held_out
+from planes.leaks import same_bytes
 from planes.pictures import open_image, with_levels
 from planes.sites import classes_of, prompts_of, read_site, require_class_name
 from planes.style import STYLES, style_words, with_style
@@ -184,8 +184,9 @@ def training_images(
     if images:
         chosen = [image for image in chosen if image not in unseen]
     require_images(chosen + unseen)
-    if line := describe_held_out([i.path for i in chosen], [i.path for i in unseen]):
-        say(line)
+    groups = [group for group in same_bytes(chosen + unseen) if group[0] in chosen]
+    if copies := [image for group in groups for image in group if image in unseen]:
+        say(f"warning: {len(copies)} held-out images are in training, such as {copies[0].path}")
     if images:
         return chosen, unseen
     return tuple(

@@ -81,7 +81,9 @@ def _holds(path: Path) -> bool:
     """Is it a picture, of whatever kind, or a folder of pictures? Hidden ones are not."""
     if path.name.startswith("."):
         return False
-    return any(walk(path)) if path.is_dir() else path.suffix.lower() in TYPES + OTHER_TYPES
+    return (
+        any(walk(path)) if path.is_dir() else path.suffix.lower() in (*TYPES, *OTHER_TYPES.split())
+    )
 
 
 def _refuse(folder: Path, strays: list[Path]) -> None:

@@ -9,11 +9,11 @@ everybody else's.
 (`survey.py`)
 """
 
-import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path, PureWindowsPath
 from unicodedata import normalize
 
@@ -48,6 +48,8 @@ def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0)
     means nothing.
     """
     root = Path(root)
+    if not 0 <= held_out < 1:
+        raise DatasetError(f"--held-out {held_out}: choose a number from 0 to less than 1")
     if not root.is_dir():
         raise DatasetError(
             f"{root}: no such folder; a site is a folder with one folder of images for each class"
@@ -90,12 +92,12 @@ def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0)
 
 def _held_out(records: Iterable[Record], share: float) -> set[str]:
     """So many of the patients, by the hashes of their names, that no class loses its last image."""
-    of = defaultdict(Counter)
+    of, held = defaultdict(Counter), set()
     for record in records:
         of[record.patient][record.plane] += 1
-    left, held = sum(of.values(), Counter()), set()
-    for patient in sorted(of, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if len(held) < round(share * len(of)) and of[patient].keys() <= (left - of[patient]).keys():
+    left = sum(of.values(), Counter())
+    for patient in sorted(of, key=lambda name: sha256(name.encode()).digest()):
+        if len(held) < round(share * len(of)) and len(left - of[patient]) == len(left):
             held.add(patient)
             left -= of[patient]
     return held
@@ -147,18 +149,15 @@ def _folders(root: Path) -> list[tuple[str, str, str, str, str]]:
                 f"{folder}: no images in it ({', '.join(TYPES)}); fill it, or remove it"
             )
         for image in images:
-            patient = image.relative_to(folder).parts[:-1][:1]
-            row = image.relative_to(root).as_posix(), folder.name, *(patient or ("",)), ""
-            rows.append((str(folder), *row))
+            patient, *inner = image.relative_to(folder).parts
+            name = image.relative_to(root).as_posix()
+            rows.append((str(folder), name, folder.name, patient if inner else "", ""))
     if not rows:
         raise DatasetError(
             f"{root}: neither {TABLE} nor folders of images, one for each class, are in it"
         )
-    if (names := {row[2].casefold() for row in rows}) <= {*SPLITS, "val", "valid", "validation"}:
-        raise DatasetError(
-            f"{root}: its folders {', '.join(sorted(names))} are splits, not classes: give one of"
-            f" them, or an {TABLE} with a column split"
-        )
+    if {row[2].lower() for row in rows} <= {*SPLITS, "val", "valid", "validation"}:
+        raise DatasetError(f"{root}: its folders are splits, not classes; give one, or {TABLE}")
     return rows
 
 

@@ -1,23 +1,26 @@
 """What there is at one or two sites, before hours of work: a table, what is odd, and what a later
-stage would refuse. At work in `python -m planes.sites`, and before every script's first step."""
+stage would refuse.
+
+    python -m planes.sites clinic_a clinic_b
+
+Every script that reads sites asks the same before its first step.
+"""
 
 import argparse
-import math
-import os
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from harness.files import left_out, sha256, some, walk, whole_file
-from harness.flags import HELD_OUT, HelpFormatter, require_at_least
+from harness.files import left_out, some, walk, whole_file
+from harness.flags import HelpFormatter
 from planes.datasets import Record, balanced, require_images
-from planes.leaks import same_names
+from planes.leaks import same_bytes
 from planes.pictures import ImageError, bits_of, open_image
 from planes.sites import TABLE, classes_of, has_patients, prompts_of, read_site
 from planes.tables import DatasetError
@@ -30,30 +33,19 @@ Sites = Sequence[tuple[Path, list[Record]]]
 _told: set[str] = set()  # lines that this process has said
 
 
-@dataclass(frozen=True)
-class Survey:
-    """table: of classes, images, patients, sizes and bits; warnings: a line each."""
-
-    table: str
-    warnings: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join([self.table, "", *(f"- {line}" for line in self.warnings)])
-
-
 def survey(
     sites: Sites,
     *,
     template: str | None = None,
-    per_class: int | None = None,
+    per_class: int = 0,
     fewer: bool = False,
     say: Callable[[str], object] | None = None,
-) -> Survey:
-    """What there is at a source, a target, or both.
+) -> str:
+    """What there is at a source, a target, or both: a table, and a line for each warning.
 
     sites: the folder and the records (`planes.sites.read_site`) of each
     template: of prompts, where such are made
-    per_class: images of each class that a LoRA is trained on
+    per_class: images of each class that a LoRA is trained on; 0: there is none
     fewer: then take as many as the rarest class has
     say: is told each warning once a process
 
@@ -63,23 +55,15 @@ def survey(
     """
     records = [record for _, site in sites for record in site]
     source = [record for record in records if record.source == "source"]
-    train, classes, warnings = [r for r in source if r.train], classes_of(source), []
-    if template is not None:
-        prompts_of(classes, template)
-    for root, site in sites:
-        if source and (unknown := [name for name in classes_of(site) if name not in classes]):
-            raise DatasetError(
-                f"{root}: nobody can learn {', '.join(unknown)}, as {sites[0][0]} has images of"
-                f" {', '.join(classes)} alone; take these images out"
-            )
-    if untrained := [name for name in classes if name not in classes_of(train)]:
-        raise DatasetError(
-            f"{sites[0][0]}: nobody can learn {', '.join(untrained)}: all of its images are for the"
-            " test or held out; give it training images, or take these out"
-        )
-    if per_class and source:
+    train, classes = [record for record in source if record.train], classes_of(source)
+    warnings = []
+    prompts_of(classes, "{class}" if template is None else template)
+    if source:
+        has = f"{sites[0][0]} has images of {', '.join(classes)} alone"
+        _refuse(sites[-1][0], {*classes_of(records)} - {*classes}, has)
+        _refuse(sites[0][0], {*classes} - {*classes_of(train)}, "all are for the test or held out")
         least = min(Counter(record.plane for record in train).values())
-        if least < per_class and fewer:
+        if fewer and least < per_class:
             warnings.append(
                 f"a LoRA is trained on {least} images of each class, as many as the rarest has, not"
                 f" on {per_class}"
@@ -87,110 +71,107 @@ def survey(
         else:
             balanced(train, per_class, 0, classes)
     require_images(records)
-    tables = [_table(root, site) for root, site in sites]
-    warnings += [line for root, site in sites for line in _remarks(root, site)]
+    tables = [_table(*site) for site in sites]
+    warnings += [line for site in sites for line in _remarks(*site)]
     warnings += _copies(records)
-    if len(sites) == 2 and (same := same_names(*(site for _, site in sites))):
+    named = [
+        {r.patient.partition("/")[2] for r in site if not r.patient.endswith(r.path.name)}
+        for _, site in sites
+    ]
+    if same := sorted(named[0] & named[-1]) * (len(sites) - 1):
         warnings.append(
             f"{len(same)} patients of the same names at both sites ({some(same)}): if they are the"
             " same people, leave them out of one"
         )
     for line in warnings:
         if say and line not in _told:
-            _told.add(line)
             say(line)
-    return Survey("\n\n".join(tables), warnings)
+            _told.add(line)
+    return "\n- ".join(["\n\n".join([*tables, ""]), *warnings])
+
+
+def _refuse(root: Path, names: set[str], why: str) -> None:
+    if names:
+        raise DatasetError(
+            f"{root}: nobody can learn {', '.join(sorted(names))}, as {why}; take these images out"
+        )
 
 
 def _table(root: Path, site: list[Record]) -> str:
     """The site in a line, each class in one. Raises ImageError for what cannot be opened."""
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        looks = threads.map(lambda r: _look(r.path, r.levels, r.path.stat().st_mtime_ns), site)
-        looks = dict(zip(site, looks))
-    if bad := [look for look in looks.values() if isinstance(look, ImageError)]:
-        more = f"; {len(bad)} pictures of {root} are so" * (len(bad) > 1)
-        raise ImageError(f"{bad[0]}{more}")
-    lines = [("class", "images", "train", "test", "patients", "bits", "px")]
-    named = has_patients(site)
+    with ThreadPoolExecutor() as threads:
+        bad = [look for look in threads.map(_look, site) if isinstance(look, ImageError)]
+    if bad:
+        raise ImageError(f"{bad[0]}" + f"; {len(bad)} pictures of {root} are so" * (len(bad) > 1))
+    row = "  {:20}" + "{:>10}" * 5 + "  {}"
+    lines = [row.format("class", "images", "train", "test", "patients", "bits", "px")]
     for name in classes_of(site):
         of = [record for record in site if record.plane == name]
-        train = sum(record.train for record in of)
-        patients = len({record.patient for record in of}) if named else "-"
-        bits = ", ".join(map(str, sorted({looks[record][1] for record in of})))
-        sizes = sorted({looks[record][0] for record in of}, key=math.prod)
-        px = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])))
-        lines.append((name, len(of), train, len(of) - train, patients, bits, px))
-    wide = max(len(line[0]) for line in lines)
-    rows = [f"  {name:{wide}}" + "".join(f"  {cell:>8}" for cell in line) for name, *line in lines]
-    return "\n".join([f"{root}: {len(site)} images", *rows])
+        train, patients = sum(record.train for record in of), {record.patient for record in of}
+        patients = len(patients) if has_patients(site) else "-"
+        bits, sizes = (sorted({*values}) for values in zip(*map(_look, of)))
+        px = " to ".join(dict.fromkeys("{}x{}".format(*sizes[n]) for n in (0, -1)))
+        counts = len(of), train, len(of) - train, patients, ", ".join(map(str, bits))
+        lines.append(row.format(name, *counts, px))
+    return "\n".join([f"{root}: {len(site)} images", *lines])
 
 
 @cache
-def _look(path: Path, levels: tuple, changed: int) -> tuple[tuple[int, int], int] | ImageError:
-    """Width and height of an image, and its bits, or why it cannot be opened.
-
-    changed: when its file was
-    """
+def _look(record: Record) -> tuple[int, tuple[int, int]] | ImageError:
+    """An image's bits, its width and height, or why it cannot be opened."""
     try:
-        return open_image(path, levels).size, bits_of(path)
+        size = open_image(record.path, record.levels).size
+        return bits_of(record.path), size
     except ImageError as error:
         return error
 
 
 def _remarks(root: Path, site: list[Record]) -> list[str]:
     """Lines on one site: few images, patients, what is left out."""
-    lines, found = [], walk(root)
+    (images, others), lines = walk(root), []
     if few := [f"{name} ({n})" for name, n in Counter(r.plane for r in site).items() if n < FEW]:
-        lines.append(f"{root}: fewer than {FEW} images of {', '.join(few)}: scores will say little")
+        lines.append(f"fewer than {FEW} images of {', '.join(few)}: scores will say little")
     if not has_patients(site):
-        lines.append(f"{root}: names no patients, so each image counts as one of its own")
+        lines.append("names no patients, so each image counts as one of its own")
     if (root / TABLE).is_file():
-        listed = {record.path for record in site}
-        if rest := [path for path in found.images if path not in listed]:
-            lines.append(f"{root}: {len(rest)} pictures are not in its {TABLE}: {some(rest)}")
-    elif folders := sorted({r.path.parent for r in site if r.path.parent.parent != root}):
-        lines.append(f"{root}: subfolders of the classes are taken for patients: {some(folders)}")
-    return [*lines, *filter(None, [left_out(root, found.others)])]
+        if rest := sorted({*images} - {record.path for record in site}):
+            lines.append(f"{len(rest)} pictures are not in {TABLE}: {some(p.name for p in rest)}")
+    elif inner := {r.patient.partition("/")[2] for r in site if r.path.parent.parent != root}:
+        lines.append(f"folders below a class are taken for patients: {some(sorted(inner))}")
+    return [f"{root}: {line}" for line in lines] + [left_out(root, others)] * bool(others)
 
 
 def _copies(records: list[Record]) -> list[str]:
     """Lines on files that are byte for byte the same, one for each way in which they are."""
-    sizes = Counter(record.path.stat().st_size for record in records)
-    groups = defaultdict(list)
-    for record in records:
-        if sizes[record.path.stat().st_size] > 1:  # files of different sizes differ
-            groups[sha256(record.path)].append(record)
-    pairs = [(a, b) for a, *others in groups.values() for b in others]
+    pairs = [(a, b) for a, *others in same_bytes(records) for b in others]
     ways = {
-        "copies of others of their site": [p for p in pairs if p[0].source == p[1].source],
-        "copies of the other site's": [p for p in pairs if p[0].source != p[1].source],
-        "copies with another label": [p for p in pairs if p[0].plane != p[1].plane],
+        "others of their site": [p for p in pairs if p[0].source == p[1].source],
+        "the other site's": [p for p in pairs if p[0].source != p[1].source],
+        "some with another label": [p for p in pairs if p[0].plane != p[1].plane],
     }
     return [
-        f"{len(some)} images are {way}: {some[0][1].path} is {some[0][0].path}"
-        for way, some in ways.items()
-        if some
+        f"{len(such)} images are copies of {way}: {such[0][1].path} is {such[0][0].path}"
+        for way, such in ways.items()
+        if such
     ]
 
 
 def sheet(sites: Sites) -> Image.Image:
     """Up to SHOWN images of each class, a numbered line each, the sites side by side."""
     classes = classes_of(record for _, site in sites for record in site)
-    wide, high, font = SHOWN * SIDE + 16, SIDE + 24, ImageFont.load_default(14)
-    picture = Image.new("RGB", (wide * len(sites), high * len(classes)), "white")
-    draw = ImageDraw.Draw(picture)
-    for column, (_, site) in enumerate(sites):
-        for row, name in enumerate(classes):
-            of = [record for record in site if record.plane == name]
-            words = f"{row + 1} {name}, {site[0].source} {site[0].center}: {len(of)}"
-            draw.text((wide * column, high * row + 3), words, "black", font)
-            for n in range(min(SHOWN, len(of))):
-                record = of[n * len(of) // min(SHOWN, len(of))]
-                small = ImageOps.contain(
-                    open_image(record.path, record.levels), (SIDE - 2, SIDE - 2)
-                )
-                picture.paste(small, (wide * column + n * SIDE, high * row + 22))
-    return picture
+
+    def strip(site: list[Record], name: str) -> np.ndarray:
+        of = [record for record in site if record.plane == name]
+        picture = Image.new("RGB", (SHOWN * SIDE + 16, SIDE + 24), "white")
+        words = f"{classes.index(name) + 1} {name}, {site[0].source} {site[0].center}: {len(of)}"
+        ImageDraw.Draw(picture).text((0, 0), words, "black", ImageFont.load_default(14))
+        for n, record in enumerate(of[:: -(-len(of) // SHOWN) or 1]):
+            small = ImageOps.contain(open_image(record.path, record.levels), (SIDE - 2, SIDE - 2))
+            picture.paste(small, (SIDE * n, 20))
+        return np.asarray(picture)
+
+    lines = [np.hstack([strip(site, name) for _, site in sites]) for name in classes]
+    return Image.fromarray(np.vstack(lines))
 
 
 def parse_args(argv=None):
@@ -198,22 +179,19 @@ def parse_args(argv=None):
         prog="python -m planes.sites", description=__doc__, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("sites", type=Path, nargs="+", help="the source, and the target if there is one")
-    add("--prompt-template", help='of a LoRA\'s captions, as "an X-ray of {class}"')
-    add("--per-plane", type=int, help="images of each class that a LoRA is to be trained on")
-    add("--held-out", **HELD_OUT)
+    add("source", type=Path, help="a folder of images for each class, or an images.csv")
+    add("target", type=Path, nargs="?", help="another, if there is one")
+    add("--prompt-template", help='of a LoRA\'s captions, such as "an X-ray of {class}"')
+    add("--per-plane", type=int, default=0, help="images of each class that a LoRA trains on")
     add("--out", type=Path, default=Path("runs/sites"), help="folder for sites.png")
-    args = parser.parse_args(argv)
-    require_at_least(parser, args, 1, "per_plane")
-    if len(args.sites) > 2:
-        parser.error(f"{len(args.sites)} sites: give a source, and a target if there is one")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(args):
     """Prints the survey, and writes sites.png."""
-    sites = [(args.sites[0], read_site(args.sites[0], "source", True, args.held_out))]
-    sites += [(root, read_site(root, "target", False)) for root in args.sites[1:]]
+    sites = [(args.source, read_site(args.source, "source", True))]
+    if args.target:
+        sites.append((args.target, read_site(args.target, "target", False)))
     found = survey(sites, template=args.prompt_template, per_class=args.per_plane)
     with whole_file(args.out / "sites.png") as part:
         sheet(sites).save(part, format="PNG")

@@ -233,7 +233,7 @@ def test_a_shared_patient_and_a_copied_file_are_both_found(tmp_path):
         "  f (5) with a (1)",
         "  f (5) with c (2)",
     ]
-    assert describe_leaks([]) == "training and test share no patient and no file"
+    assert describe_leaks([]) == "training and test share no file, and no patient of one site"
     again = record("i", 8, b"gggg")
     assert repeated([*test, again, *train]) == {test[2], again}
     with refused(DatasetError, "1 of 9 images are missing"):

@@ -103,7 +103,7 @@ def test_folders_that_are_no_site_are_one_line(tmp_path):
     fails("nut: no images in it")
     (tmp_path / "splits" / "train").mkdir(parents=True)
     (tmp_path / "splits" / "train" / "a.png").touch()
-    fails("its folders train are splits, not classes", tmp_path / "splits")
+    fails("its folders are splits, not classes; give one, or images.csv", tmp_path / "splits")
     (tmp_path / "stray.png").touch()
     fails(r"stray\.png: lies beside the folders of the classes")
 
