@@ -100,8 +100,9 @@ def _refuse(root: Path, names: set[str], why: str) -> None:
 def _table(root: Path, site: list[Record]) -> str:
     """The site in a line, each class in one. Raises ImageError for what cannot be opened."""
     with ThreadPoolExecutor() as threads:
-        bad = [look for look in threads.map(_look, site) if isinstance(look, ImageError)]
-    if bad:
+        changed = [record.path.stat().st_mtime_ns for record in site]
+        looks = dict(zip(site, threads.map(_look, site, changed)))
+    if bad := [look for look in looks.values() if isinstance(look, ImageError)]:
         raise ImageError(f"{bad[0]}" + f"; {len(bad)} pictures of {root} are so" * (len(bad) > 1))
     row = "  {:20}" + "{:>10}" * 5 + "  {}"
     lines = [row.format("class", "images", "train", "test", "patients", "bits", "px")]
@@ -109,7 +110,7 @@ def _table(root: Path, site: list[Record]) -> str:
         of = [record for record in site if record.plane == name]
         train, patients = sum(record.train for record in of), {record.patient for record in of}
         patients = len(patients) if has_patients(site) else "-"
-        bits, sizes = (sorted({*values}) for values in zip(*map(_look, of)))
+        bits, sizes = (sorted({*values}) for values in zip(*map(looks.get, of)))
         px = " to ".join(dict.fromkeys("{}x{}".format(*sizes[n]) for n in (0, -1)))
         counts = len(of), train, len(of) - train, patients, ", ".join(map(str, bits))
         lines.append(row.format(name, *counts, px))
@@ -117,8 +118,11 @@ def _table(root: Path, site: list[Record]) -> str:
 
 
 @cache
-def _look(record: Record) -> tuple[int, tuple[int, int]] | ImageError:
-    """An image's bits, its width and height, or why it cannot be opened."""
+def _look(record: Record, changed: int) -> tuple[int, tuple[int, int]] | ImageError:
+    """An image's bits, its width and height, or why it cannot be opened.
+
+    changed: when its file was
+    """
     try:
         size = open_image(record.path, record.levels).size
         return bits_of(record.path), size
