@@ -23,6 +23,9 @@ LIST = "synthetic_train_5000.csv"
 """The authors' list of their synthetic images: in the record, or else in their repository, beside
 their other lists."""
 
+MARK = ".unpacked"
+"""In a folder that was made here: the sums and names of its archives."""
+
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 SECONDS = 60  # without a byte, after which a connection counts as lost
 
@@ -73,14 +76,20 @@ def fetch(source: Source, to: Path, api: str = API) -> Path:
     else downloaded.
 
     A download that is cut off stays as .part, and goes on from there the next time; what is
-    unpacked appears when it is complete. Raises DatasetError, one line: what is wrong, and what to
-    do. A folder that is there but incomplete is the user's and is not touched.
+    unpacked appears when it is complete, and is unpacked again where images are gone or an archive
+    beside it is another. Raises DatasetError, one line: what is wrong, and what to do. An
+    incomplete folder without MARK is the user's and is not touched.
     """
     folder = to / source.folder
     if folder.exists():
-        if lacking := _lacking(source, folder):
+        lacking, mark = _lacking(source, folder), folder / MARK
+        text = mark.read_text(encoding="utf-8") if mark.is_file() else ""
+        sums = [line.split(" ", 1) for line in text.splitlines()]
+        if lacking and not sums:
             raise DatasetError(f"{folder}: {lacking}; move it away and run this again")
-        return folder
+        there = ((known, to / name) for known, name in sums if (to / name).is_file())
+        if not lacking and all(known == _md5(file) for known, file in there):
+            return folder
     to.mkdir(parents=True, exist_ok=True)
     try:
         with urllib.request.urlopen(f"{api}/{source.number}", timeout=SECONDS) as answer:
@@ -114,12 +123,15 @@ def _download(entry: dict, path: Path) -> None:
             shutil.copyfileobj(answer, file)
         if part.stat().st_size < entry["size"]:
             raise OSError(f"{path.name} was cut off after {part.stat().st_size:,} bytes")
-    with part.open("rb") as file:
-        whole = f"md5:{hashlib.file_digest(file, 'md5').hexdigest()}" == entry["checksum"]
-    if not whole:
+    if f"md5:{_md5(part)}" != entry["checksum"]:
         part.unlink()
         raise OSError(f"{path.name} came damaged, and was removed")
     part.replace(path)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
@@ -131,7 +143,12 @@ def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
         unpacked = scratch / folder.name if (scratch / folder.name).is_dir() else scratch
         if lacking := _lacking(source, unpacked):
             raise OSError(lacking)
-        unpacked.rename(folder)
+        lines = [f"{_md5(archive)} {archive.name}\n" for archive in archives]
+        (unpacked / MARK).write_text("".join(lines), encoding="utf-8")
+        if folder.exists():
+            shutil.copytree(unpacked, folder, dirs_exist_ok=True)
+        else:
+            unpacked.rename(folder)
     except Exception as error:  # an archive may be broken in any way at all
         names = ", ".join(map(str, archives))
         raise DatasetError(

@@ -92,6 +92,15 @@ def test_a_dataset_is_fetched_once_to_where_its_reader_finds_it(zenodo, tmp_path
     folder.rename(to / "elsewhere")
     assert fetch(source, to, zenodo.api).is_dir()  # unpacked again
     assert zenodo.ranges == [(source.file, 0)]
+    # as where images are gone, or the archive is another
+    path, mark = read(to)[0].path, folder / ".unpacked"
+    body = path.read_bytes()
+    for change in (path.unlink, lambda: mark.write_text(f"0 {source.file}\n")):
+        change()
+        fetch(source, to, zenodo.api)
+        assert path.read_bytes() == body and "0 " not in mark.read_text()[:2]
+        path.write_bytes(b"of an older archive")
+    assert zenodo.ranges == [(source.file, 0)]
 
 
 def test_what_is_cut_off_goes_on_where_it_was(zenodo, tmp_path):
@@ -103,7 +112,11 @@ def test_what_is_cut_off_goes_on_where_it_was(zenodo, tmp_path):
     zenodo.cut = None
     (tmp_path / ".FETAL_PLANES_ZENODO.part").mkdir()  # of a run that was killed
     (tmp_path / ".FETAL_PLANES_ZENODO.part" / "half.png").touch()
-    assert names(fetch(source, tmp_path, zenodo.api)) == ["FETAL_PLANES_DB_data.csv", "Images"]
+    assert names(fetch(source, tmp_path, zenodo.api)) == [
+        ".unpacked",
+        "FETAL_PLANES_DB_data.csv",
+        "Images",
+    ]
     assert zenodo.ranges == [(source.file, 0), (source.file, 200)]
     assert names(tmp_path) == sorted([source.folder, source.file])
 
@@ -142,6 +155,7 @@ def test_what_is_damaged_or_incomplete_is_refused_and_never_appears(zenodo, tmp_
         fetch(more, tmp_path, zenodo.api)
     assert names(tmp_path) == [file.name]
     folder = fetch(SMALL["african"], tmp_path, zenodo.api)
+    (folder / ".unpacked").unlink()
     with refused(DatasetError, r"Zenodo_dataset: 18 of 19 images are there; move it"):
         fetch(more, tmp_path, zenodo.api)
     assert len(list(folder.rglob("*.png"))) == 18  # the user's: not touched
