@@ -4,11 +4,14 @@ chosen.
     python -m paper.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
 
 Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of
-another dataset in the African layout, and writes the same report of what it says there.
+another dataset in the African layout, or with --target of any site, and writes the same report of
+what it says there.
 """
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +23,9 @@ from harness.files import sha256
 from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, ROWS
 from paper.report import Context, build
-from paper.results import Result, ResultError, read_by, read_result
+from paper.results import Result, ResultError, read_by, read_result, row_folder
 from planes.datasets import DatasetError, Record, read_african, require_images
+from planes.sites import classes_of, read_site
 
 
 def parse_args(argv=None):
@@ -30,7 +34,9 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("run", type=Path, help="the --out of reproduce.py")
-    add("--african", type=Path, required=True, help="a dataset in that layout: its test images")
+    site = parser.add_mutually_exclusive_group(required=True).add_argument
+    site("--african", type=Path, help="a dataset in that layout: its test images")
+    site("--target", type=Path, help="or any site, of the rows' classes or some of them")
     add("--out", type=Path, required=True, help="gets report.html, report.md and results.csv")
     return parser.parse_args(argv)
 
@@ -57,13 +63,22 @@ def main(args):
     found = {}  # a row of two tables is one run
     for row in (*ROWS, *BEYOND_ROWS):
         about = row.table, row.data.name, row.classifier
-        for file in sorted(args.run.glob(f"rows/{about[1]}/{about[2]}/seed*/args.json")):
+        place = row_folder(args.run, *about[1:], seed=0).parent
+        for file in sorted(place.glob("seed*/args.json")):
             folder, seed = file.parent, int(file.parent.name.removeprefix("seed"))
             found.setdefault(folder, read_result(folder, *about, seed))
     if not found:
         raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
-    records = [record for record in read_african(args.african) if not record.train]
+    site = args.target or args.african
+    every = read_site(site, "target", train=False) if args.target else read_african(site)
+    records = [record for record in every if not record.train]
+    if not records:
+        raise ResultError(f"{site}: has no test images")
     require_images(records)
+    known = next(iter(found.values())).classes
+    if unknown := [name for name in classes_of(records) if name not in known]:
+        has = f"the rows of {args.run} know {', '.join(known)} alone"
+        raise ResultError(f"{site}: has {', '.join(unknown)}, and {has}; take these images out")
 
     results = [
         retest(result, folder / "model.safetensors", records)
@@ -72,11 +87,11 @@ def main(args):
     settings = json.loads((next(iter(found)) / "args.json").read_text(encoding="utf-8"))
     context = Context(
         material=f"as in {args.run}",
-        sites=f"{args.african}, of which nothing was trained on",
+        sites=f"{site}, of which nothing was trained on",
         phantoms=True,  # or another dataset: the paper's numbers are of neither
         recipe=settings["arguments"]["recipe"],
         seeds=sorted({result.seed for result in results}),
-        command=f"python -m paper.elsewhere {args.run} --african {args.african}",
+        command=shlex.join(["python", "-m", "paper.elsewhere", *sys.argv[1:]]),
         title="FU-LoRA at one more site",
     )
     build(args.out, results, context)

@@ -163,8 +163,8 @@ def run(tmp_path_factory):
     return root
 
 
-def retest(run, site, out):
-    args = [str(run), "--african", str(site), "--out", str(out)]
+def retest(run, site, out, flag="--african"):
+    args = [str(run), flag, str(site), "--out", str(out)]
     paper.elsewhere.main(paper.elsewhere.parse_args(args))
 
 
@@ -179,6 +179,17 @@ def test_elsewhere_a_row_says_of_the_same_images_what_it_said_and_of_others_make
     retest(run / "run", run / "c", tmp_path / "c")
     text = (tmp_path / "c" / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# FU-LoRA at one more site") and "Seeds: 3. Test: 36 images of" in text
+
+
+def test_elsewhere_a_site_of_its_own_has_the_classes_of_the_rows(made, run, tmp_path):
+    out = made[0]
+    retest(out, out.with_name("shed"), tmp_path / "x", "--target")
+    before, again = (table(place / "results.csv") for place in (out, tmp_path / "x"))
+    same = "data", "seed", "all_plain_accuracy"
+    before = [[row[key] for key in same] for row in before if row["classifier"] == "resnet18"]
+    assert before == [[row[key] for key in same] for row in again]
+    with refused(ResultError, "has abdomen, .* know bolt, hex nut, washer alone"):
+        retest(out, run / "b", tmp_path / "y")
 
 
 def test_elsewhere_a_folder_without_rows_and_a_broken_classifier_are_named(run, tmp_path):
