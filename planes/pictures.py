@@ -170,7 +170,7 @@ def _read_dicom(path: Path, header) -> Image.Image:
         beyond = header.RedPaletteColorLookupTableDescriptor[2] - 8
         colours = pixels.apply_color_lut(values, header) >> beyond
         return Image.fromarray(colours.astype(np.uint8))
-    if header.get("WindowWidth"):
+    if values.ndim == 2 and header.get("WindowWidth"):
         values = pixels.apply_windowing(pixels.apply_modality_lut(values, header), header)
         ends = pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
         return _grey(values, *ends[:: -1 if inverted else 1])

@@ -167,7 +167,7 @@ def test_colours_of_a_dicom_file_stay(tmp_path):
     colours = np.asarray(picture()) // 2
     header = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "Rows": 48, "Columns": 64}
     header["PhotometricInterpretation"] = "RGB"
-    write_dicom(tmp_path / "a.dcm", colours, **header)
+    write_dicom(tmp_path / "a.dcm", colours, **header, **WINDOW)
     assert np.array_equal(open_image(tmp_path / "a.dcm"), colours)
 
 
