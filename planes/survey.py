@@ -87,7 +87,7 @@ def survey(
         if say and line not in _told:
             say(line)
             _told.add(line)
-    return "\n- ".join(["\n\n".join([*tables, ""]), *warnings])
+    return "\n- ".join(["\n\n".join(tables) + "\n", *warnings])
 
 
 def _refuse(root: Path, names: set[str], why: str) -> None:
@@ -164,7 +164,7 @@ def sheet(sites: Sites) -> Image.Image:
     """Up to SHOWN images of each class, a numbered line each, the sites side by side."""
     classes = classes_of(record for _, site in sites for record in site)
 
-    def strip(site: list[Record], name: str) -> np.ndarray:
+    def _strip(site: list[Record], name: str) -> np.ndarray:
         of = [record for record in site if record.plane == name]
         picture = Image.new("RGB", (SHOWN * SIDE + 16, SIDE + 24), "white")
         words = f"{classes.index(name) + 1} {name}, {site[0].source} {site[0].center}: {len(of)}"
@@ -174,7 +174,7 @@ def sheet(sites: Sites) -> Image.Image:
             picture.paste(small, (SIDE * n, 20))
         return np.asarray(picture)
 
-    lines = [np.hstack([strip(site, name) for _, site in sites]) for name in classes]
+    lines = [np.hstack([_strip(site, name) for _, site in sites]) for name in classes]
     return Image.fromarray(np.vstack(lines))
 
 
