@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from harness.files import sha256, write_text
 from harness.flags import (
+    OVERWRITE,
     HelpFormatter,
     device_name,
     plain_text,
@@ -27,7 +28,7 @@ from harness.flags import (
     require_template,
     seed_number,
 )
-from harness.record import record_run
+from harness.record import record_run, refuse_to_replace
 from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
@@ -69,6 +70,7 @@ def parse_args(argv=None):
     add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base and of autocast")
     add("--out", type=Path, required=True, help="a folder")
+    add("--overwrite", **OVERWRITE)
     args = parser.parse_args(argv)
     args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
     require_at_least(parser, args, 1, "per_plane", "rank", "steps", "batch_size", "size")
@@ -160,6 +162,7 @@ def dreambooth(args, model, images: list[Captioned]) -> list[float]:
 
 @alone
 def main(args):
+    refuse_to_replace(args)
     images, _ = read_data(args)
     images = [replace(image, caption=with_token(image.caption, args.token)) for image in images]
     model = load_model(args, device=args.device)

@@ -26,20 +26,25 @@ from classify.data import (
     draw_contrast,
 )
 from classify.images import choose_records
-from classify.models import MODELS, build, save
-from classify.predict import temperature, use, write_outcome
+from classify.models import MODELS, build
+from classify.predict import use, write_run
 from classify.probe import probe_name, run_probe
 from classify.train import MOMENTUM, predict, restore, train_epoch, training_state
-from harness.files import sha256, whole_files, write_table
-from harness.flags import HELD_OUT, HelpFormatter, device_name, require_at_least, seed_number
-from harness.record import record_run
+from harness.files import sha256
+from harness.flags import (
+    HELD_OUT,
+    OVERWRITE,
+    HelpFormatter,
+    device_name,
+    require_at_least,
+    seed_number,
+)
+from harness.record import ELSEWHERE, refuse_to_replace
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
 from planes.datasets import DatasetError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-# flags that a run which goes on may have otherwise
-ELSEWHERE = ("out", "device", "workers", "compile", "resume")
 # flags that stand in the trained model's file
 SETTINGS = ("model", "recipe", "size", "input_range", "augment", "contrast", "balanced_sampling")
 SETTINGS += ("batch_size", "lr", "schedule", "seed", "dtype")
@@ -107,6 +112,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, required=True, help="folder of what is written")
     add("--resume", action="store_true", help="go on from the last epoch of a stopped run in --out")
+    add("--overwrite", **OVERWRITE)
 
     add = parser.add_argument_group("a trained classifier at work").add_argument
     add("--classifier", type=Path, help="the model.safetensors of a run, instead of training")
@@ -153,6 +159,7 @@ def decode(args, chosen):
 def main(args):
     if args.classifier:
         return use(args, print)
+    refuse_to_replace(args)
     if probe_name(args.model):
         return run_probe(args, print)
 
@@ -229,25 +236,16 @@ def main(args):
             saves.leave_if_asked(f"{checkpoint} has {epoch + 1} epochs")
     saves.restore()
 
-    # the test, at the unseen site, and what is written: whole files or none
+    # the test, at the unseen site, and what is written
     description = {key: getattr(args, key) for key in SETTINGS} | {"epochs": epochs}
-    if validation:  # how sure it is, set right on images that it was not trained on
-        description["temperature"] = temperature(probabilities(validation), answers)
-    with whole_files(args.out) as part:
-        result = write_outcome(part, chosen, probabilities(test).numpy(), args.model)
-        description["training"] = result["training"]
-        save(part / "model.safetensors", model, description, chosen.classes)
-        write_table(part / "train.csv", history)
     hashes |= {
         str(file): sha256(file)
         for file in (args.manifest, *args.synthetic, Path(args.weights))
         if file and file.is_file()
     }
-    record_run(args.out, args, hashes)
+    found = [probabilities(images) for images in (test, validation) if images]
+    result = write_run(args, chosen, model, description, found, hashes, print, history)
     checkpoint.unlink(missing_ok=True)
-    for key, value in result["scores"]["notebook"].items():
-        print(f"{key} {100 * value:.2f}", end="  ")
-    print(f"on {len(test)} images of {args.target or args.african}")
     return result
 
 

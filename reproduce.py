@@ -337,4 +337,5 @@ if __name__ == "__main__":
         LoRAError,
         ResultError,
         SamplerError,
+        together=True,
     )

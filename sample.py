@@ -288,4 +288,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(parse_args, main, CheckpointError, DatasetError, LoRAError, SamplerError)
+    run(parse_args, main, CheckpointError, DatasetError, LoRAError, SamplerError, together=True)

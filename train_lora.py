@@ -28,13 +28,14 @@ from harness import processes
 from harness.files import sha256, write_text
 from harness.flags import (
     HELD_OUT,
+    OVERWRITE,
     HelpFormatter,
     device_name,
     require_at_least,
     require_template,
     seed_number,
 )
-from harness.record import record_run
+from harness.record import record_run, refuse_to_replace
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
 from ldm import CheckpointError
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     add("--sample-every", **count, default=0, help="the same of sample sheets; 0: one at the end")
     add("--guidance-scale", type=float, default=7.0, help="of the sample sheets")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--overwrite", **OVERWRITE)
     add("--out", type=Path, required=True, help="a folder")
     parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     args = parser.parse_args(argv)
@@ -405,6 +407,7 @@ def write_outputs(
 
 @partial(alone, together=True)
 def main(args):
+    refuse_to_replace(args)
     # data: images and their captions, and those that are held out
     images, held_out = read_data(args)
 
@@ -483,4 +486,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(parse_args, main, CheckpointError, DatasetError, LoRAError)
+    run(parse_args, main, CheckpointError, DatasetError, LoRAError, together=True)

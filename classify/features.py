@@ -1,13 +1,13 @@
 """Image features: of Inception v3 as the authors used it, or of any classifier of this project."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.models as tv
-from torch import Tensor, nn
+from torch import nn
 
 from classify.data import PlaneImages, batches, prepare
 from classify.models import find_head, load, load_strict, read_weights
@@ -21,13 +21,13 @@ BATCH = 32
 class Extractor:
     """A frozen network whose features are taken.
 
-    forward: (B, 1 or 3, size, size) uint8 on the model's device -> (B, D) features
+    model: (B, 3, size, size) in the input range -> (B, D) features
     name: words for a caption, such as "Inception v3, 1000 logits"
     """
 
     model: nn.Module
-    forward: Callable[[Tensor], Tensor]
     size: int
+    input_range: str
     name: str
 
 
@@ -41,7 +41,7 @@ def of_network(
     """
     if layer == "penultimate":
         model.set_submodule(find_head(model)[0], nn.Identity())
-    return Extractor(model.eval(), lambda x: model(prepare(x, input_range)), size, name)
+    return Extractor(model.eval(), size, input_range, name)
 
 
 def inception(
@@ -75,7 +75,7 @@ def features(extractor: Extractor, records: Sequence[Record], workers: int = 0) 
     images = PlaneImages(records, extractor.size, classes_of(records))
     device = next(extractor.model.parameters()).device
     found = [
-        extractor.forward(pixels.to(device)).float().cpu()
+        extractor.model(prepare(pixels.to(device), extractor.input_range)).float().cpu()
         for pixels, _, _ in batches(images, BATCH, workers)
     ]
     return torch.cat(found).numpy()

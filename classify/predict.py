@@ -3,48 +3,115 @@ sure it is, and itself as ONNX."""
 
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.data import PlaneImages, batches, normalise
 from classify.images import Chosen
-from classify.models import load
+from classify.models import load, save
 from classify.train import predict
 from eval.figures import confusion_figure, contact_sheet
 from eval.figures import save as save_figure
 from eval.metrics import evaluate
-from harness.files import TYPES, json_text, sha256, walk, whole_files, write_table
-from harness.record import record_run
+from harness.files import TYPES, json_text, left_out, sha256, walk, whole_files, write_table
+from harness.record import arguments_of, record_run, refuse_to_replace
 from planes.datasets import Record, count
 from planes.pictures import open_image
 
 LEAST_SURE = 20  # thumbnails
-OPSET = 18
-CLOSE = 1e-4  # of the probabilities of ONNX and torch
+ONE_CLASS = 0.9  # the share of the test images from which on it is told
+ONNX, OPSET = "model.onnx", 18
+CLOSE = 1e-4  # of what ONNX and torch say
+FACTS = "classes", "size", "temperature", "validation", "levels"  # its metadata, where it has them
+IMAGES = (
+    "RGB, float32 in [0, 1], (batch, 3, size, size): the whole image, upright, grey as three equal"
+    " channels, squashed to size x size in 8 bits by a bilinear filter with antialiasing (Pillow's"
+    " resize with BILINEAR)"
+)
 
 
-def write_outcome(folder: Path, chosen: Chosen, probabilities: np.ndarray, model: str) -> dict:
+def write_run(
+    args: Namespace,
+    chosen: Chosen,
+    network: nn.Module,
+    description: dict,
+    found: Sequence[Tensor],
+    inputs: dict[str, str],
+    say: Callable[[str], object],
+    history: Sequence[dict] = (),
+) -> dict:
+    """Writes what a run leaves, whole files or none: model.safetensors, metrics.json, which it
+    returns, predictions.csv, confusion.png, train.csv of `history`, and args.json.
+
+    description: what `load` needs of the network; how sure it is, set right on images that it was
+        not trained on, is added (`temperature`)
+    found: probabilities of the test images, (N, K), and of the validation images if there are any
+    inputs: of record_run
+    """
+    test, *held_out = found
+    if held_out:
+        answers = [chosen.classes.index(record.plane) for record in chosen.validation]
+        warmth, count = temperature(*held_out, torch.tensor(answers)), len(answers)
+        description |= {"temperature": warmth, "validation": count}
+        say(f"confidence has temperature {warmth:.3g}, set on {count} validation images")
+    if levels := next((r.levels for r in (*chosen.test, *chosen.training) if r.levels), ()):
+        description["levels"] = levels
+    with whole_files(args.out) as part:
+        result = write_outcome(part, chosen, [p.numpy() for p in found], args, say)
+        description["training"] = result["training"]
+        save(part / "model.safetensors", network, description, chosen.classes)
+        if history:
+            write_table(part / "train.csv", history)
+    record_run(args.out, args, inputs)
+    scores = next(iter(result["scores"].values()))
+    line = "  ".join(f"{key} {100 * value:.2f}" for key, value in scores.items())
+    say(f"{line}  on {len(test)} images of {args.target or args.african}")
+    return result
+
+
+def write_outcome(
+    folder: Path,
+    chosen: Chosen,
+    found: Sequence[np.ndarray],
+    args: Namespace,
+    say: Callable[[str], object],
+) -> dict:
     """Writes metrics.json, predictions.csv and confusion.png of the test images; returns the first.
 
-    probabilities: (N, K); model: its name
+    found: as in `write_run`
+    args: whose `model` is named, and whose `african` has the notebook's AUC too
+    say: is told where nearly all images are taken for one class
     Without test images that are byte for byte in training there are scores too.
     """
-    test, classes, copies = chosen.test, chosen.classes, chosen.copies
-    targets = np.array([classes.index(record.plane) for record in test])
-    patients = np.array([record.patient for record in test])
-    result = evaluate(targets, probabilities, patients)
+    (probabilities, *held_out), test = found, chosen.test
+    classes, copies = chosen.classes, chosen.copies
+
+    def scores(records: Sequence[Record], found: np.ndarray) -> dict:
+        targets = np.array([classes.index(record.plane) for record in records])
+        patients = [record.patient for record in records]
+        return evaluate(targets, found, patients, classes, bool(args.african))
+
+    result = scores(test, probabilities)
     result["test"] = count(test, classes) | {"copies_of_training": len(copies)}
     result["training"] = count(chosen.training, classes)
-    distinct = np.array([record not in copies for record in test])
-    if copies and distinct.any():
-        without = targets[distinct], probabilities[distinct], patients[distinct]
-        result["without_copies"] = evaluate(*without)
+    if held_out:
+        result["validation"] = scores(chosen.validation, *held_out)
+    kept = np.array([record not in copies for record in test])
+    if copies and kept.any():
+        distinct = [record for record in test if record not in copies]
+        result["without_copies"] = scores(distinct, probabilities[kept])
+    matrix = np.array(result["confusion"])
+    said, most = matrix.sum(axis=0), ONE_CLASS * len(test)
+    if said.max() >= most > matrix.sum(axis=1).max():
+        name = classes[said.argmax()]
+        say(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
     rows = [
         {
             "image": record.name,
@@ -59,7 +126,7 @@ def write_outcome(folder: Path, chosen: Chosen, probabilities: np.ndarray, model
     ]
     write_table(folder / "predictions.csv", rows)
     (folder / "metrics.json").write_text(json_text(result), encoding="utf-8")
-    matrices = {("", f"{len(test)} test images, {model}"): np.array(result["confusion"])}
+    matrices = {("", f"{len(test)} test images, {args.model}"): matrix}
     save_figure(confusion_figure(matrices, classes), folder / "confusion.png")
     return result
 
@@ -70,21 +137,25 @@ def _columns(classes: tuple[str, ...], probabilities: np.ndarray) -> dict[str, s
 
 def temperature(probabilities: Tensor, targets: Tensor) -> float:
     """The T that makes softmax(logits / T) likeliest on images that were not trained on (Guo et al.
-    2017, section 4.2).
+    2017, section 4.2), with one error more: of N images, N / (N + 1) are right where all are. At
+    least 1 then, since nothing says that the network is too modest.
 
     probabilities: (N, K), of which the logarithms are logits; targets: (N,) class indices
 
     The likelihood has one maximum in 1 / T, which is found by halving between 1/20 and 20; never
     beyond.
     """
-    logits, rows = _logits(probabilities), torch.arange(len(targets))
+    logits, (images, classes) = _logits(probabilities), probabilities.shape
+    share = torch.full(logits.shape, 1 / (images + 1) / (classes - 1)).double()
+    share[torch.arange(images), targets] = images / (images + 1)
 
     def slope(beta: float) -> float:
         """Of the mean log-likelihood, by beta = 1 / T."""
-        expected = (torch.softmax(beta * logits, dim=1) * logits).sum(dim=1)
-        return (logits[rows, targets] - expected).mean().item()
+        return ((share - torch.softmax(beta * logits, dim=1)) * logits).sum(dim=1).mean().item()
 
     low, high = 1 / 20, 20.0
+    if (probabilities.argmax(dim=1) == targets).all():
+        high = 1.0
     for _ in range(60):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
@@ -95,24 +166,40 @@ def _logits(probabilities: Tensor) -> Tensor:
     return probabilities.double().clamp(min=1e-30).log()
 
 
+def _confidence(probabilities: Tensor, description: dict) -> Tensor:
+    """(N, K) -> (N,): that of the likeliest class, as the temperature has it."""
+    tempered = (_logits(probabilities) / description.get("temperature", 1.0)).softmax(dim=1)
+    return tempered.amax(dim=1).float()
+
+
 def use(args: Namespace, say: Callable[[str], object]) -> None:
-    """--predict and --export of classify.py. Raises ClassifyError, DatasetError."""
+    """--predict and --export of classify.py. Raises ClassifyError, DatasetError, OSError."""
+    before = arguments_of(args.out)
+    if before and not before.get("classifier"):
+        raise ClassifyError(f"--out {args.out}: holds a run, whose record would go; give another")
+    if args.predict and args.out.resolve() == args.predict.resolve():
+        raise ClassifyError(f"--out {args.out}: is the folder that --predict reads; give another")
+    both = args.predict and before.get("predict")
+    refuse_to_replace(args, "export", *(() if both else ("predict",)))
     model, description = load(args.classifier)
     if args.predict is not None:
         # as it was tested: another order has other last bits
         model.to(args.device, memory_format=torch.channels_last)
-        rows, sheet = predict_folder(model, description, args.predict, args.workers)
+        rows, sheet = predict_folder(model, description, args.predict, args.workers, say)
         with whole_files(args.out) as part:
             write_table(part / "predictions.csv", rows)
             save_figure(sheet, part / "least_sure.png")
         say(f"{len(rows)} images of {args.predict}: {args.out / 'predictions.csv'}, least_sure.png")
     if args.export:
-        export(model.cpu(), description, args.out)
-        say(f"{args.out / 'model.onnx'}: onnxruntime's probabilities are torch's within {CLOSE}")
+        export(model.cpu(), description, args.out, say)
+    # what lies there now
+    args.predict, args.export = args.predict or before.get("predict"), (args.out / ONNX).exists()
     record_run(args.out, args, {str(args.classifier): sha256(args.classifier)})
 
 
-def predict_folder(model: nn.Module, description: dict, folder: Path, workers: int):
+def predict_folder(
+    model: nn.Module, description: dict, folder: Path, workers: int, say: Callable[[str], object]
+) -> tuple[list[dict[str, str]], Figure]:
     """(a row for each image in a folder and below it, in the order of their paths; a figure of the
     least sure ones).
 
@@ -120,19 +207,27 @@ def predict_folder(model: nn.Module, description: dict, folder: Path, workers: i
     each class, as testing computes it. The confidence is that probability, or where the run had
     validation images what they make of it (`temperature`).
     """
-    paths = walk(folder).images if folder.is_dir() else []
+    paths, others = walk(folder) if folder.is_dir() else ([], [])
     if not paths:
         raise ClassifyError(f"--predict {folder}: no folder with images ({', '.join(TYPES)}) in it")
+    if line := left_out(folder, others):
+        say(line)
+    if levels := description.get("levels", ()):
+        ends = f"{levels[0]:g}..{levels[1]:g}"
+        say(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
+    sure = "how sure it is was never checked: the run had no validation images"
+    if count := description.get("validation"):
+        sure = f"how sure it is was set on {count} images of its own site; elsewhere it may be off"
+    say(sure)
     classes = description["classes"]
     # of no class that is known
-    records = [Record(path, classes[0], str(path), False, "target", "") for path in paths]
-    images = PlaneImages(records, description["size"], classes)
+    about = classes[0], "", False, "target", "", levels
+    images = PlaneImages([Record(path, *about) for path in paths], description["size"], classes)
     loader = batches(images, description["batch_size"], workers)
     # as it was tested
     dtype = torch.bfloat16 if description.get("dtype") == "bf16" else torch.float32
     probabilities = predict(model, loader, description["input_range"], dtype)
-    tempered = (_logits(probabilities) / description.get("temperature", 1.0)).softmax(dim=1)
-    confidence = tempered.max(dim=1).values.numpy()
+    confidence = _confidence(probabilities, description).numpy()
     rows = [
         {
             "image": path.relative_to(folder).as_posix(),
@@ -144,54 +239,61 @@ def predict_folder(model: nn.Module, description: dict, folder: Path, workers: i
     ]
     cells, titles = [], []
     for n in np.argsort(confidence, kind="stable")[:LEAST_SURE]:
-        cells.append(open_image(paths[n]).resize((128, 128), Image.Resampling.BILINEAR))
+        cells.append(open_image(paths[n], levels).resize((128, 128), Image.Resampling.BILINEAR))
         titles.append(f"{rows[n]['prediction']} {100 * confidence[n]:.0f} %")
     return rows, contact_sheet([cells], column_labels=titles)
 
 
 class _Exported(nn.Module):
-    """(B, 3, size, size) float32 in [0, 1] -> (B, K) probabilities; the input range is a part of
-    it."""
+    """(B, 3, size, size) float32 in [0, 1] -> (B, K) probabilities and (B,) confidence; input range
+    and temperature are a part of it."""
 
-    def __init__(self, model: nn.Module, input_range: str):
+    def __init__(self, model: nn.Module, description: dict):
         super().__init__()
-        self.model, self.input_range = model, input_range
+        self.model, self.description = model, description
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(normalise(images, self.input_range)).softmax(dim=1)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(normalise(images, self.description["input_range"]))
+        probabilities = logits.float().softmax(dim=1)
+        return probabilities, _confidence(probabilities, self.description)
 
 
 @torch.no_grad()
-def export(model: nn.Module, description: dict, out: Path) -> None:
-    """Writes out/model.onnx, whose metadata say what feeds it: the classes, and the side in px that
-    a whole image is squashed to.
+def export(model: nn.Module, description: dict, out: Path, say: Callable[[str], object]) -> None:
+    """Writes out/model.onnx, whose metadata say what feeds it: the classes, the side in px, how a
+    whole image becomes a square of it.
 
-    Raises ClassifyError without its packages, and where onnxruntime's probabilities differ from
-    torch's by more than CLOSE; nothing is written then.
+    say: is told how close it is to torch, also where --predict computes in bfloat16
+    Raises ClassifyError without its packages, and where onnxruntime's probabilities or confidence
+    differ from torch's by more than CLOSE; nothing is written then.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401, which torch's exporter is made of
     except ImportError as error:
         raise ClassifyError(f"--export: {error}; pip install onnx onnxscript onnxruntime") from None
-    whole, size = _Exported(model, description["input_range"]).eval(), description["size"]
+    whole, size = _Exported(model, description).eval(), description["size"]
     example = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     program = torch.onnx.export(
         whole,
         (example,),
         input_names=["images"],
-        output_names=["probabilities"],
+        output_names=["probabilities", "confidence"],
         dynamic_shapes=({0: torch.export.Dim("batch")},),
         opset_version=OPSET,
         verbose=False,
     )
-    squashed = "RGB in [0, 1], squashed to size x size"
-    facts = {"classes": description["classes"], "size": size, "images": squashed}
+    facts = {key: description[key] for key in FACTS if key in description} | {"images": IMAGES}
     program.model.metadata_props.update({key: json.dumps(fact) for key, fact in facts.items()})
     with whole_files(out) as part:
-        program.save(part / "model.onnx")
-        session = onnxruntime.InferenceSession(part / "model.onnx")
-        (found,) = session.run(None, {"images": example.numpy()})
-        difference = np.abs(found - whole(example).numpy()).max()
+        program.save(part / ONNX)
+        session = onnxruntime.InferenceSession(part / ONNX)
+        pairs = zip(session.run(None, {"images": example.numpy()}), whole(example))
+        difference = max(np.abs(found - expected.numpy()).max() for found, expected in pairs)
         if not difference <= CLOSE:
             raise ClassifyError(f"--export: onnxruntime differs from torch by {difference:.1e}")
+    say(f"{out / ONNX}: onnxruntime's probabilities and confidence are torch's within {CLOSE}")
+    if description.get("dtype") == "bf16":
+        say(
+            "it computes in float32, and --predict in bfloat16, as this run did: last digits differ"
+        )

@@ -4,28 +4,27 @@
         --african Zenodo_dataset --out runs/probe
 
 A model is a hub id or a folder that transformers opens, or one of the five classifiers with
---weights. Nothing of it is trained; features are taken once and kept.
+--weights. Nothing of it is trained; features are taken once and kept. model.safetensors then holds
+the regression, and names the model, whose weights are opened again.
 """
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from classify import ClassifyError
-from classify.features import Extractor, features, of_network
+from classify.features import BATCH, Extractor, features, of_network
 from classify.images import choose_records
-from classify.models import MODELS, build, one_line
-from classify.predict import write_outcome
-from harness.files import sha256_of_all, whole_file, whole_files
-from harness.record import record_run
+from classify.models import MODELS, build, load_strict, one_line
+from classify.predict import write_run
+from harness.files import sha256_of_all, whole_file
 from planes.datasets import Record
 
 
@@ -35,53 +34,95 @@ def probe_name(model: str) -> str | None:
     return name if head == "probe" and name else None
 
 
-def open_frozen(name: str, weights: str, size: int, device: str) -> tuple[Extractor, str]:
-    """A model by a hub id or folder, or one of MODELS with `weights` at `size` px; and a digest of
-    its weights and of what its images go through.
+class Frozen(nn.Module):
+    """A vision model of transformers behind what its image processor makes of pixels: of each
+    channel a sum of them all and an offset, such as a mean and a spread.
 
-    Raises ClassifyError, one line, for what cannot be opened or is no vision model.
+    (B, 3, size, size) in [0, 1] -> (B, D): the pooled output, or the class token, or the mean over
+    the places of a map.
     """
-    if name in MODELS:
-        own = of_network(build(name, weights, size).to(device), size, "imagenet")
-        return own, _digest(own.model)
-    # which take seconds, and the five classifiers do without
-    from transformers import AutoImageProcessor, AutoModel
 
-    try:
-        model, loading = AutoModel.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True
-        )
-        vision = getattr(model, "vision_model", model).eval().to(device)
-        if vision.main_input_name != "pixel_values":
-            raise ValueError("it is no vision model; give DINOv2, BEiT, CLIP, ..")
-        processor = AutoImageProcessor.from_pretrained(name)
-    except Exception as error:  # of the hub, of files, of formats
-        raise ClassifyError(
-            f"probe:{name}: cannot be opened by transformers: {one_line(error)}"
-        ) from None
-    if any("pooler" in key for key in loading["missing_keys"]):
-        vision.pooler = None  # which would be random
-    side = getattr(processor, "crop_size", None) or processor.size
-
-    def forward(images: Tensor) -> Tensor:
+    def __init__(self, vision: nn.Module, processor: Callable[..., Mapping], size: int):
+        super().__init__()
+        self.vision = vision
         # Whole images, squashed to a square as for the classifiers: cropping would cut off what a
         # scan shows.
         whole = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-        out = vision(**processor(images.expand(-1, 3, -1, -1), **whole).to(device))
+        black_and_primary = torch.cat([torch.zeros(1, 3), torch.eye(3)])
+        noise = torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0))
+        plain = 255 * black_and_primary[..., None, None].expand(-1, -1, size, size)
+        found = processor(torch.cat([plain, noise]).byte(), **whole)["pixel_values"]
+        black, *primary = found[:4, :, 0, 0]
+        self.register_buffer("offset", black[:, None, None])
+        self.register_buffer("mix", torch.stack(primary, dim=1) - black[:, None])
+        if not torch.allclose(self.pixels(noise / 255), found[4:], atol=1e-4):
+            raise ValueError("its image processor does more to pixels than to scale them")
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return torch.einsum("bchw,oc->bohw", images, self.mix) + self.offset
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.vision(pixel_values=self.pixels(images))
         found = out.last_hidden_state if out.get("pooler_output") is None else out.pooler_output
         if found.ndim == 4:  # a convolutional network's maps
             return found.flatten(2).mean(dim=2)
         return found[:, 0] if found.ndim == 3 else found
 
-    side = side.get("height") or side.get("shortest_edge")
-    return Extractor(vision, forward, side, name), _digest(vision, processor.to_json_string())
+
+@torch.no_grad()
+def open_frozen(name: str, weights: str, size: int, device: str) -> tuple[Extractor, str]:
+    """A model by a hub id or folder, or one of MODELS with `weights` at `size` px; and a digest of
+    its weights and of what its images go through.
+
+    Raises ClassifyError, one line, for what cannot be opened, is no vision model, lacks weights, or
+    gives one image two answers.
+    """
+    if name in MODELS:
+        own = of_network(build(name, weights, size), size, "imagenet")
+    else:
+        try:
+            own = _of_transformers(name)
+        except Exception as error:  # of the hub, of files, of formats, of a size
+            reason = one_line(error) or type(error).__name__
+            raise ClassifyError(
+                f"probe:{name}: cannot be opened by transformers: {reason}"
+            ) from None
+    digest = hashlib.sha256(str(own.size).encode())
+    for key, value in own.model.state_dict().items():
+        part = value.numpy()
+        # computed here, with other last digits elsewhere
+        digest.update((part.round(4) + 0.0 if key in ("mix", "offset") else part).tobytes())
+    own.model.to(device, memory_format=torch.channels_last)
+    return own, digest.hexdigest()
 
 
-def _digest(model: nn.Module, text: str = "") -> str:
-    digest = hashlib.sha256(text.encode())
-    for value in model.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()
+def _of_transformers(name: str) -> Extractor:
+    # which take seconds, and the five classifiers do without
+    from transformers import AutoImageProcessor, AutoModel, logging
+
+    logging.set_verbosity_error()  # of weights that are missing it is told here
+    model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    vision = getattr(model, "vision_model", model).eval()
+    if vision.main_input_name != "pixel_values":
+        raise ValueError("it is no vision model; give DINOv2, BEiT, CLIP, ..")
+    missing = {key for key in loading["missing_keys"] if vision is model or "vision_model" in key}
+    if pooler := {key for key in missing if "pooler" in key}:
+        vision.pooler = None  # which would be random
+    if missing - pooler:
+        raise ValueError(f"its files lack {min(missing - pooler)}")
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except OSError:
+        raise ValueError("it has no preprocessor_config.json, which says what it is fed") from None
+    side = getattr(processor, "crop_size", None) or processor.size
+    size = side.get("height") or side.get("shortest_edge")
+    frozen = Frozen(vision, processor, size).eval()
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if not torch.allclose(frozen(image), frozen(image), atol=1e-4):
+        raise ValueError(
+            "it gives one image two answers, as a model does that hides parts at random"
+        )
+    return Extractor(frozen, size, "zero-one", name)
 
 
 def kept_features(
@@ -90,7 +131,8 @@ def kept_features(
     """(N, D) float32 features of the records' images, read from `folder` where they are there
     already."""
     hashes = sha256_of_all(record.path for record in records)
-    key = hashlib.sha256(f"{digest} {extractor.size} {hashes}".encode()).hexdigest()
+    levels = sorted({record.levels for record in records} - {()})
+    key = hashlib.sha256(f"{digest} {levels} {hashes}".encode()).hexdigest()
     file = folder / f"{key[:24]}.npy"
     if file.is_file():
         return np.load(file)
@@ -102,41 +144,79 @@ def kept_features(
     return found
 
 
-def linear_probe(
-    train: np.ndarray, targets: np.ndarray, test: np.ndarray, classes: int
-) -> np.ndarray:
-    """(N, classes) probabilities of test images, by scikit-learn's logistic regression with its
-    default penalty on standardised features.
+class Probe(nn.Module):
+    """Standardised features, then a Linear, both as scikit-learn fits them, in float64: (B, width)
+    -> (B, classes) logits."""
 
-    train, test: (M, D), (N, D); targets: (M,) class indices, of which some may be missing
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
+        self.register_buffer("scale", torch.ones(width, dtype=torch.float64))
+        self.linear = nn.Linear(width, classes, dtype=torch.float64)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear((features.double() - self.mean) / self.scale)
+
+
+@torch.no_grad()
+def fit(train: np.ndarray, targets: np.ndarray, classes: int) -> Probe:
+    """scikit-learn's logistic regression with its default penalty on standardised features.
+
+    train: (M, D); targets: (M,) class indices, of which some may be missing: their probability is 0
     """
-    if len(np.unique(targets)) < 2:
+    present = np.unique(targets)
+    if len(present) < 2:
         raise ClassifyError("the training images are all of one class; a probe tells two apart")
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
-    found = np.zeros((len(test), classes))
-    found[:, np.unique(targets)] = model.fit(train, targets).predict_proba(test)
-    return found
+    scaler = StandardScaler().fit(train)
+    model = LogisticRegression(max_iter=10_000).fit(scaler.transform(train), targets)
+    weight, bias = (torch.tensor(part).double() for part in (model.coef_, model.intercept_))
+    probe = Probe(train.shape[1], classes)
+    probe.mean.copy_(torch.tensor(scaler.mean_))
+    probe.scale.copy_(torch.tensor(scaler.scale_))
+    probe.linear.weight.zero_()
+    probe.linear.bias.fill_(-torch.inf)
+    probe.linear.bias[present[: -len(bias)]] = 0.0  # of two classes there is one row, the second's
+    probe.linear.weight[present[-len(bias) :]] = weight
+    probe.linear.bias[present[-len(bias) :]] = bias
+    return probe
+
+
+def reopen(path: Path, description: dict, state: dict[str, Tensor]) -> nn.Module:
+    """The network of a probe's file, images to logits. Raises ClassifyError where the frozen model
+    is no longer to be had, or is another one."""
+    name = probe_name(description["model"])
+    torch.manual_seed(description["seed"])  # of --weights none
+    frozen, digest = open_frozen(name, description["weights"], description["size"], "cpu")
+    if digest != description["digest"]:
+        raise ClassifyError(f"{path}: {name} is another model than this probe was fitted on")
+    probe = Probe(len(state["mean"]), len(description["classes"]))
+    load_strict(probe, state, str(path))
+    return nn.Sequential(frozen.model, probe).eval()
 
 
 def run_probe(args: Namespace, say: Callable[[str], object]) -> dict:
-    """classify.py with such a --model: the same tables and scores, without training. Raises
-    ClassifyError."""
+    """classify.py with such a --model: the same files and scores, with a regression for training.
+    Raises ClassifyError."""
     if args.augment or args.contrast or args.balanced_sampling:
         raise ClassifyError(
             f"--model {args.model}: is frozen; leave --augment, --contrast, --balanced-sampling out"
         )
     chosen = choose_records(args, say)
-    frozen = open_frozen(probe_name(args.model), args.weights, args.size, args.device)
+    torch.manual_seed(args.seed)
+    frozen, digest = open_frozen(probe_name(args.model), args.weights, args.size, args.device)
     folder = args.features or args.out / "features"
-    train, test = (
-        kept_features(*frozen, records, folder, args.workers)
-        for records in (chosen.training, chosen.test)
-    )
+
+    def of(records: Sequence[Record]) -> np.ndarray:
+        return kept_features(frozen, digest, records, folder, args.workers)
+
     targets = np.array([chosen.classes.index(record.plane) for record in chosen.training])
-    probabilities = linear_probe(train, targets, test, len(chosen.classes))
-    with whole_files(args.out) as part:
-        result = write_outcome(part, chosen, probabilities, args.model)
-    record_run(args.out, args, {args.model: frozen[1]})
-    accuracy = result["scores"]["notebook"]["accuracy"]
-    say(f"{args.model}: accuracy {100 * accuracy:.2f} on {len(test)} images")
-    return result
+    probe = fit(of(chosen.training), targets, len(chosen.classes))
+
+    def probabilities(records: Sequence[Record]) -> Tensor:
+        return probe(torch.tensor(of(records))).detach().float().softmax(dim=1)
+
+    description = {key: getattr(args, key) for key in ("model", "weights", "seed")}
+    description |= {"digest": digest, "size": frozen.size, "input_range": frozen.input_range}
+    description |= {"batch_size": BATCH}
+    found = [probabilities(records) for records in (chosen.test, chosen.validation) if records]
+    return write_run(args, chosen, probe, description, found, {args.model: digest}, say)

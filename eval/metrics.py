@@ -42,22 +42,13 @@ def accuracy(counts: np.ndarray) -> np.ndarray:
     return hits.sum(axis=-1) / targets.sum(axis=-1)
 
 
-def recall(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FN): of the images of a class, those that are found."""
-    hits, targets, _ = _totals(counts)
-    return _macro(hits / np.maximum(targets, 1), counts)
-
-
-def precision(counts: np.ndarray) -> np.ndarray:
-    """TP / (TP + FP): of the predictions of a class, those that are right; 0 without any."""
-    hits, _, predicted = _totals(counts)
-    return _macro(hits / np.maximum(predicted, 1), counts)
-
-
-def f_score(counts: np.ndarray) -> np.ndarray:
-    """2 TP / (2 TP + FN + FP), the harmonic mean of a class's precision and recall."""
+def class_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each class, (..., K): recall TP / (TP + FN), of its images those that are found; precision
+    TP / (TP + FP), of its predictions those that are right, 0 without any; F-score, their harmonic
+    mean 2 TP / (2 TP + FN + FP)."""
     hits, targets, predicted = _totals(counts)
-    return _macro(2 * hits / np.maximum(targets + predicted, 1), counts)
+    f_score = 2 * hits / np.maximum(targets + predicted, 1)
+    return hits / np.maximum(targets, 1), hits / np.maximum(predicted, 1), f_score
 
 
 def label_auc(counts: np.ndarray) -> np.ndarray:
@@ -108,11 +99,20 @@ def _macro(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 # --- of a test set, and of bootstrap replicates of it ---
 
 
-def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[Hashable]) -> dict:
-    """Scores and 95 % intervals by both definitions, the plain AUC by probability, and the
-    confusion matrix, for JSON.
+def evaluate(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    patients: Sequence[Hashable],
+    classes: Sequence[str],
+    notebook: bool = True,
+) -> dict:
+    """Scores and 95 % intervals, the confusion matrix, and the scores of each class that has
+    targets, for JSON.
 
     targets: (N,) class indices; probabilities: (N, K)
+    classes: K names
+    notebook: with the AUC by labels too, as the paper's authors compute it; "ranked" has the one
+        by probabilities
     patients: (N,) whose image it is; images of a patient resemble each other, so the bootstrap
         (Efron and Tibshirani 1993) draws patients, not images. A class that no drawn patient has
         is left out of that replicate's averages.
@@ -120,13 +120,18 @@ def evaluate(targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[
     predictions = probabilities.argmax(axis=1)
     weights, clusters = draw_patients(patients, 1000, seed=0)
     scores, intervals = {}, {}
-    for definition, ranked in (("notebook", None), ("plain", probabilities)):
+    for definition, ranked in (("notebook", None),) * notebook + (("ranked", probabilities),):
         found = weighted_scores(weights, targets, predictions, ranked)
         scores[definition] = dict(zip(METRICS, found[0].tolist()))
         ends = expanded_interval(found[1:], clusters).T.tolist()
         intervals[definition] = dict(zip(METRICS, ends))
-    matrix = confusion_matrix(targets, predictions, labels=range(probabilities.shape[1]))
-    return {"scores": scores, "intervals": intervals, "confusion": matrix.tolist()}
+    matrix = confusion_matrix(targets, predictions, labels=range(len(classes)))
+    columns = (*class_scores(matrix), matrix.sum(axis=1))
+    rows = zip(*(column.tolist() for column in columns))
+    names = *METRICS[1:4], "support"
+    by_class = {name: dict(zip(names, row)) for name, row in zip(classes, rows) if row[-1]}
+    found = {"scores": scores, "intervals": intervals, "confusion": matrix.tolist()}
+    return found | {"by_class": by_class}
 
 
 def draw_patients(
@@ -151,7 +156,7 @@ def weighted_scores(
 
     weights: (R, N) counts, a row for each replicate
     targets, predictions: (N,) class indices
-    probabilities: (N, K) that the plain AUC ranks images by; without them it is the notebook's, of
+    probabilities: (N, K) that the AUC ranks images by; without them it is the notebook's, of
         predicted labels
     Returns (R, 5) in the order of Scores.
     """
@@ -164,8 +169,8 @@ def weighted_scores(
         area = label_auc(counts)
     else:
         area = rank_auc(counts, weights, targets, probabilities)
-    metrics = accuracy(counts), recall(counts), precision(counts), f_score(counts), area
-    return np.stack(metrics, axis=1)
+    macro = (_macro(values, counts) for values in class_scores(counts))
+    return np.stack([accuracy(counts), *macro, area], axis=1)
 
 
 def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:

@@ -104,7 +104,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that then appears at `path`, whole or not at all: whoever reads it
     meanwhile, and a run that is killed, finds the one before. Its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it too
     try:
         yield part
         part.replace(path)

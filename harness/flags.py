@@ -11,6 +11,9 @@ LAST_SEED = 2**32 - 1
 """torch's generator on the CPU heeds 32 bits of a seed: beyond, two seeds would be one."""
 
 
+OVERWRITE = {"action": "store_true", "help": "a finished run of other settings in --out"}
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The script's docstring as it stands, and behind each flag's help its default, where it has
     one and does not tell it in words, as "(else: the model's own)"."""

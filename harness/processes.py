@@ -22,10 +22,19 @@ def join() -> None:
     """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's
     own, if there are enough.
 
-    NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo.
+    NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo. Raises OSError,
+    one line, for a WORLD_SIZE of somebody else's making.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if size == "1" or dist.is_initialized():
         return
+    names = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    absent = [name for name in names if not os.environ.get(name)]
+    if absent or not size.isdecimal():
+        without = f" without {', '.join(absent)}" * bool(absent)
+        raise OSError(
+            f"the environment has WORLD_SIZE={size}{without}: unset it, or start with torchrun"
+        )
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)

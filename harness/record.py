@@ -6,12 +6,16 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from harness.files import write_text
+
+# flags that a run of the same outcome may have otherwise
+ELSEWHERE = ("out", "device", "workers", "compile", "resume", "overwrite", "features")
 
 PACKAGES = (
     "torch",
@@ -30,6 +34,43 @@ def record_run(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -
     leave equal files."""
     write_text(
         folder / "args.json", json.dumps(_describe(args, inputs), indent=2, default=str) + "\n"
+    )
+
+
+def refuse_to_replace(args: argparse.Namespace, *free: str) -> None:
+    """Raises FileExistsError, one line, where args.out holds a finished run of other settings,
+    unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own.
+
+    free: names of arguments that may differ, beside ELSEWHERE
+    """
+    before = arguments_of(args.out)
+    resumes = vars(args).get("resume") and (args.out / "checkpoint.pt").exists()
+    if args.overwrite or resumes or not before:
+        return
+    now, where = json.loads(json.dumps(vars(args), default=str)), f"--out {args.out}: holds a"
+    advice = "give another, or --overwrite"
+    if before.keys() != now.keys():
+        raise FileExistsError(f"{where} run of another script or version: {advice}")
+    for name in (*ELSEWHERE, *free):
+        now[name] = before.get(name)
+    if changed := differences(before, now):
+        raise FileExistsError(f"{where} finished run of other settings ({changed}): {advice}")
+
+
+def arguments_of(folder: Path) -> dict:
+    """The arguments of the run whose record a folder holds; {} without one."""
+    try:
+        return json.loads((folder / "args.json").read_text(encoding="utf-8"))["arguments"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
+def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
+    """Flags, or files' names, whose values differ, as "--lr was 0.1, is 0.2"; "" if none does."""
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    names = (f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys)
+    return "; ".join(
+        f"{name} was {before.get(key)}, is {now.get(key)}" for name, key in zip(names, keys)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from harness.files import whole_file
+from harness.record import differences
 
 PERIOD = 300.0  # seconds
 T = TypeVar("T")
@@ -103,13 +104,8 @@ def read_state(
         before = dict(state["identity"])
     except Exception:  # a broken or foreign file may make the unpickler raise anything
         raise damaged from None
-    keys = [key for key in before | identity if before.get(key) != identity.get(key)]
-    # a flag, or a file's name
-    names = [f"--{key.replace('_', '-')}" if key.isidentifier() else key for key in keys]
-    if changed := [
-        f"{name} was {before.get(key)}, is {identity.get(key)}" for name, key in zip(names, keys)
-    ]:
-        raise error(f"{path}: other settings ({'; '.join(changed)}): use its own, or another --out")
+    if changed := differences(before, identity):
+        raise error(f"{path}: other settings ({changed}): use its own, or another --out")
     try:
         return restore(state)
     except Exception:  # what is missing in it, or has another shape or type

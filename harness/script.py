@@ -33,9 +33,13 @@ def run(
     parse_args: Callable[[], Namespace],
     main: Callable[[Namespace], object],
     *mistakes: type[Exception],
+    together: bool = False,
 ) -> None:
     """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2;
-    SIGINT is 130."""
+    SIGINT is 130.
+
+    together: several processes of torchrun may be at it
+    """
     args, name, show = Namespace(), Path(sys.argv[0]).name, warnings.showwarning
 
     def show_own_in_a_line(message, category, filename, *where):
@@ -49,6 +53,12 @@ def run(
         processes.join()
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
+        if processes.size() > 1 and not together:
+            if processes.is_first():
+                sys.stderr.write(f"{name}: is one process's work; start it with python\n")
+            processes.barrier()  # or torchrun would end the first before it spoke
+            processes.leave()
+            sys.exit(2)
         if processes.size() > 1:
             sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
         args = parse_args()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from shorthand import ROOT, exits, read_json, refused, table
 from small import write_site
-from torch.nn.functional import nll_loss
+from torch.nn.functional import cross_entropy
 
 from classify import ClassifyError
 from classify.data import RECIPES, draw_augmentation, draw_contrast
@@ -41,7 +41,7 @@ def test_a_run_writes_scores_of_what_its_saved_model_predicts(classify, sites, f
     assert (metrics["test"]["images"], metrics["test"]["patients"]) == (8, 4)
     rows = table(tmp_path / "predictions.csv")
     hits = [row["target"] == row["prediction"] for row in rows]
-    assert len(rows) == 8 and np.mean(hits) == metrics["scores"]["plain"]["accuracy"]
+    assert len(rows) == 8 and np.mean(hits) == metrics["scores"]["ranked"]["accuracy"]
 
     probabilities = np.array([[float(row[name]) for name in "ab"] for row in rows])
     assert [row["prediction"] for row in rows] == ["ab"[n] for n in probabilities.argmax(axis=1)]
@@ -173,9 +173,9 @@ def test_a_test_set_of_one_class_has_no_auc_which_json_says_by_null(classify, si
     classify(tmp_path / "out", places=places)
     text = (tmp_path / "out" / "metrics.json").read_text()
     metrics = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert metrics["scores"]["plain"]["auc"] is None
-    assert metrics["intervals"]["notebook"]["auc"] == [None, None]
-    assert 0 <= metrics["scores"]["plain"]["accuracy"] <= 1
+    assert metrics["scores"]["ranked"]["auc"] is None
+    assert metrics["intervals"]["ranked"]["auc"] == [None, None]
+    assert 0 <= metrics["scores"]["ranked"]["accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -264,23 +264,29 @@ def test_a_folder_gets_the_probabilities_of_the_test_to_the_bit_and_a_confidence
     cooled = p ** (1 / warmth) / (p ** (1 / warmth)).sum(axis=1, keepdims=True)
     confidence = [float(row["confidence"]) for row in rows.values()]
     np.testing.assert_allclose(confidence, cooled.max(axis=1), atol=1e-4)
-    assert 1 / 20 <= warmth <= 20 and warmth != 1
+    assert 1 <= warmth <= 20 and f"temperature {warmth:.3g}, set on 4" in capsys.readouterr().out
     assert Image.open(tmp_path / "least_sure.png").width > 500
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "none"):
         with refused(ClassifyError, "no folder with images"):
-            classify(tmp_path, "--classifier", file, "--predict", tmp_path / folder, places=())
+            flags = "--classifier", file, "--predict", tmp_path / folder
+            classify(tmp_path / "out", *flags, places=())
 
 
 def test_the_temperature_is_the_likeliest():
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     targets = torch.tensor([0, 1, 1, 0])
     found = temperature(p, targets)
-    losses = [nll_loss((p.log() / t).log_softmax(1), targets) for t in (found, 1.03 * found, 1.6)]
-    assert found == pytest.approx(1.6777485) and min(losses) == losses[0]
-    # at its ends
-    assert temperature(p[3:], targets[3:]) == pytest.approx(1 / 20)
+    # of four images and two classes one error more is a fifth of the other class
+    losses = [
+        cross_entropy(p.log() / t, targets, label_smoothing=0.4) for t in (found, 0.97 * found, 3.1)
+    ]
+    assert found == pytest.approx(2.9824729) and min(losses) == losses[0]
+    # at its ends; where all are right it sharpens nothing, and four that are sure are made less so
     assert temperature(p[1:2], targets[1:2]) == pytest.approx(20)
+    assert temperature(p[3:].repeat(4, 1), targets[3:].repeat(4)) == pytest.approx(1)
+    sure = torch.tensor([[0.99, 0.01]]).repeat(4, 1)
+    assert temperature(sure, torch.zeros(4, dtype=int)) == pytest.approx(np.log(99) / np.log(4))
 
 
 @pytest.mark.slow

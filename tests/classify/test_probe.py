@@ -19,7 +19,7 @@ from classify import ClassifyError
 from classify.data import PlaneImages, prepare
 from classify.features import classifier, features, inception, of_network
 from classify.models import build, save
-from classify.probe import kept_features, linear_probe, open_frozen, probe_name
+from classify.probe import fit, kept_features, open_frozen, probe_name
 from planes import PLANES
 from planes.datasets import read_african, read_manifest, read_spanish
 
@@ -52,6 +52,10 @@ def family(name: str, folder: Path) -> str:
         processor = t.BitImageProcessor(size=shortest, crop_size=size, image_std=STD)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def probabilities(probe, features):
+    return probe(torch.tensor(features)).softmax(dim=1).detach().numpy()
 
 
 # --- features ---
@@ -99,11 +103,14 @@ def test_the_probe_is_scikit_learns_logistic_regression_on_standardised_features
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
     expected = model.fit(train, targets).predict_proba(test)
     # classes 1, 3 and 5 are in no training image
-    found = linear_probe(train, targets * 2, test, 6)
+    found = probabilities(fit(train, targets * 2, 6), test)
     assert found.shape == (11, 6) and not found[:, 1::2].any()
-    np.testing.assert_array_equal(found[:, ::2], expected)
+    np.testing.assert_allclose(found[:, ::2], expected, atol=1e-12)
+    expected = model.fit(train, targets > 1).predict_proba(test)
+    found = probabilities(fit(train, 2 * (targets > 1), 3), test)
+    np.testing.assert_allclose(found[:, ::2], expected, atol=1e-12)
     with refused(ClassifyError, "all of one class"):
-        linear_probe(train, np.zeros(60, int), test, 3)
+        fit(train, np.zeros(60, int), 3)
 
 
 def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
@@ -169,9 +176,9 @@ def test_classify_writes_the_tables_of_a_frozen_model(classify, tmp_path):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     assert [row["prediction"] for row in rows] == ["ab"[n] for n in probabilities.argmax(axis=1)]
     # bright above or below: what a random network's features tell apart
-    assert result["training"]["images"] == 16 and result["scores"]["plain"]["accuracy"] == 1
-    names = ["args.json", "confusion.png", "metrics.json", "predictions.csv"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert result["training"]["images"] == 16 and result["scores"]["ranked"]["accuracy"] == 1
+    names = "args.json confusion.png metrics.json model.safetensors predictions.csv"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names.split()
     assert len([*(tmp_path / "kept").iterdir()]) == 2
 
 
@@ -185,6 +192,6 @@ def test_a_probe_of_imagenets_mobilenet_is_as_good_on_the_real_images_as_was_mea
     test = [record for record in read_african(DATA / "Zenodo_dataset") if not record.train]
     frozen, _ = open_frozen("mobilenet_v2", str(weights), 224, "cpu")
     a, b = (np.array([PLANES.index(record.plane) for record in each]) for each in (train, test))
-    found = linear_probe(features(frozen, train), a, features(frozen, test), 5)
+    found = probabilities(fit(features(frozen, train), a, 5), features(frozen, test))
     accuracy = (found.argmax(axis=1) == b).mean()
     assert len(train) == 100 and len(test) == 233 and accuracy == pytest.approx(0.575, abs=0.04)

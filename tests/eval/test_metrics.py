@@ -143,9 +143,17 @@ def test_what_is_written_of_a_test_has_both_definitions_with_intervals_that_hold
     targets, predictions = labels_of(PUBLISHED)
     probabilities = 0.5 * np.eye(5)[predictions] + 0.1
     patients = [f"patient {n % 66}" for n in range(len(targets))]
-    result = evaluate(targets, probabilities, patients)
+    result = evaluate(targets, probabilities, patients, "abcde")
     assert result["confusion"] == PUBLISHED.tolist()
-    for definition, ranked in (("notebook", None), ("plain", probabilities)):
+    expected = precision_recall_fscore_support(targets, predictions, labels=range(4))
+    found = {"precision": [], "recall": [], "f_score": [], "support": []}
+    for name, row in result["by_class"].items():
+        assert name != "e" and [*row] == ["recall", "precision", "f_score", "support"]
+        for key, value in row.items():
+            found[key].append(value)
+    np.testing.assert_allclose([*found.values()], expected)
+    assert [*evaluate(targets, probabilities, patients, "abcde", False)["scores"]] == ["ranked"]
+    for definition, ranked in (("notebook", None), ("ranked", probabilities)):
         scores, intervals = result["scores"][definition], result["intervals"][definition]
         assert scores == asdict(score(targets, predictions, ranked))
         assert all(0 <= low < scores[name] < high <= 1 for name, (low, high) in intervals.items())

@@ -152,9 +152,9 @@ def test_rows_of_different_test_sets_are_refused(tmp_path):
 def test_with_one_seed_the_interval_is_the_bootstraps(tmp_path, plain, distinct):
     r, kept = finish(tmp_path), ~COPIES if distinct else COPIES | True
     found = estimate([r], plain, distinct)
-    written = evaluate(r.targets[kept], r.probabilities[kept], r.patients[kept])
+    written = evaluate(r.targets[kept], r.probabilities[kept], r.patients[kept], r.classes)
     scores, intervals = (
-        written[key]["plain" if plain else "notebook"] for key in ("scores", "intervals")
+        written[key]["ranked" if plain else "notebook"] for key in ("scores", "intervals")
     )
     for metric in METRICS:
         ours = found[metric].mean, found[metric].low, found[metric].high
