@@ -10,7 +10,7 @@
 | any other site, of any classes: a folder for each, or a table | `sites.py` |
 | what there is at two sites before hours of work, what would be refused | `survey.py` |
 | tables in which no row is lost | `tables.py` |
-| image files, upright and opaque | `pictures.py` |
+| image files, upright and opaque; DICOM, and grey of more than 8 bits | `pictures.py` |
 | what leaks from training into test | `leaks.py` |
 | fetching both datasets and the authors' synthetic images from Zenodo | `download.py` |
 | procedural ultrasound: phantoms of four sites in the datasets' own layouts | `phantoms/` |
