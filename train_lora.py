@@ -162,8 +162,7 @@ def parse_args(argv=None):
 
 def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned]]:
     """The images to train on with their captions and repeats, and those that are held out."""
-    chosen = args.spanish, args.images, args.manifest, args.per_plane, args.seed, args.validation
-    groups = training_images(*chosen, args.source, args.prompt_template, args.held_out, print)
+    groups = training_images(args, print)
     if args.style_words:
         groups = [list(map(say_style, group)) for group in groups]
     images, held_out = groups

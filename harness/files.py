@@ -57,7 +57,7 @@ def left_out(folder: Path, others: Sequence[Path]) -> str:
 def some(names: Iterable[object]) -> str:
     """The first three in words."""
     names = [*map(str, names)]
-    return ", ".join([*names[:3], *[".."] * (len(names) > 3)])
+    return ", ".join(names[:3]) + ", .." * (len(names) > 3)
 
 
 def file_below(folder: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ token in either."""
 import json
 import random
 import re
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,57 +138,51 @@ def with_token(text: str, token: str | None) -> str:
 
 
 def training_images(
-    spanish: Path | None,
-    images: Path | None,
-    manifest: Path | None,
-    per_plane: int,
-    seed: int,
-    held_out: int = 0,
-    source: Path | None = None,
-    template: str = "",
-    share: float = 0.0,
-    say: Callable[[str], object] = str,
+    args: Namespace, say: Callable[[str], object] = str
 ) -> tuple[list[Captioned], list[Captioned]]:
-    """The images to train on, each file there: those of the folder `images`, images of `spanish`
-    with PROMPTS, or of any site `source` with prompts by a template (`planes.sites`); and the
-    images that are held out.
+    """The images to train on, each file there: those of the folder `args.images`, images of
+    `args.spanish` with PROMPTS, or of any site `args.source` with prompts by `args.prompt_template`
+    (`planes.sites`); and the images that are held out.
 
-    manifest: the list of images to take from `spanish`; None: `per_plane` of each class, drawn by
-        `seed`
-    share: of the patients of `source` that are not trained on (`read_site`)
+    args: train_lora.py's. Without a `manifest` `per_plane` of each class are drawn by `seed`.
+        `validation` images are held out: of a dataset or site training images of other patients, so
+        that those that are trained on stay the same; of `images` some of them, which are then not
+        trained on. `held_out` is as for `read_site`.
     say: is told what `planes.survey` warns of, and which held-out images are copies of others
-    held_out: how many; of a dataset or site training images of other patients, so that those that
-        are trained on stay the same; of `images` some of them, which are then not trained on
     An image's repeats are its folder's, 1 where that names none. A run's own --repeats multiplies
     them, so its default must be 1 where folders name theirs: in kohya, which has no such flag, they
     say all.
     """
-    rng = np.random.default_rng([seed, 700_001])  # of its own
-    if images:
-        chosen = pool = with_levels(read_captioned_folder(images), images)
+    rng = np.random.default_rng([args.seed, 700_001])  # of its own
+    prompts, count = PROMPTS, args.validation
+    if args.images:
+        chosen = pool = with_levels(read_captioned_folder(args.images), args.images)
     else:
-        every = read_site(source, "source", True, share) if source else read_spanish(spanish)
-        if source:
-            survey([(source, every)], template=template, per_class=per_plane, say=say)
-        classes = classes_of(every) if source else PLANES
-        prompts = prompts_of(classes, template) if source else PROMPTS
-        pool = [record for record in every if record.train]
-        if manifest:
-            chosen = read_manifest(manifest, every)
+        if args.source:
+            every, template = (
+                read_site(args.source, "source", True, args.held_out),
+                args.prompt_template,
+            )
+            survey([(args.source, every)], template=template, per_class=args.per_plane, say=say)
+            prompts = prompts_of(classes_of(every), template)
         else:
-            chosen = balanced(pool, per_plane, seed, classes)
+            every = read_spanish(args.spanish)
+        pool = [record for record in every if record.train]
+        if args.manifest:
+            chosen = read_manifest(args.manifest, every)
+        else:
+            chosen = balanced(pool, args.per_plane, args.seed, [*prompts])
         patients = {record.patient for record in chosen}
         pool = [record for record in pool if record.patient not in patients]
-    if held_out > len(pool) - bool(images):
-        raise DatasetError(f"{held_out} images cannot be held out: {len(pool)} are left for it")
-    unseen = [pool[n] for n in sorted(rng.permutation(len(pool))[:held_out])]
-    if images:
-        chosen = [image for image in chosen if image not in unseen]
+    if count > len(pool) - bool(args.images):
+        raise DatasetError(f"{count} images cannot be held out: {len(pool)} are left for it")
+    unseen = [pool[n] for n in sorted(rng.permutation(len(pool))[:count])]
+    chosen = [image for image in chosen if image not in unseen]
     require_images(chosen + unseen)
     groups = [group for group in same_bytes(chosen + unseen) if group[0] in chosen]
     if copies := [image for group in groups for image in group if image in unseen]:
         say(f"warning: {len(copies)} held-out images are in training, such as {copies[0].path}")
-    if images:
+    if args.images:
         return chosen, unseen
     return tuple(
         [Captioned(r.path, prompts[r.plane], levels=r.levels) for r in group]

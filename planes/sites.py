@@ -10,7 +10,6 @@ everybody else's.
 """
 
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import sha256
@@ -91,16 +90,12 @@ def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0)
 
 
 def _held_out(records: Iterable[Record], share: float) -> set[str]:
-    """So many of the patients, by the hashes of their names, that no class loses its last image."""
-    of, held = defaultdict(Counter), set()
-    for record in records:
-        of[record.patient][record.plane] += 1
-    left = sum(of.values(), Counter())
-    for patient in sorted(of, key=lambda name: sha256(name.encode()).digest()):
-        if len(held) < round(share * len(of)) and len(left - of[patient]) == len(left):
-            held.add(patient)
-            left -= of[patient]
-    return held
+    """So many of the patients, by the hashes of their names; none of a class that would lose its
+    last image."""
+    ranked = sorted({r.patient for r in records}, key=lambda n: sha256(n.encode()).digest())
+    drawn = {*ranked[: round(share * len(ranked))]}
+    kept = {record.plane for record in records if record.patient not in drawn}
+    return drawn - {record.patient for record in records if record.plane not in kept}
 
 
 def require_class_name(name: str, where: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Prompts from files and lists, tokens in them, and which images are trained on with which."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from shorthand import refused
@@ -72,36 +73,43 @@ def test_a_token_comes_behind_a_photo_of_or_in_front_and_only_once():
         assert with_token(text, token) == text
 
 
+def images_of(say=str, **given):
+    """`training_images`, by the flags that are not train_lora.py's defaults."""
+    flags = dict.fromkeys(("spanish", "images", "manifest", "source"))
+    numbers = {"per_plane": 1, "seed": 0, "validation": 0, "held_out": 0.0}
+    return training_images(Namespace(**flags | numbers | given), say)
+
+
 def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one(
     tmp_path, four_pixels
 ):
     write_spanish_layout(tmp_path / "spanish", train=3, test=1, seed=0)
     of = {record.path: record for record in read_spanish(tmp_path / "spanish")}
-    drawn, none = training_images(tmp_path / "spanish", None, None, 1, 0)
+    drawn, none = images_of(spanish=tmp_path / "spanish")
     assert [(i.caption, i.repeats) for i in drawn] == [(text, 1) for text in PROMPTS.values()]
     (tmp_path / "list.csv").write_text(f"Image_name,Plane\n{drawn[2].path.stem},femur\n")
-    listed, _ = training_images(tmp_path / "spanish", None, tmp_path / "list.csv", 1, 0)
+    listed, _ = images_of(spanish=tmp_path / "spanish", manifest=tmp_path / "list.csv")
     assert listed == [drawn[2]] and none == []
 
     # held out: of other patients
-    again, held_out = training_images(tmp_path / "spanish", None, None, 1, 0, held_out=3)
+    again, held_out = images_of(spanish=tmp_path / "spanish", validation=3)
     assert again == drawn and len(held_out) == 3 and all(of[i.path].train for i in held_out)
     assert not {of[i.path].patient for i in held_out} & {of[i.path].patient for i in drawn}
     with refused(DatasetError, "99 images cannot be held out"):
-        training_images(tmp_path / "spanish", None, None, 1, 0, held_out=99)
+        images_of(spanish=tmp_path / "spanish", validation=99)
 
     own = tmp_path / "own" / "20_fetal brain"  # of a folder: no longer trained on
     own.mkdir(parents=True)
     for name in "abc":
         (own / f"{name}.png").touch()
-    every, _ = training_images(None, own.parent, None, 20, 0)
-    rest, held_out = training_images(None, own.parent, None, 20, 0, held_out=1)
+    every, _ = images_of(images=own.parent)
+    rest, held_out = images_of(images=own.parent, validation=1)
     assert [(i.caption, i.repeats) for i in every] == [("fetal brain", 20)] * 3
     assert len(held_out) == 1 and sorted([*rest, *held_out], key=lambda i: i.path) == every
     with refused(DatasetError, "3 images cannot be held out"):
-        training_images(None, own.parent, None, 20, 0, held_out=3)
+        images_of(images=own.parent, validation=3)
     said = []
-    training_images(None, own.parent, None, 20, 0, held_out=1, say=said.append)
+    images_of(said.append, images=own.parent, validation=1)
     assert "1 held-out images are in training, such as " in said[0]  # all three are empty files
 
 

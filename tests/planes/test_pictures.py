@@ -5,6 +5,7 @@ import logging
 import struct
 import warnings
 import zlib
+from argparse import Namespace
 
 import numpy as np
 import pydicom
@@ -106,7 +107,7 @@ def test_more_than_eight_bits_are_refused_by_name_or_scaled_as_their_site(tmp_pa
     assert caplog.messages == [
         f"{tmp_path}: 2 of 2 images have more than 8 bits; scaled from 0..5000 to 0..255"
     ]
-    captioned, _ = training_images(None, tmp_path, None, 20, 0)
+    captioned, _ = training_images(Namespace(images=tmp_path, seed=0, validation=0))
     assert [image.levels for image in captioned] == [(0, 5000)] * 2
     for record, shift in zip(site, (0, 1000)):
         expected = (SHADES + shift) / 5000 * 255
