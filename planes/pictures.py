@@ -45,7 +45,7 @@ def open_image(path: Path, levels: Sequence[float] = ()) -> Image.Image:
                 f"{path}: has more than 8 bits per channel ({image.mode}); convert it to 8 bits, or"
                 " give the folders of a site, which are scaled as one"
             )
-        return _grey(np.asarray(image, np.float64), *levels)
+        return _levelled(image, *levels)
     grey = image.mode in {"1", "L", "LA", "La"}
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -94,10 +94,11 @@ def _ends(path: Path) -> tuple[float, float] | None:
 
 
 def bits_of(path: Path) -> int:
-    """How many bits a value has, by the header alone: 8 too where a DICOM file has a window, which
-    makes 8 of more. Raises anything for a damaged file."""
+    """How many bits a value has, by the header alone: 8 too where a DICOM file has colours, or a
+    window, which makes 8 of more. Raises anything for a damaged file."""
     if header := _header(path):
-        return 8 if header.get("WindowWidth") else header.BitsStored
+        shown = header.get("WindowWidth") or "MONO" not in header.PhotometricInterpretation
+        return 8 if shown else header.BitsStored
     with Image.open(path) as file:
         deep = 32 if file.mode[0] in "IF" else 8
         return 16 if ";16" in f"{file.mode} {file.tile}" else deep
@@ -136,9 +137,9 @@ def _stored(path: Path) -> Image.Image:
         raise ImageError(f"{path}: not a readable image ({reason}); replace or remove it") from None
 
 
-def _grey(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Values as grey levels, from black at `low` to white at `high`."""
-    shares = ((values - low) / (high - low or 1)).clip(0, 1)
+def _levelled(values: object, low: float, high: float) -> Image.Image:
+    """Values, (H, W) or (H, W, 3), as an image: black at `low`, white at `high`."""
+    shares = ((np.asarray(values, float) - low) / (high - low or 1)).clip(0, 1)
     return Image.fromarray((np.nan_to_num(shares) * 255 + 0.5).astype(np.uint8))
 
 
@@ -164,18 +165,16 @@ def _read_dicom(path: Path, header) -> Image.Image:
     except (NotImplementedError, RuntimeError):
         syntax = header.file_meta.TransferSyntaxUID.name
         raise ImageError(f"{syntax}: pip install pylibjpeg[all], or convert it") from None
-    kind, bits = header.PhotometricInterpretation, header.BitsStored
-    inverted, signed = kind == "MONOCHROME1", header.PixelRepresentation  # inverted: 0 is white
-    if kind == "PALETTE COLOR":
-        beyond = header.RedPaletteColorLookupTableDescriptor[2] - 8
-        colours = pixels.apply_color_lut(values, header) >> beyond
-        return Image.fromarray(colours.astype(np.uint8))
-    if values.ndim == 2 and header.get("WindowWidth"):
+    inverted, ends = header.PhotometricInterpretation == "MONOCHROME1", (0, 255)  # low is white
+    bits, signed = header.BitsStored, header.PixelRepresentation
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        values = pixels.apply_color_lut(values, header)
+        ends = 0, 2 ** header.RedPaletteColorLookupTableDescriptor[2] - 1
+    elif values.ndim == 2 and header.get("WindowWidth"):
         values = pixels.apply_windowing(pixels.apply_modality_lut(values, header), header)
         ends = pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
-        return _grey(values, *ends[:: -1 if inverted else 1])
-    if inverted:
-        values = (-1 if signed else 2**bits - 1) - values
-    if bits == 8 and not signed:
-        return Image.fromarray(values.astype(np.uint8))
-    return Image.fromarray(pixels.apply_modality_lut(values, header).astype(np.float32))
+    elif bits != 8 or signed:
+        if inverted:
+            values = (-1 if signed else 2**bits - 1) - values
+        return Image.fromarray(pixels.apply_modality_lut(values, header).astype(np.float32))
+    return _levelled(values, *ends[:: -1 if inverted else 1])
