@@ -8,7 +8,7 @@ Every script that reads sites asks the same before its first step.
 
 import argparse
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -104,17 +104,17 @@ def _table(root: Path, site: list[Record]) -> str:
         looks = dict(zip(site, threads.map(_look, site, changed)))
     if bad := [look for look in looks.values() if isinstance(look, ImageError)]:
         raise ImageError(f"{bad[0]}" + f"; {len(bad)} pictures of {root} are so" * (len(bad) > 1))
-    row = "  {:20}" + "{:>10}" * 5 + "  {}"
-    lines = [row.format("class", "images", "train", "test", "patients", "bits", "px")]
+    bits, sizes = (sorted({*values}) for values in zip(*looks.values()))
+    px = " to ".join(dict.fromkeys("{}x{}".format(*sizes[n]) for n in (0, -1)))
+    of = f"{len(site)} images of {' and '.join(map(str, bits))} bits, {px} px"
+    lines, row = [f"{root}: {of}"], "  {:24}" + "{:>10}" * 4
+    lines.append(row.format("class", "images", "train", "test", "patients"))
     for name in classes_of(site):
-        of = [record for record in site if record.plane == name]
-        train, patients = sum(record.train for record in of), {record.patient for record in of}
-        patients = len(patients) if has_patients(site) else "-"
-        bits, sizes = (sorted({*values}) for values in zip(*map(looks.get, of)))
-        px = " to ".join(dict.fromkeys("{}x{}".format(*sizes[n]) for n in (0, -1)))
-        counts = len(of), train, len(of) - train, patients, ", ".join(map(str, bits))
-        lines.append(row.format(name, *counts, px))
-    return "\n".join([f"{root}: {len(site)} images", *lines])
+        own = [record for record in site if record.plane == name]
+        patients = len({record.patient for record in own}) if has_patients(site) else "-"
+        train = sum(record.train for record in own)
+        lines.append(row.format(name, len(own), train, len(own) - train, patients))
+    return "\n".join(lines)
 
 
 @cache
@@ -147,17 +147,13 @@ def _remarks(root: Path, site: list[Record]) -> list[str]:
 
 def _copies(records: list[Record]) -> list[str]:
     """Lines on files that are byte for byte the same, one for each way in which they are."""
-    pairs = [(a, b) for a, *others in same_bytes(records) for b in others]
-    ways = {
-        "others of their site": [p for p in pairs if p[0].source == p[1].source],
-        "the other site's": [p for p in pairs if p[0].source != p[1].source],
-        "some with another label": [p for p in pairs if p[0].plane != p[1].plane],
-    }
-    return [
-        f"{len(such)} images are copies of {way}: {such[0][1].path} is {such[0][0].path}"
-        for way, such in ways.items()
-        if such
-    ]
+    ways = defaultdict(list)
+    for first, *others in same_bytes(records):
+        for copy in others:
+            near = "others of their site" if copy.source == first.source else "the other site's"
+            way = near if copy.plane == first.plane else "images with another label"
+            ways[way].append(f"{copy.path} is {first.path}")
+    return [f"{len(such)} images are copies of {way}: {such[0]}" for way, such in ways.items()]
 
 
 def sheet(sites: Sites) -> Image.Image:
