@@ -7,8 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCES = ROOT / "tests" / "references"
@@ -50,6 +52,17 @@ def read_json(path):
 def table(path):
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def write_site(root, counts, bright):
+    """Images of noise, as bright as their site is lit."""
+    rng = np.random.default_rng(bright)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            noise = rng.integers(0, bright, (24, 24), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{n}.png")
+    return root
 
 
 class Answers(BaseHTTPRequestHandler):

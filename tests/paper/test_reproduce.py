@@ -8,8 +8,7 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-from PIL import Image
-from shorthand import ROOT, read_json, refused, table
+from shorthand import ROOT, read_json, refused, table, write_site
 
 import paper.elsewhere
 import reproduce
@@ -33,17 +32,6 @@ SCALE = Scale(
     classify="--size 64 --batch-size 6 --workers 0",
     passes={"resnet18": 12},
 )
-
-
-def write_site(root, counts, bright):
-    """Images of noise, as bright as their site is lit."""
-    rng = np.random.default_rng(bright)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for n in range(count):
-            noise = rng.integers(0, bright, (24, 24), dtype=np.uint8)
-            Image.fromarray(noise).save(root / name / f"{n}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
