@@ -17,15 +17,3 @@ et al., section 4.1):
 from lora.files import convert, load_loras, save_lora
 from lora.layer import LoRAError, LoRALayer
 from lora.model import TARGETS, inject, lora_layers, lora_parameters
-
-__all__ = [
-    "TARGETS",
-    "LoRAError",
-    "LoRALayer",
-    "convert",
-    "inject",
-    "load_loras",
-    "lora_layers",
-    "lora_parameters",
-    "save_lora",
-]

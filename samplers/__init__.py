@@ -35,15 +35,3 @@ from samplers.schedule import (
     unipc_nodes,
 )
 from samplers.unipc import sample_unipc
-
-__all__ = [
-    "Denoiser",
-    "Nodes",
-    "NoiseSchedule",
-    "SamplerError",
-    "euler_nodes",
-    "karras_sigmas",
-    "sample_euler",
-    "sample_unipc",
-    "unipc_nodes",
-]

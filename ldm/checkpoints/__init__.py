@@ -20,13 +20,3 @@ from ldm.checkpoints.checkpoint import (
     save_folder,
     save_single,
 )
-
-__all__ = [
-    "NETWORKS",
-    "PREDICTION_TYPES",
-    "Config",
-    "Model",
-    "load",
-    "save_folder",
-    "save_single",
-]
