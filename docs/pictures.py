@@ -266,19 +266,13 @@ def sampler_error() -> Figure:
     return figure
 
 
-PICTURES = {
-    "noise_schedule.png": noise_schedule,
-    "forward_process.png": forward_process,
-    "denoising.png": denoising,
-    "lora_rank.png": lora_rank,
-    "sampler_error.png": sampler_error,
-}
+PICTURES = (noise_schedule, forward_process, denoising, lora_rank, sampler_error)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for name, draw in PICTURES.items():
-        path = DOCS / "walkthrough" / name
+    for draw in PICTURES:
+        path = DOCS / "walkthrough" / f"{draw.__name__}.png"
         save(draw(), path, dpi=110)
         # nearly all grey: 64 colours lose nothing that the eye sees
         small = Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE)
@@ -287,11 +281,8 @@ def main() -> None:
     for rank, (_, error, best) in lora_updates()[1].items():
         print(f"LoRA of rank {rank}: error {error:.3f}, of the best matrix {best:.3f}")
     for even in ("t", "log σ"):
-        for steps in STEPS:
-            errors = (f"{name} {x:.2g} " for name, x in mixture_errors(even, steps).items())
-            print(f"mixture, nodes even in {even}, {steps} steps:", *errors)
-    for name, errors in network_errors().items():
-        print(f"network, {name}:", *(f"{steps} {x:.3f} " for steps, x in errors.items()))
+        print(f"mixture, nodes even in {even}:", {n: mixture_errors(even, n) for n in STEPS})
+    print("network:", network_errors())
 
 
 if __name__ == "__main__":
