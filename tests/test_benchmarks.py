@@ -3,16 +3,12 @@
 import json
 import re
 import runpy
-import sys
 
 import pytest
 from shorthand import ROOT
 
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
-from planes.datasets import read_spanish
-from planes.phantoms.phantom import write_spanish_layout
-from planes.style import STYLES
 
 pytestmark = pytest.mark.slow
 
@@ -61,14 +57,7 @@ def test_speed_leaves_out_a_peer_that_is_not_installed(capsys):
     assert ours[0] == "ours"
 
 
-def script(name, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="benchmark")
-
-
-def test_differences_are_those_of_all_test_images_and_of_those_that_are_no_copies(
-    tmp_path, monkeypatch, capsys
-):
+def test_differences_are_those_of_all_test_images_and_of_those_that_are_no_copies(tmp_path, capsys):
     header = "image,patient,center,plane,prediction,copied,a,b\n"
     for row, right in (("ES", 3), ("HB", 6)):
         for seed in "01":
@@ -82,33 +71,9 @@ def test_differences_are_those_of_all_test_images_and_of_those_that_are_no_copie
             (folder / "predictions.csv").write_text(header + "".join(rows))
             metrics = {"training": {}, "confusion": counts}
             (folder / "metrics.json").write_text(json.dumps(metrics))
-    space = script("differences", monkeypatch)
+    space = runpy.run_path(str(ROOT / "benchmarks" / "differences.py"))
     space["main"](space["parse_args"]([str(tmp_path / row) for row in ("ES", "HB")]))
     every, distinct = re.findall(
         r"on (\d) images.*\n.*\n\| HB - ES \| ([+.\d]+) ", capsys.readouterr().out
     )
     assert every == ("8", "+37.5") and distinct == ("7", "+42.9")
-
-
-def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):
-    mini = script("mini", monkeypatch)
-    space = mini["parse_args"].__globals__
-    monkeypatch.setitem(space, "TESTED", 1)
-    monkeypatch.setitem(space, "SCENES", 150)
-    spanish = tmp_path / "spanish"
-    write_spanish_layout(spanish, train=9, test=0, seed=0)
-    rows = [
-        f'{record.path},{record.plane},"a photo, {light}, {contrast}",euler'
-        for record, (light, contrast) in zip(read_spanish(spanish), STYLES * 9)
-    ]
-    manifest = tmp_path / "manifest.csv"
-    manifest.write_text("\n".join(["image,plane,prompt,sampler", *rows]))
-
-    def said(task, *flags):
-        flags = [task, "--judge", tmp_path / "judge", *flags]
-        mini["main"](mini["parse_args"]([*map(str, flags)]))
-        return capsys.readouterr().out
-
-    assert "% of 5 recognised" in said("judge", "--per-plane", 4, "--epochs", 1)
-    assert "% of 45 recognised  (abdomen " in said("recognise", manifest)
-    assert said("style", manifest).count("share of the scenes': grey") == 5
