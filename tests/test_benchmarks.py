@@ -1,14 +1,18 @@
 """The commands of the benchmarks run, each at its smallest."""
 
-import json
-import re
 import runpy
+import sys
 
 import pytest
+import torch
 from shorthand import ROOT
+from torchvision.models import mobilenet_v2
 
 from ldm.unet import UNetConfig
 from ldm.vae import VAEConfig
+from planes.datasets import read_spanish
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
+from planes.style import STYLES
 
 pytestmark = pytest.mark.slow
 
@@ -57,23 +61,54 @@ def test_speed_leaves_out_a_peer_that_is_not_installed(capsys):
     assert ours[0] == "ours"
 
 
-def test_differences_are_those_of_all_test_images_and_of_those_that_are_no_copies(tmp_path, capsys):
-    header = "image,patient,center,plane,prediction,copied,a,b\n"
-    for row, right in (("ES", 3), ("HB", 6)):
-        for seed in "01":
-            rows = [
-                f"{n}.png,{n // 2},x,a,{'a' if n < right else 'b'},{n > 6:d},0.5,0.5\n"
-                for n in range(8)
-            ]
-            counts = [[right, 8 - right], [0, 0]]
-            folder = tmp_path / row / seed
-            folder.mkdir(parents=True)
-            (folder / "predictions.csv").write_text(header + "".join(rows))
-            metrics = {"training": {}, "confusion": counts}
-            (folder / "metrics.json").write_text(json.dumps(metrics))
-    space = runpy.run_path(str(ROOT / "benchmarks" / "differences.py"))
-    space["main"](space["parse_args"]([str(tmp_path / row) for row in ("ES", "HB")]))
-    every, distinct = re.findall(
-        r"on (\d) images.*\n.*\n\| HB - ES \| ([+.\d]+) ", capsys.readouterr().out
-    )
-    assert every == ("8", "+37.5") and distinct == ("7", "+42.9")
+def script(name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    return runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="benchmark")
+
+
+def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    spanish, african = tmp_path / "FETAL_PLANES_ZENODO", tmp_path / "Zenodo_dataset"
+    write_spanish_layout(spanish, train=1, test=0, seed=0)
+    write_african_layout(african, patients=2, seed=0)
+    listed = [f"{record.name},{record.plane}" for record in read_spanish(spanish)]
+    (tmp_path / "list.csv").write_text("\n".join(["Image_name,Plane", *listed]))
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "weights.pth")
+    real = script("real_images", monkeypatch)
+    small = {"count": 1, "steps": 1, "repeats": 1, "passes": 10, "size": 64, "seeds": 0}
+    flags = ["--spanish", spanish, "--african", african, "--manifest", tmp_path / "list.csv"]
+    flags += ["--weights", tmp_path / "weights.pth", "--out", tmp_path / "out"]
+    flags += ["--model", tiny_model, "--data", "ES", "HB-styles+DA"]
+    flags += [word for name, number in small.items() for word in (f"--{name}", number)]
+    for _ in "ab":  # the second time all is there
+        real["main"](real["parse_args"]([str(flag) for flag in flags]))
+    said = (tmp_path / "out" / "differences.md").read_text()
+    assert said.count("| HB-styles+DA - ES |") == 2 and said in capsys.readouterr().out
+    assert said.startswith("| on 18 images |")
+    assert "HB-styles+DA" in (tmp_path / "out" / "report.html").read_text()
+    assert len([*(tmp_path / "out" / "synthetic_styles").glob("*/*.png")]) == 10
+
+
+def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):
+    mini = script("mini", monkeypatch)
+    space = mini["parse_args"].__globals__
+    monkeypatch.setitem(space, "TESTED", 1)
+    monkeypatch.setitem(space, "SCENES", 150)
+    spanish = tmp_path / "spanish"
+    write_spanish_layout(spanish, train=9, test=0, seed=0)
+    rows = [
+        f'{record.path},{record.plane},"a photo, {light}, {contrast}",euler'
+        for record, (light, contrast) in zip(read_spanish(spanish), STYLES * 9)
+    ]
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("\n".join(["image,plane,prompt,sampler", *rows]))
+
+    def said(task, *flags):
+        flags = [task, "--judge", tmp_path / "judge", *flags]
+        mini["main"](mini["parse_args"]([*map(str, flags)]))
+        return capsys.readouterr().out
+
+    assert "% of 5 recognised" in said("judge", "--per-plane", 4, "--epochs", 1)
+    assert "% of 45 recognised  (abdomen " in said("recognise", manifest)
+    assert said("style", manifest).count("share of the scenes': grey") == 5
