@@ -317,7 +317,8 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         args.seeds,
         f"python {shlex.join(sys.argv)}",
         scale.left_out,
-        f"FU-LoRA from {' to '.join(names)}" if args.source else "",
+        own=names if args.source else None,
+        tests=selections.target(train=False),
     )
     files = [*selections.tables(), args.model, args.vae, args.synthetic, args.lora, args.weights]
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}

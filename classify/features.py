@@ -65,7 +65,7 @@ def classifier(path: str | Path) -> Extractor:
     """What enters the head of a classifier that classify.py wrote; needs no download. ClassifyError
     if `path` is not one."""
     model, description = load(path)
-    name = f"{description['model']} trained on the planes, penultimate layer"
+    name = f"{description['model']} trained here, penultimate layer"
     return of_network(model, description["size"], description["input_range"], name=name)
 
 

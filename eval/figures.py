@@ -11,13 +11,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
+from itertools import chain
 from pathlib import Path
 from textwrap import wrap
-from unicodedata import east_asian_width
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
@@ -64,9 +62,11 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     figure.savefig(path, dpi=dpi, format="png", **look)
     legend = ", ".join(f"{mark} is {word}" for word, mark in numbers.items())
     if legend:
-        said = "%s: no installed font has the letters of some names: %s; install one that has them"
-        logging.getLogger(__name__).warning(said, path.name, legend)
+        _say(f"no installed font has the letters of some names, so in figures {legend}")
     return legend
+
+
+_say = cache(logging.getLogger(__name__).warning)  # each line once
 
 
 @cache
@@ -88,29 +88,23 @@ def _fonts(letters: str) -> tuple[list[str], str]:
     return families, "".join(sorted(left))
 
 
-def _cells(text: str) -> int:
-    """Width in letters; a Chinese one is two wide."""
-    return sum(1 + (east_asian_width(letter) in "WF") for letter in text)
-
-
 def _lines(labels: Iterable[str], inches: float, size: float = 9) -> list[str]:
     """The labels, broken into lines that are so long at most. size: of the letters, in points."""
-    letters = max(4, int(inches * 72 / LETTER / size))
-    return [
-        "\n".join(
-            line
-            for part in label.split("\n")
-            for line in wrap(part, max(2, letters * len(part) // max(1, _cells(part))))
-        )
-        for label in labels
-    ]
+    letters = int(inches * 72 / LETTER / size)
+    parts = ([wrap(part, letters // _wide(part)) for part in label.split("\n")] for label in labels)
+    return ["\n".join(chain(*lines)) for lines in parts]
 
 
-def _size(labels: Sequence[str], size: float = 9) -> tuple[float, float]:
+def _size(labels: Iterable[str], size: float = 9) -> tuple[float, float]:
     """About the width and the height of the largest of these labels, in inches."""
     lines = [label.split("\n") for label in labels] or [[""]]
-    width = max(_cells(line) for label in lines for line in label)
+    width = max(len(line) * _wide(line) for line in chain(*lines))
     return width * LETTER * size / 72, max(map(len, lines)) * 1.3 * size / 72
+
+
+def _wide(text: str) -> int:
+    """How wide letters may be: Chinese ones are as wide as two others."""
+    return 2 - text.isascii()
 
 
 def _grid(
@@ -151,30 +145,25 @@ def contact_sheet(
     """
     shape = len(rows), max(map(len, rows))
     figure, grid = _grid((cell, cell), shape, row_labels, column_labels)
+    for axes in grid.flat:
+        # square cells keep the labels in line whatever the images' shapes
+        axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1)
+        axes.spines[:].set_visible(False)
     for line, row in zip(grid, rows):
-        for axes, image in zip_longest(line, row):
-            _show(axes, image)
+        for axes, image in zip(line, row):
+            if image is not None:
+                axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
     return figure
 
 
 def labelled_sheet(images: Sequence[object], labels: Sequence[str], columns: int = 5) -> Figure:
     """Images as for `contact_sheet`, so many in a row, each below a label of its own."""
-    cell = 1.6
-    shape = -(-len(images) // columns), min(columns, len(images))
-    labels = _lines(labels, cell)
-    figure, grid = _grid((cell, cell + _size(labels)[1]), shape, (), ())
-    for axes, image, label in zip_longest(grid.flat, images, labels):
-        _show(axes, image)
-        axes.set_title(label or "", fontsize=9)
+    rows = [images[n : n + columns] for n in range(0, len(images), columns)]
+    figure, labels = contact_sheet(rows), _lines(labels, 1.4)
+    for axes, label in zip(figure.axes, labels):
+        axes.set_title(label, fontsize=9)
+    figure.set_figheight(figure.get_figheight() + len(rows) * _size(labels)[1])
     return figure
-
-
-def _show(axes: Axes, image: object = None) -> None:
-    """The image alone; square axes keep labels in line whatever the images' shapes."""
-    axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1)
-    axes.spines[:].set_visible(False)
-    if image is not None:
-        axes.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255)
 
 
 def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:

@@ -1,7 +1,7 @@
 """A report as blocks of Markdown, and those as one HTML page that needs no other file.
 
-A block is a heading, a paragraph, a table or a picture. What stands under a heading of level 3 is
-folded away in HTML.
+A block is a heading, a paragraph, a table, a picture or a command. What stands under a heading of
+level 3 is folded away in HTML.
 """
 
 import base64
@@ -24,12 +24,13 @@ details { border-top: 1px solid #ddd; padding: 0.4rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.5rem; text-align: right; white-space: nowrap; }
+th, td { padding: 0.2rem 0.5rem; text-align: right; }
 th, td { border-bottom: 1px solid #ddd; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; }
 .label { text-align: left; }
+pre { background: #f4f4f4; padding: 0.5rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 figure { display: inline-block; max-width: 48%; margin: 0.5rem 0; vertical-align: top; }
-details figure { max-width: none; }
+details figure, .wide + figure { max-width: none; }
 img { max-width: 100%; }
 figcaption { font-size: 0.875rem; color: #444; }
 """
@@ -44,6 +45,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], labels: int =
 def picture(name: str, caption: str) -> str:
     """A PNG file of FIGURES, and what it shows."""
     return f"![{caption}]({FIGURES}/{name})"
+
+
+def plural(count: int, what: str) -> str:
+    """So many of it."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def command(line: str) -> str:
+    """What is typed into a shell."""
+    return f"```sh\n{line}\n```"
 
 
 def to_html(blocks: Sequence[str], folder: Path) -> str:
@@ -63,6 +74,8 @@ def to_html(blocks: Sequence[str], folder: Path) -> str:
             caption = html.escape(found[1])
             image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
             body.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        elif hashes.startswith("```"):
+            body.append(f"<pre>{html.escape(block[6:-4])}</pre>")
         else:
             body.append(f"<p>{html.escape(block)}</p>")
     inside = "\n".join([*body, *["</details>"] * folded])
@@ -85,6 +98,8 @@ def _html_table(block: str) -> str:
     lines = []
     for tag, row in (("th", header), *(("td", row) for row in rows)):
         kinds = (' class="label"' * (mark == "---") for mark in rule)
-        cells = (f"<{tag}{k}>{html.escape(cell)}</{tag}>" for k, cell in zip(kinds, row))
+        # an interval on one line, if it can be
+        row = (html.escape(cell).replace(" to ", "&nbsp;to&nbsp;") for cell in row)
+        cells = (f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from classify import ClassifyError
-from harness.files import sha256
+from harness.files import sha256, told_apart
 from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, ROWS
 from paper.report import Context, build
@@ -85,6 +85,7 @@ def main(args):
         for folder, result in progress(found.items(), desc="rows", unit="row")
     ]
     settings = json.loads((next(iter(found)) / "args.json").read_text(encoding="utf-8"))
+    source = settings["arguments"].get("source")
     context = Context(
         material=f"as in {args.run}",
         sites=f"{site}, of which nothing was trained on",
@@ -93,6 +94,8 @@ def main(args):
         seeds=sorted({result.seed for result in results}),
         command=shlex.join(["python", "-m", "paper.elsewhere", *sys.argv[1:]]),
         title="FU-LoRA at one more site",
+        own=told_apart(Path(source), site) if source and args.target else None,
+        tests=records,
     )
     build(args.out, results, context)
     print(args.out / "report.html")

@@ -13,15 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.compare import Difference
-from paper.plan import CLASSIFIERS
+from paper.plan import CLASSIFIERS, DATA, MADE, Own, classifier_name, data_name
 from paper.published import published_difference
-from paper.results import Result, compare
+from paper.results import Result, compare, estimate
 
 Row = tuple[str, str]
 """A data model and a classifier, such as ("HB+DA", "resnet18")."""
 
 Cells = Mapping[Row, Sequence[Result]]
 """The finished runs of each row, one for each seed."""
+
+Recognised = Mapping[tuple[str, str], Mapping[str, float]]
+"""(the data model of a judge, which synthetic images it judges) -> sampler -> fraction of them that
+are taken for the class of their prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Step:
     data: str
     kind: str = "synthetic"
     also: str = ""
+
+    def against(self, own: Own) -> str:
+        """The other data model, of own sites, where `what` says enough of this one; else both."""
+        baseline = data_name(self.baseline, own)
+        return baseline if own else f"{self.data} less {baseline}"
 
 
 STEPS: tuple[Step, ...] = (
@@ -60,7 +69,18 @@ AUGMENTED = tuple(step for step in STEPS if step.baseline.endswith("+DA"))
 CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
 """(baseline, data model that the paper says is better)."""
 SYNTHETIC = ("HB+DA", "HB-styles+DA")
+HELPED = {
+    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; these trained"
+    " networks alone",
+    "better": "Synthetic images{} helped",
+    "worse": "Synthetic images{} did harm",
+    "not shown": "Synthetic images{} are not shown to help",
+}
+WITH_LORA, JUDGE = "with LoRA", "resnet18"
 CONTROLS = ("BAL+DA", "ES+DA+balanced", "ES+DA+contrast")  # without synthetic images
+ISOLATED = ("BAL+DA", "HB+DA"), ("BAL+DA", "HB-styles+DA"), ("BAL", "HB"), ("ES", "HB-all")
+"""(baseline, data model) that differ in nothing but synthetic images."""
+ONE_CLASS = 0.9  # share of the predictions, from which on a network has learned little
 VERDICTS = {
     "one seed cannot tell": "One seed cannot tell whether {} is better than {}",
     "better": "{} is better than {}",
@@ -129,6 +149,97 @@ def headline(cells: Cells, classifiers: Collection[str], sites: str, compared: b
     if not gains:
         said = ["no data model was run both with synthetic images and without: nothing is claimed."]
     return f"On {sites}: {' '.join(said)}"
+
+
+def zero_shot(cells: Cells) -> dict[Row, float]:
+    """Mean accuracy of the rows that no image of the second site was trained on, best first."""
+    scores = {
+        row: float(np.mean([run.targets == run.predictions for run in runs]))
+        for row, runs in cells.items()
+        if not DATA[row[0]].target
+    }
+    return dict(sorted(scores.items(), key=lambda score: -score[1]))
+
+
+def at_home(runs: Sequence[Result]) -> float:
+    """Mean accuracy of a row's runs on held-out images of the source; nan without any."""
+    return float(np.mean([run.held_out for run in runs])) if runs else np.nan
+
+
+def answer(cells: Cells, own: tuple[str, str], classifiers: Collection[str]) -> list[str]:
+    """Three paragraphs: the best model for the target, and where it is; whether synthetic images
+    helped; what did as well without them."""
+    scores, (source, target) = zero_shot(cells), own
+    best = next(iter(scores))
+    runs, found = cells[best], estimate(cells[best], plain=True)["accuracy"]
+    over = (
+        f"{runs[0].units}, of this network alone"
+        if found.seeds == 1
+        else f"{runs[0].units} and seeds"
+    )
+    first = (
+        f"Best at {target}, of whose labels it saw none: {_called(best, own)}. It is right on"
+        f" {100 * found.mean:.1f} % of {len(runs[0].targets)} images (95 % interval"
+        f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {over}; somewhat flattered, as"
+        f" these images chose it), and lies in {runs[0].folder / 'model.safetensors'}."
+    )
+    top = max(scores, key=lambda row: np.nan_to_num(at_home(cells[row])))
+    if (home := at_home(cells[top])) > 0:
+        first += (
+            f" At {source}, on images held out, {_called(top, own)} is best: {100 * home:.1f} %."
+        )
+    second = [
+        f"{HELPED[gain.verdict].format(MADE[DATA[gain.step.data].synthetic])}:"
+        f" {100 * gain.accuracy.value:+.1f} points of accuracy (95 % interval"
+        f" {points_between(gain.accuracy)}) against {data_name(gain.step.baseline, own)}."
+        for gain in measure([Step("", *pair) for pair in ISOLATED], cells, classifiers)[:2]
+    ]
+    second = second or ["Whether synthetic images help is not told by these models."]
+    bar = max((scores[row] for row in scores if DATA[row[0]].synthetic), default=1)
+    ahead = [row for row in scores if scores[row] >= bar and not DATA[row[0]].synthetic][:3]
+    named = "; ".join(f"{_called(row, own)}, {100 * scores[row]:.1f} %" for row in ahead)
+    third = f"As good without them as the best with them ({100 * bar:.1f} %), or better: "
+    return [first, " ".join(second), f"{third}{named or 'none'}."]
+
+
+def doubts(cells: Cells, own: tuple[str, str], recognised: Recognised) -> list[str]:
+    """What makes an answer worth little: networks that say one class for nearly all images, and
+    synthetic images that do not show their classes."""
+
+    def most(numbers: np.ndarray) -> float:
+        return np.bincount(numbers).max() / len(numbers)
+
+    said, one_class = (
+        [],
+        [
+            _called(row, own)
+            for row, runs in cells.items()
+            if any(most(run.predictions) >= ONE_CLASS > most(run.targets) for run in runs)
+        ],
+    )
+    if one_class:
+        said.append(f"One class is said of nearly all images by {'; '.join(one_class)}.")
+    shown = {
+        data: np.mean([*shares.values()])
+        for (data, images), shares in recognised.items()
+        if images == WITH_LORA
+    }
+    judge, share = max(shown.items(), key=lambda item: item[1], default=("", 1))
+    home = at_home(cells.get((judge, JUDGE), []))
+    chance = 1 / len(next(iter(cells.values()))[0].classes)
+    if share < max(1.25 * chance, np.nan_to_num(home) / 2):
+        real = f", and {100 * home:.0f} % of held-out real ones" if home >= 0 else ""
+        said.append(
+            "The synthetic images do not show their classes: a network of real images takes"
+            f" {100 * share:.0f} % of them for what they shall be{real}; chance is"
+            f" {100 * chance:.0f} %. Train the LoRA for longer, or with a better model, before what"
+            " is said of them counts."
+        )
+    return said
+
+
+def _called(row: Row, own: Own) -> str:
+    return f"{classifier_name(row[1])} trained on {data_name(row[0], own)}"
 
 
 def points_between(found: Difference) -> str:

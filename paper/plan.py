@@ -85,11 +85,43 @@ ROWS = tuple(
     for data in models
     for classifier in (["vit_b_16"] if table == "2" else CLASSIFIERS)
 )
+DATA = {row.data.name: row.data for row in ROWS} | {data.name: data for data in BEYOND}
 BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
 QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA")
 QUICK_ROWS = tuple(
     row for row in ROWS if row.data.name in QUICK_DATA and row.classifier == "resnet18"
 )
+
+
+# a data model's parts in plain words: its real images, how synthetic ones were made, and its flags
+REAL = {"all": "real images", "balanced": "balanced real images"}
+MADE = {
+    "lora": "",
+    "styles": " with prompts that name brightness and contrast",
+    "prompts": " with detailed prompts",
+    "token": " by Textual Inversion",
+    "dreambooth": " by DreamBooth",
+}
+TREATED = {
+    "--augment": "augmented",
+    "--balanced-sampling": "each class drawn equally often",
+    "--contrast": "brightness and contrast varied",
+}
+
+
+Own = tuple[str, str] | None
+"""The names of source and target where they are a user's own sites."""
+
+
+def data_name(name: str, own: Own = None) -> str:
+    """A data model as the report calls it: as the paper does, or, of own sites, in plain words."""
+    if not own:
+        return name
+    data = DATA[name]
+    images = [f"{REAL[data.source]} of {own[0]}"] if data.source else []
+    images += [f"real images of {own[1]}"] * data.target
+    images += [f"synthetic ones{MADE[data.synthetic]}"] if data.synthetic else []
+    return ", ".join([" and ".join(images), *(TREATED[flag] for flag in data.flags.split())])
 
 
 def classifier_name(classifier: str) -> str:

@@ -5,20 +5,37 @@ from; then all else, folded away.
 folder. Equal inputs give equal files.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from eval.figures import Point, confusion_figure, forest_figure, save
+from eval.figures import Point, confusion_figure, forest_figure, labelled_sheet, save
 from harness.files import whole_file, write_table, write_text
 from paper import tables
-from paper.document import FIGURES, picture, to_html
-from paper.gain import AUGMENTED, STEPS, Cells, Gain, Row, Step, headline, measure
-from paper.plan import BEYOND, CLASSIFIERS, classifier_name
+from paper.document import FIGURES, command, picture, plural, to_html
+from paper.gain import (
+    AUGMENTED,
+    STEPS,
+    Cells,
+    Gain,
+    Row,
+    Step,
+    answer,
+    doubts,
+    headline,
+    measure,
+    zero_shot,
+)
+from paper.plan import BEYOND, CLASSIFIERS, Own, classifier_name, data_name
 from paper.results import Result, ResultError, require_same_test
 from paper.synthetic import Findings
+from planes.datasets import Record
+from planes.pictures import open_image
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,9 @@ class Context:
     command: the line that made it all
     left_out: classifier -> why it is in no average; its rows stand in the tables all the same
     title: of the report, if the usual one is not right
+    own: names of source and target where they are a user's own: the report then speaks to somebody
+        who has not read the paper
+    tests: the test images, in the order in which they were tested, for pictures of errors
     """
 
     material: str
@@ -42,6 +62,8 @@ class Context:
     command: str
     left_out: Mapping[str, str] = field(default_factory=dict)
     title: str = ""
+    own: Own = None
+    tests: Sequence[Record] = ()
 
 
 LEGEND = (
@@ -54,14 +76,23 @@ LEGEND = (
     " detailed prompts, Textual Inversion, DreamBooth. A linear probe is logistic regression on the"
     " features of a frozen model. Tables 1 and 2 are the paper's; ES with ViT b16 is in both."
 )
+OWN_LEGEND = (
+    "Balanced: as many real images of each class. Augmented: rotated, flipped, cropped at random."
+    " Brightness and contrast varied: gamma too, at random. Synthetic images are drawn by Stable"
+    " Diffusion with a LoRA that learned images of {0}. A linear probe is logistic regression on"
+    " the features of a frozen model. Accuracy at {0} is of images that no model was trained on:"
+    " where it is low too, little was learned; where it is high and that at {1} is low, what was"
+    " learned does not transfer. What was trained on images of {1} may know test images by their"
+    " copies."
+)
 PUBLISHED = (
     " In brackets: the published number (docs/paper_and_code.md says what it was trained on)."
 )
 READING = (
-    "Intervals hold 95 %: how far a mean or a difference would move with other test patients and"
+    "Intervals hold 95 %: how far a mean or a difference would move with other test {0} and"
     " other seeds of the training. Of three seeds that is wide, and rightly so. * marks a single"
-    " seed: the interval is over patients alone and speaks of these trained networks, not of the"
-    " data that trained them. The five classifiers are taken as they are, and so are the LoRA and"
+    " seed: the interval is over {0} alone and speaks of these trained networks, not of the"
+    " data that trained them. The classifiers are taken as they are, and so are the LoRA and"
     " the synthetic images, made once: what making them anew would change is in no interval. Of"
     " twenty intervals one misses the truth by chance. Recall, precision, F-score and AUC are macro"
     " averages over the classes that occur in the test."
@@ -72,6 +103,11 @@ GAIN = (
     " BAL+DA stands between them, so that over the same classifiers the two parts add up. What"
     " begins with 'instead' needs no synthetic image. AUC is the notebook's."
 )
+OWN_GAIN = (
+    "Differences in accuracy, averaged over the classifiers that both have. Balanced real images"
+    " and synthetic ones differ from all real images in two ways; the two parts, told after 'of"
+    " it', add up over the same classifiers. What begins with 'instead' needs no synthetic image."
+)
 MCNEMAR = (
     "Both classifiers see the same images. McNemar's exact test counts those that only one of them"
     " gets right, for two trained networks of one seed; the differences are over all seeds of both."
@@ -79,13 +115,17 @@ MCNEMAR = (
 CONFUSION = (
     "Each row of a matrix is a true class: percent of its images by prediction, over all seeds."
 )
+COPIES = (
+    "Copies are test images whose bytes occur earlier in the test list or among their site's"
+    " training images."
+)
 VARIANTS = (
     "The notebook's AUC takes predicted labels, and a prediction of a class that no test image has,"
     " as Other in the paper's, counts as positive for every class. The plain one ranks the images"
-    " by predicted probability, one class against the rest. Copies are test images whose bytes"
-    " occur earlier in the test list or among their site's training images."
+    f" by predicted probability, one class against the rest. {COPIES}"
 )
 GROUPS = "Percent of images classified rightly, over all seeds."
+WORST_ERRORS = 20
 QUALITY = (
     "Features of synthetic images against those of real ones. FID and KID: lower is closer."
     " Precision and density: how many synthetic images lie among the real ones; recall and"
@@ -118,78 +158,133 @@ def build(
             runs.append(result)
     classifiers = dict.fromkeys(result.classifier for result in results)
     left_out = {name: why for name, why in context.left_out.items() if name in classifiers}
-    averaged, compared = [c for c in CLASSIFIERS if c not in left_out], not context.phantoms
+    averaged, own = [c for c in CLASSIFIERS if c not in left_out], context.own
+    compared, best = not context.phantoms, next(iter(zero_shot(cells)), None)
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
 
     # the first screen: what was found, and two pictures
-    title = context.title or f"FU-LoRA{' on phantoms' if context.phantoms else ', reproduced'}"
-    blocks = [f"# {title}", headline(cells, averaged, context.sites, compared)]
+    title = f"FU-LoRA{' on phantoms' if context.phantoms else ', reproduced'}"
+    title = f"FU-LoRA from {' to '.join(own)}" if own else title
+    blocks = [f"# {context.title or title}"]
+    if own and best:
+        file = cells[best][0].folder / "model.safetensors"
+        use = ["--classifier", str(file), "--predict", "FOLDER", "--out", "runs/new"]
+        blocks += [*answer(cells, own, averaged), *doubts(cells, own, found.recognised)]
+        blocks += ["To let that model say what each image of a folder is:"]
+        blocks += [command(shlex.join(["python", "classify.py", *use]))]
+    else:
+        blocks.append(headline(cells, averaged, context.sites, compared))
     if shown := measure(AUGMENTED, cells, averaged):
-        blocks.append(_gain_picture(out, shown))
+        blocks.append(_gain_picture(out, shown, own))
     blocks += list(found.figures.values())[:1]
 
-    # all rows, what they differ by, and how they were made
-    blocks += ["## All rows", LEGEND + PUBLISHED * compared]
-    blocks.append(tables.overview(cells, context.seeds, compared))
+    # all rows, the best one, what they differ by, and how they were made
+    blocks += ["## All rows", OWN_LEGEND.format(*own) if own else LEGEND + PUBLISHED * compared]
+    blocks.append(tables.overview(cells, context.seeds, compared, own))
     reasons = "; ".join(f"{CLASSIFIERS[name]}: {why}" for name, why in left_out.items())
     blocks += [f"Left out of averages: {reasons}."] * bool(left_out)
+    if best:
+        blocks += [
+            "## The best model, class by class",
+            tables.class_table({best: cells[best]}, own),
+        ]
+        blocks += _errors_picture(out, cells[best][0], context.tests)
     steps = [*STEPS, *(Step("other synthetic images", "HB+DA", data.name) for data in BEYOND)]
-    if gains := measure(steps, cells, averaged):
-        blocks += ["## Where the gain comes from", GAIN, tables.gain_table(gains, compared)]
-    blocks += ["## How this was made", _how(results[0], context), READING, *found.notes]
+    details = cells if len(classifiers) == 1 else None
+    if gains := measure(steps, cells, averaged if not details else classifiers):
+        blocks += ["## Where the gain comes from", OWN_GAIN if own else GAIN]
+        blocks += [*[MCNEMAR] * bool(details), tables.gain_table(gains, compared, details, own)]
+    units = results[0].units
+    blocks += ["## How this was made", _how(results[0], context), command(context.command)]
+    blocks += [READING.format(units), *found.notes]
 
     # details, folded away
     blocks += ["## In detail", "What the figures above are made of."]
-    if single := [gain for name in classifiers for gain in measure(steps, cells, [name])]:
+    single = [gain for name in classifiers for gain in measure(steps, cells, [name])]
+    if single and not details:
         blocks += ["### Differences by classifier", MCNEMAR]
-        blocks.append(tables.gain_table(single, compared, cells))
-    blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, cells)]
-    blocks += ["### Two definitions of AUC; without copies", VARIANTS, tables.variants_table(cells)]
-    blocks += ["### By class and by center", GROUPS, tables.group_table(cells)]
+        blocks.append(tables.gain_table(single, compared, cells, own))
+    blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, cells, own)]
+    if not own:
+        blocks += ["### Two definitions of AUC; without copies", VARIANTS]
+        blocks.append(tables.variants_table(cells))
+    elif results[0].copies.any():
+        blocks += ["### Without copies", COPIES, tables.variants_table(cells, own)]
+    if others := {row: runs for row, runs in cells.items() if row != best}:
+        blocks += ["### The other models, class by class", tables.class_table(others, own)]
+    if len({*results[0].centers}) > 1:
+        blocks += ["### By center", GROUPS, tables.center_table(cells, own)]
     if found.quality:
         blocks += ["### How close the synthetic images are to real ones", QUALITY]
         blocks.append(tables.quality_table(found.quality))
     if found.recognised:
         blocks += ["### What the LoRA does", RECOGNISED]
-        blocks.append(tables.recognised_table(found.recognised))
+        blocks.append(tables.recognised_table(found.recognised, own))
     for title, figure in list(found.figures.items())[1:]:
         blocks += [f"### {title}", figure]
+    if own:
+        blocks += ["### Where each model lies", tables.folders_table(cells, own)]
 
     with whole_file(out / "results.csv") as part:
-        write_table(part, tables.csv_rows(results))
+        write_table(part, tables.csv_rows(results, own))
     write_text(out / "report.md", "\n\n".join(blocks) + "\n")
     write_text(out / "report.html", to_html(blocks, out))
 
 
-def _gain_picture(out: Path, gains: Sequence[Gain]) -> str:
+def _draw(out: Path, name: str, figure: Figure, caption: str) -> str:
+    legend = save(figure, out / FIGURES / name)
+    return picture(name, f"{caption} {legend}".strip())
+
+
+def _gain_picture(out: Path, gains: Sequence[Gain], own: Own) -> str:
     points = []
     for gain in gains:
         step, found = gain.step, gain.accuracy
         percent = (100 * number for number in (found.value, found.low, found.high))
-        points.append(Point(f"{step.what}\n{step.data} − {step.baseline}", *percent, step.kind))
-    save(forest_figure(points, "difference in accuracy, points"), out / FIGURES / "gain.png")
+        pair = f"against {step.against(own)}" if own else f"{step.data} − {step.baseline}"
+        points.append(Point(f"{step.what}\n{pair}", *percent, step.kind))
     caption = "Where the gain comes from: accuracy of one data model less another's."
-    return picture("gain.png", caption)
+    return _draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
 
 
-def _confusion_matrices(out: Path, cells: Cells) -> str:
+def _errors_picture(out: Path, run: Result, tests: Sequence[Record]) -> list[str]:
+    """The errors that the network is surest of, if there are such, and the images are at hand."""
+    wrong = np.flatnonzero(run.targets != run.predictions)
+    if not len(wrong) or [record.name for record in tests] != run.images.tolist():
+        return []
+    sure = run.probabilities.max(axis=1)
+    images, labels = [], []
+    for n in sorted(wrong, key=lambda n: -sure[n])[:WORST_ERRORS]:
+        images.append(open_image(tests[n].path, tests[n].levels))
+        images[-1].thumbnail((256, 256))
+        said, right = run.classes[run.predictions[n]], run.classes[run.targets[n]]
+        labels.append(f"said {said}, {100 * sure[n]:.0f} %\nis {right}")
+    caption = f"Its surest errors, with seed {run.seed}: {len(images)} of {len(wrong)}."
+    return [_draw(out, "errors.png", labelled_sheet(images, labels), caption)]
+
+
+def _confusion_matrices(out: Path, cells: Cells, own: Own) -> str:
     classes = next(iter(cells.values()))[0].classes
     matrices = {
-        (data, classifier_name(classifier)): sum(
+        (data_name(data, own), classifier_name(classifier)): sum(
             confusion_matrix(run.targets, run.predictions, labels=range(len(classes)))
             for run in runs
         )
         for (data, classifier), runs in cells.items()
     }
-    save(confusion_figure(matrices, classes, percent=True), out / FIGURES / "confusion.png")
-    return picture("confusion.png", "Confusion matrices of every row.")
+    figure = confusion_figure(matrices, classes, percent=True)
+    return _draw(out, "confusion.png", figure, "Confusion matrices of every row.")
 
 
 def _how(test: Result, context: Context) -> str:
-    seeds, patients, centers = context.seeds, len({*test.patients}), len({*test.centers})
+    counts = [plural(len(test.targets), "image")]
+    counts += [plural(len({*test.patients}), "patient")] * (test.units == "patients")
+    centers, copies = len({*test.centers}), int(test.copies.sum())
+    recipe = f" Recipe of the classifiers: {context.recipe}."
+    nobody = " No patient is named, so nothing is claimed of patients, only of images."
     return (
-        f"Synthetic images: {context.material}. Real images: {context.sites}. Recipe of the"
-        f" classifiers: {context.recipe}. Seeds: {', '.join(map(str, seeds))}. Test:"
-        f" {len(test.targets)} images of {patients} patients at {centers} sites,"
-        f" {test.copies.sum()} of them identical copies of others. Command: {context.command}"
+        f"Synthetic images: {context.material}. Real images: {context.sites}."
+        f"{recipe * (not context.own)} Seeds: {', '.join(map(str, context.seeds))}. Test:"
+        f" {' of '.join(counts)} at {plural(centers, 'site')}, {copies or 'none'} of them identical"
+        f" copies of others.{nobody * (test.units == 'images')} The command:"
     )

@@ -5,6 +5,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from urllib.parse import quote
 
@@ -47,6 +48,8 @@ class Result:
     copies: (N,) bool, whether the image's bytes occur earlier in the test list or among its site's
         training images
     classes: their names, by index
+    held_out: accuracy on images of the source that were not trained on; nan without any
+    folder: of the run
     """
 
     table: str
@@ -62,10 +65,18 @@ class Result:
     images: np.ndarray
     copies: np.ndarray
     classes: tuple[str, ...] = PLANES
+    held_out: float = nan
+    folder: Path = Path()
 
     @property
     def name(self) -> str:
         return f"{self.data}/{self.classifier}/seed{self.seed}"
+
+    @property
+    def units(self) -> str:
+        """What an interval draws: images where no patient is named, each being one of its own."""
+        own = (Path(patient).stem == image for patient, image in zip(self.patients, self.images))
+        return "images" if all(own) else "patients"
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,8 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         targets, predictions = (np.array([*map(classes.index, names)]) for names in named)
         probabilities = cells[:, 6:].astype(float)
         training, counts = metrics["training"], metrics["confusion"]
+        scores = metrics.get("validation", {}).get("scores", {})
+        held_out = next((score["accuracy"] for score in scores.values()), nan)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(
             f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again"
@@ -106,7 +119,7 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         )
     about = table, data, classifier, seed, training
     found = targets, predictions, probabilities, patients, centers, images, copied == "1", classes
-    return Result(*about, *found)
+    return Result(*about, *found, held_out, folder)
 
 
 def read_by(classifier: Path, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from classify.features import Extractor, classifier, features, inception
 from eval.figures import contact_sheet, save, tsne, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
 from paper.document import FIGURES, picture
+from paper.gain import JUDGE, WITH_LORA, Recognised
 from paper.material import Selections
 from paper.results import read_by, row_folder
 from planes.datasets import Record, read_synthetic
@@ -24,13 +25,12 @@ PER_SOURCE = 35  # images of a class and source in figure 3
 class Findings:
     """What the report says of the synthetic images.
 
-    recognised: label -> sampler -> fraction of images taken for the class of their prompt
     quality: rows of eval.quality.quality_table
     figures: title -> paper.document.picture, figure 2 first
     notes: sentences
     """
 
-    recognised: dict[str, dict[str, float]]
+    recognised: Recognised
     quality: list[dict]
     figures: dict[str, str]
     notes: list[str]
@@ -70,33 +70,42 @@ def describe(
     seed: of the rows in `out` whose classifiers, of real images alone, judge them
     """
     found, folder, classes = Findings({}, [], {}, []), out / FIGURES, selections.classes
+    own = selections.own
     folder.mkdir(parents=True, exist_ok=True)
     real, unseen = selections.source("all"), selections.target(train=False)
-    lora_images, sites = selections.source("lora"), {r[0].source: r for r in (real, unseen)}
+    lora_images = selections.source("lora")
+    keys = [records[0].source for records in (real, unseen)]
+    names = dict(zip(keys, selections.names if own else map(str.capitalize, keys)))
+    sites = dict(zip(names.values(), (real, unseen)))
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
     synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
 
     def add(title: str, name: str, figure, caption: str) -> None:
-        save(figure, folder / name)
-        found.figures[title] = picture(name, caption)
+        legend = save(figure, folder / name)
+        found.figures[title] = picture(name, f"{caption} {legend}".strip())
 
     judges = []
     for name in ("ES", "ES+DA"):
-        file = row_folder(out, name, "resnet18", seed) / "model.safetensors"
+        file = row_folder(out, name, JUDGE, seed) / "model.safetensors"
         if file.exists():
             judges.append(file)
-            found.recognised[f"{name}, with LoRA"] = recognised(file, synthetic)
-            found.recognised[f"{name}, without"] = recognised(file, plain)
+            found.recognised[name, WITH_LORA] = recognised(file, synthetic)
+            found.recognised[name, "without"] = recognised(file, plain)
 
     caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
     if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
-        caption += f" {[*sites][1].capitalize()} has no {' and no '.join(lacking)}."
-    add("Samples (figure 2)", "samples.png", figure_2(sites, synthetic, classes), caption)
+        caption += f" {[*sites][1]} has no {' and no '.join(lacking)}."
+    add(
+        "Samples" + " (figure 2)" * (not own),
+        "samples.png",
+        figure_2(sites, synthetic, classes),
+        caption,
+    )
 
     if network := extractor("logits", 224, judges):
         caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
-        figure = figure_3(sites, images, network, selections.seed, classes)
-        add("Where the sources lie (figure 3)", "sources.png", figure, caption)
+        figure = figure_3(sites, images, network, selections.seed, classes, names)
+        add("Where the sources lie" + " (figure 3)" * (not own), "sources.png", figure, caption)
     if network := extractor("penultimate", 299, judges):
         sets = real, synthetic
         planes = ([str(record.plane) for record in records] for records in sets)
@@ -108,7 +117,11 @@ def describe(
             near_copies(network.name, features(network, lora_images), vectors[1]),
         ]
 
-    copies = memorisation(pixel_features(lora_images), pixel_features(synthetic))
+    try:
+        copies = memorisation(pixel_features(lora_images), pixel_features(synthetic))
+    except ValueError as error:
+        found.notes.append(f"Copies of training images: not measured, since {error}.")
+        return found
     found.notes.append(
         f"Of {len(synthetic):,} synthetic images {int(copies.copied.sum())} are copies of an image"
         f" that the LoRA was trained on. The nearest is at {copies.ratio.min():.2f} of the usual"
@@ -148,7 +161,7 @@ def figure_2(
     groups: dict[str, list[Record]] = {}
     for record in synthetic:
         groups.setdefault(record.center, []).append(record)
-    groups |= {name.capitalize(): records for name, records in sites.items()}
+    groups |= sites
     cells = []
     for records in groups.values():
         first = {record.plane: record for record in reversed(records)}
@@ -163,9 +176,10 @@ def figure_3(
     network: Extractor,
     seed: int,
     classes: Sequence[str],
+    names: Mapping[str, str],
 ):
     """For each rank and class that all sites have, t-SNE of equally many images of each source;
-    real ones are the same in every row."""
+    real ones are the same in every row. names: of the sites in the legend."""
     shared = set.intersection(*({record.plane for record in site} for site in sites.values()))
     rows: dict[str, dict] = {}
     for rank, synthetic in panels.items():
@@ -177,4 +191,4 @@ def figure_3(
             chosen = [g[n] for g in groups for n in rng.permutation(len(g))[:PER_SOURCE]]
             points = tsne(features(network, chosen), seed=seed)
             row[str(plane)] = points, [record.source for record in chosen]
-    return tsne_grid(rows)
+    return tsne_grid(rows, names)

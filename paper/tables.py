@@ -5,16 +5,17 @@ from dataclasses import astuple
 from itertools import product
 
 import numpy as np
+from sklearn.metrics import confusion_matrix
 
 from eval.compare import Difference, mcnemar
-from eval.metrics import METRICS
+from eval.metrics import METRICS, class_scores
 from paper.document import table
-from paper.gain import Cells, Gain, Row, points_between
-from paper.plan import classifier_name
+from paper.gain import Cells, Gain, Recognised, Row, at_home, points_between
+from paper.plan import Own, classifier_name, data_name
 from paper.published import PUBLISHED
 from paper.results import Estimate, Result, estimate
 
-NAMES = dict(zip(METRICS, ("ACC", "Recall", "Precision", "F-score", "AUC")))
+NAMES = dict(zip(METRICS, ("Accuracy", "Recall", "Precision", "F-score", "AUC")))
 NONE = "–"
 ONE_SEED = "*"  # marks an interval over patients alone
 SOURCES = {"real": ("spain", "source"), "synthetic": ("synthetic",), "second": ("africa", "target")}
@@ -43,40 +44,57 @@ def difference(found: Difference) -> str:
     return text + ONE_SEED if found.over == "patients" else f"{text}, {p_value(found.p_value)}"
 
 
-def overview(cells: Cells, seeds: Sequence[int], compared: bool) -> str:
-    """All metrics of all rows.
+def overview(cells: Cells, seeds: Sequence[int], compared: bool, own: Own = None) -> str:
+    """All metrics of all rows, and how many images of each kind they were trained on.
 
     compared: with the published number of each in brackets
     """
-    header = ["Data", "Classifier", "Table", "Seeds", *(f"# {kind}" for kind in SOURCES)]
-    header += ["95 % interval of ACC", *NAMES.values()]
+    home = {row: at_home(runs) for row, runs in cells.items()}
+    known = not np.isnan([*home.values()]).all()
+    source, target = own or ("the first site", "the second")
+    header = [*_labels(own), *["Table"] * (not own), "Seeds"]
+    header += ["# real", "# synthetic", f"# of {target}"]
+    header += [f"Accuracy at {source}, held out"] * known
+    header += [f"Accuracy at {target}", "95 % interval", *[*NAMES.values()][1:]]
     body = []
     for row, runs in cells.items():
-        found, counts = estimate(runs), _counts(runs[0])
+        found = estimate(runs, bool(own))
         values = [percent(found[metric].mean) for metric in METRICS]
         if compared and row in PUBLISHED:
             theirs = map(percent, astuple(PUBLISHED[row]))
             values = [f"{ours} ({number})" for ours, number in zip(values, theirs)]
-        seen = runs[0].table, f"{len(runs)} of {len(seeds)}"
-        body.append([*_names(row), *seen, *counts, interval(found["accuracy"]), *values])
-    return table(header, body, labels=3)
+        values.insert(1, interval(found["accuracy"]))
+        line = [*_names(row, own), *[runs[0].table] * (not own), f"{len(runs)} of {len(seeds)}"]
+        line += _counts(runs[0])
+        line += [NONE if np.isnan(home[row]) else percent(home[row])] * known
+        body.append(line + values)
+    return table(header, body, labels=2 + (not own))
 
 
-def gain_table(gains: Sequence[Gain], compared: bool, cells: Cells | None = None) -> str:
+def gain_table(
+    gains: Sequence[Gain], compared: bool, cells: Cells | None = None, own: Own = None
+) -> str:
     """Differences between data models, over the classifiers that both have.
 
     compared: with the paper's difference in accuracy over the same classifiers
     cells: where each gain is of one classifier: also McNemar's test of each seed
     """
-    header = ["What is changed", "Difference", "Classifiers", "Seeds", "Verdict"]
-    header += [f"{NAMES[metric]}, points" for metric in COMPARED]
+    metrics = COMPARED[: 2 if own else 3]
+    header = [
+        "What is changed",
+        "Against" if own else "Difference",
+        "Classifiers",
+        "Seeds",
+        "Verdict",
+    ]
+    header += [f"{NAMES[metric]}, points" for metric in metrics]
     header += ["Right only before : only after, by seed"] * bool(cells)
     body = []
     for gain in gains:
         step, names = gain.step, gain.classifiers
         name = classifier_name(names[0]) if len(names) == 1 else str(len(names))
-        line = [step.what, f"{step.data} less {step.baseline}", name, gain.seeds, gain.verdict]
-        line += [difference(gain.differences[metric]) for metric in COMPARED]
+        line = [step.what, step.against(own), name, gain.seeds, gain.verdict]
+        line += [difference(gain.differences[metric]) for metric in metrics]
         if cells:
             pairs = [
                 mcnemar(one.targets, one.predictions, other.predictions)
@@ -88,34 +106,57 @@ def gain_table(gains: Sequence[Gain], compared: bool, cells: Cells | None = None
             line.append("; ".join(tests) or NONE)
         published = NONE if np.isnan(gain.published) else f"{100 * gain.published:+.2f}"
         body.append(line + [published] * compared)
-    return table(header + ["Published ACC"] * compared, body, labels=3)
+    return table(header + ["Published accuracy"] * compared, body, labels=3)
 
 
-def variants_table(cells: Cells) -> str:
-    """AUC by both definitions, and scores on the test images that are no copies, with intervals."""
-    header = ["AUC, notebook", "AUC, plain", *(f"{NAMES[m]}, no copies" for m in COMPARED)]
+def variants_table(cells: Cells, own: Own = None) -> str:
+    """AUC by both definitions, and scores on the test images that are no copies, with intervals.
+    Of own sites the latter alone."""
+    header = ["AUC, notebook", "AUC, plain"] * (not own)
+    header += [f"{NAMES[metric]}, no copies" for metric in COMPARED]
     body = []
     for row, runs in cells.items():
-        found = [estimate(runs, plain)["auc"] for plain in (False, True)]
-        distinct = estimate(runs, distinct=True)
+        found = [estimate(runs, plain)["auc"] for plain in (False, True) if not own]
+        distinct = estimate(runs, bool(own), distinct=True)
         found += [distinct[metric] for metric in COMPARED]
-        body.append([*_names(row), *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
-    return table(["Data", "Classifier", *header], body)
+        body.append([*_names(row, own), *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
+    return table([*_labels(own), *header], body)
 
 
-def group_table(cells: Cells) -> str:
-    """Share of the images of each class and center that are classified rightly, over all seeds, in
+def class_table(cells: Cells, own: Own = None) -> str:
+    """Of each class that the test has: how many images, and recall, precision and F-score in
+    percent, means over all seeds."""
+    body = []
+    for row, runs in cells.items():
+        names, classes = _names(row, own), range(len(runs[0].classes))
+        counts = [confusion_matrix(run.targets, run.predictions, labels=classes) for run in runs]
+        scores = np.mean(class_scores(np.stack(counts)), axis=1).T
+        for name, images, line in zip(runs[0].classes, counts[0].sum(axis=1), scores):
+            if images:
+                body.append([*names, name, images, *map(percent, line)])
+                names = "", ""
+    header = [*_labels(own), "Class", "# images", "Recall", "Precision", "F-score"]
+    return table(header, body, labels=3)
+
+
+def center_table(cells: Cells, own: Own = None) -> str:
+    """Share of the images of each center that are classified rightly, over all seeds, in
     percent."""
     test = next(iter(cells.values()))[0]
-    classes = np.array(test.classes)[test.targets]
-    groups = [(name, classes == name) for name in test.classes if name in classes]
-    groups += [(name, test.centers == name) for name in sorted({*test.centers})]
+    centers = {name: test.centers == name for name in sorted({*test.centers})}
     body = []
     for row, runs in cells.items():
         right = np.mean([run.targets == run.predictions for run in runs], axis=0)
-        body.append([*_names(row), *(percent(right[group].mean()) for _, group in groups)])
-    header = (f"{name} ({group.sum()})" for name, group in groups)
-    return table(["Data", "Classifier", *header], body)
+        shares = (percent(right[there].mean()) for there in centers.values())
+        body.append([*_names(row, own), *shares])
+    header = (f"{name} ({there.sum()})" for name, there in centers.items())
+    return table([*_labels(own), *header], body)
+
+
+def folders_table(cells: Cells, own: Own) -> str:
+    """The folder of each row's first run."""
+    lines = [[*_names(row, own), runs[0].folder] for row, runs in cells.items()]
+    return table([*_labels(own), "Folder"], lines, labels=3)
 
 
 def quality_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -127,23 +168,26 @@ def quality_table(rows: Sequence[Mapping[str, object]]) -> str:
     return table(header, body)
 
 
-def recognised_table(recognised: Mapping[str, Mapping[str, float]]) -> str:
-    """Shares in percent: label, such as "ES, with LoRA" -> sampler -> fraction."""
-    rows = [[label, *map(percent, shares.values())] for label, shares in recognised.items()]
+def recognised_table(recognised: Recognised, own: Own = None) -> str:
+    """Shares in percent."""
+    rows = [
+        [f"{data_name(data, own)}; {images}", *map(percent, shares.values())]
+        for (data, images), shares in recognised.items()
+    ]
     samplers = next(iter(recognised.values()))
     return table(["Classifier of real images; synthetic images", *samplers], rows, labels=1)
 
 
-def csv_rows(results: Sequence[Result]) -> list[dict[str, object]]:
+def csv_rows(results: Sequence[Result], own: Own = None) -> list[dict[str, object]]:
     """A row of results.csv for each row and seed: metrics as fractions with 95 % intervals over
-    patients, by both definitions of AUC, on all test images (all_...) and on those that are no
-    copies (distinct_...)."""
+    patients, by both definitions of AUC (of own sites by the plain one), on all test images
+    (all_...) and on those that are no copies (distinct_...)."""
     rows = []
     for result in results:
         line = {key: getattr(result, key) for key in ("table", "data", "classifier", "seed")}
         line |= {f"n_{kind}": count for kind, count in zip(SOURCES, _counts(result))}
         line |= {"n_test": len(result.targets), "n_copies": int(result.copies.sum())}
-        for images, definition in product(("all", "distinct"), ("notebook", "plain")):
+        for images, definition in product(("all", "distinct"), ("notebook", "plain")[bool(own) :]):
             for metric, ours in estimate(
                 [result], definition == "plain", images == "distinct"
             ).items():
@@ -159,5 +203,9 @@ def _counts(result: Result) -> list[int]:
     return [sum(counts.get(source, 0) for source in names) for names in SOURCES.values()]
 
 
-def _names(row: Row) -> tuple[str, str]:
-    return row[0], classifier_name(row[1])
+def _labels(own: Own) -> tuple[str, str]:
+    return "Trained on" if own else "Data", "Classifier"
+
+
+def _names(row: Row, own: Own) -> tuple[str, str]:
+    return data_name(row[0], own), classifier_name(row[1])

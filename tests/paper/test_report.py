@@ -3,13 +3,13 @@ of them."""
 
 import json
 import re
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from shorthand import refused
-from sklearn.metrics import confusion_matrix
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from eval.metrics import METRICS, evaluate
 from harness.files import write_table
@@ -22,6 +22,7 @@ from paper.report import Context, build
 from paper.results import ResultError, estimate, read_result, require_same_test
 from paper.synthetic import Findings
 from planes import PLANES
+from planes.datasets import Record
 
 COUNTRIES = ("Algeria", "Egypt", "Ghana")
 N = 48  # four planes of twelve patients
@@ -147,6 +148,17 @@ def test_rows_of_different_test_sets_are_refused(tmp_path):
 # --- scores over seeds ---
 
 
+def test_an_interval_is_over_images_where_no_patient_is_named(tmp_path):
+    result = finish(tmp_path)
+    alone = replace(result, patients=np.array([f"target/b/{name}.png" for name in result.images]))
+    assert (result.units, alone.units) == ("patients", "images")
+    build(tmp_path, [alone], Context("", "", True, "paper", [0], "", own=("a", "b")))
+    text = (tmp_path / "report.md").read_text()
+    assert "of this network alone" in text and "over images alone" in text
+    assert "48 images at 3 sites" in text and "nothing is claimed of patients" in text
+    assert "patients" not in text.replace("claimed of patients", "")
+
+
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("distinct", [False, True])
 def test_with_one_seed_the_interval_is_the_bootstraps(tmp_path, plain, distinct):
@@ -201,15 +213,21 @@ def test_the_gains_have_verdicts_stars_for_one_seed_and_mcnemars_test_by_classif
     assert whole[0][-1] == "0 : 19, p < 0.001; 0 : 19, p < 0.001"
 
 
-def test_groups_are_counted_over_all_seeds(tmp_path):
+def test_classes_and_centers_are_counted_over_all_seeds(tmp_path):
     a, b = finish(tmp_path, right=0.9), finish(tmp_path, seed=1, right=0.6)
-    header, _, row = lines(tables.group_table(cells_of(a, b)))
-    planes = ["abdomen (12)", "brain (12)", "femur (12)", "thorax (12)"]
-    assert header[2:] == [*planes, "Algeria (16)", "Egypt (16)", "Ghana (16)"]
+    header, _, row = lines(tables.center_table(cells_of(a, b)))
+    assert header[2:] == ["Algeria (16)", "Egypt (16)", "Ghana (16)"]
     right = np.mean([r.targets == r.predictions for r in (a, b)], axis=0)
-    wanted = [right[a.targets == n].mean() for n in range(4)]
-    wanted += [right[a.centers == name].mean() for name in COUNTRIES]
-    assert row[2:] == [f"{100 * share:.2f}" for share in wanted]
+    assert row[2:] == [f"{100 * right[a.centers == name].mean():.2f}" for name in COUNTRIES]
+    rows = lines(tables.class_table(cells_of(a, b)))[2:]
+    scores = [
+        precision_recall_fscore_support(r.targets, r.predictions, labels=range(4)) for r in (a, b)
+    ]
+    precision, recall, f_score, _ = 100 * np.mean(scores, axis=0)
+    assert [row[2:] for row in rows] == [
+        [name, "12", *(f"{values[n]:.2f}" for values in (recall, precision, f_score))]
+        for n, name in enumerate(PLANES[:4])
+    ]
 
 
 def test_auc_by_both_definitions_and_scores_without_copies_stand_side_by_side(tmp_path):
@@ -266,7 +284,7 @@ def test_a_page_is_escaped_and_its_pictures_are_inlined(tmp_path):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """A report on real data, and one on phantoms."""
+    """A report on real data, one on phantoms, and one of two sites of a user's own."""
     root, dot = tmp_path_factory.mktemp("report"), Image.new("L", (4, 4))
     (root / "figures").mkdir()
     results = []
@@ -285,7 +303,7 @@ def reports(tmp_path_factory):
     row = {"plane": "brain", "sampler": "unipc", "images": 20, "real": 9, "fid": 12.34}
     row["kid"] = 0.0123
     found = Findings(
-        {"ES, with LoRA": {"euler": 0.5, "unipc": 1.0}},
+        {("ES", "with LoRA"): {"euler": 0.5, "unipc": 1.0}},
         [row | measures | {"p_value": 1e-9}],
         {
             "Figure 2": picture("figure.png", "Samples."),
@@ -295,11 +313,26 @@ def reports(tmp_path_factory):
     )
     about = "a tiny model", "two sites", False, "notebook", (0, 1), "python reproduce.py"
     phantoms = Context(*about[:2], True, *about[3:], {"vit_b_16": "it is near chance"})
+    for n in range(N):
+        dot.save(root / f"image{n}.png")
+    tests = [
+        Record(root / f"image{n}.png", PLANES[t], "", False, "", "") for n, t in enumerate(TARGETS)
+    ]
+    own = Context(*about[:2], True, *about[3:], own=("clinic_a", "clinic_b"), tests=tests)
+    one_class = finish(root, "ES", right=0), {"held_out": 0.75, "predictions": 0 * TARGETS}
+    at_home = [replace(one_class[0], **one_class[1])]
+    unlike = {"recognised": {("ES", "with LoRA"): {"unipc": 0.3}}}
+    unlike = replace(found, **unlike, figures=dict(zip("ab", found.figures.values())))
+    at_home += [replace(result, held_out=0.8) for result in results]
     texts = []
     with pytest.MonkeyPatch.context() as patch:  # to draw takes seconds
-        patch.setattr("paper.report.save", lambda figure, path: dot.save(path))
-        for context, findings in ((Context(*about), found), (phantoms, None)):
-            build(root, results, context, findings)
+        patch.setattr("paper.report.save", lambda figure, path: dot.save(path) or "")
+        for context, findings, rows in (
+            (Context(*about), found, results),
+            (own, unlike, at_home),
+            (phantoms, None, results),
+        ):
+            build(root, rows, context, findings)
             texts.append((root / "report.md").read_text())
     assert len(pictures((root / "report.html").read_text())) == 2
     return texts
@@ -321,9 +354,9 @@ def test_all_rows_stand_in_one_table_with_the_published_numbers_beside_them(repo
     rows = {line[0]: line[1:] for line in lines(text)[2:]}
     assert len(rows) == 6
     assert rows["HB+DA"][:6] == ["ResNet18", "1", "2 of 2", "60", "40", "0"]
-    assert rows["HB+DA"][7] == "89.58 (82.40)"
-    assert rows["AF"][2] == "1 of 2" and rows["AF"][6:8] == ["62.5 to 91.7*", "79.17 (91.41)"]
-    assert rows["ES+DA+contrast"][7] == "95.83"
+    assert rows["HB+DA"][6] == "89.58 (82.40)"
+    assert rows["AF"][2] == "1 of 2" and rows["AF"][6:8] == ["79.17 (91.41)", "62.5 to 91.7*"]
+    assert rows["ES+DA+contrast"][6] == "95.83"
 
 
 def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
@@ -334,16 +367,44 @@ def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
     (token,) = lines(gains, "other synthetic images", "HB-token+DA less HB+DA")
     assert token[4] == "one seed cannot tell"
     titles = re.findall(r"^### (.*)$", text, re.M)
-    assert len(titles) == 7 and titles[-1] == "Figure 3"
+    assert len(titles) == 8 and titles[-1] == "Figure 3"
     quality = section(text, "How close the synthetic images are to real ones")
     numbers = ["20", "9", "12.3", "0.0123", *["0.75"] * 5, "1e-09"]
     assert lines(quality, "brain") == [["brain", "unipc", *numbers]]
-    assert "| ES, with LoRA | 50.00 | 100.00 |" in section(text, "What the LoRA does")
+    assert "| ES; with LoRA | 50.00 | 100.00 |" in section(text, "What the LoRA does")
     assert "\n\nA note.\n\n## In detail" in text and "48 images of 12 patients at 3 sites" in text
 
 
-def test_beside_phantoms_stands_no_published_number(reports):
+def test_own_sites_have_their_answer_in_plain_words_and_no_word_of_the_paper(reports):
     text = reports[1]
+    title, best, helped, without, one_class, unlike, _, command, *_ = text.split("\n\n")
+    assert title == "# FU-LoRA from clinic_a to clinic_b"
+    file = "rows/ES+DA+contrast/resnet18/seed0/model.safetensors"
+    contrast = (
+        "ResNet18 trained on real images of clinic_a, augmented, brightness and contrast varied"
+    )
+    assert best.startswith(
+        f"Best at clinic_b, of whose labels it saw none: {contrast}. It is right"
+    )
+    assert (
+        " 95.8 % of 48 images (95 % interval" in best and f"{file}. At clinic_a, on images" in best
+    )
+    assert helped == "Whether synthetic images help is not told by these models."
+    words = "As good without them as the best with them (89.6 %), or better:"
+    assert without == f"{words} {contrast}, 95.8 %."
+    words = "One class is said of nearly all images by"
+    assert one_class == f"{words} ResNet18 trained on real images of clinic_a."
+    assert "takes 30 % of them for what they shall be, and 75 % of held-out real ones;" in unlike
+    assert file in command and command.endswith("--predict FOLDER --out runs/new\n```")
+    abbreviations = r"\b(ES|HB|BAL|DA|AF|Africa\w*)\b|[Ff]igure \d|notebook|paper's"
+    assert not re.search(abbreviations, re.sub(r"\S*/\S*|python reproduce.*", "", text))
+    (row,) = lines(section(text, "All rows"), contrast.split(" on ")[1])
+    assert row[3:8] == ["60", "0", "0", "80.00", "95.83"]
+    assert "surest errors, with seed 0: 2 of 2." in text
+
+
+def test_beside_phantoms_stands_no_published_number(reports):
+    text = reports[2]
     assert all(word not in text for word in ("(82.40)", "ublished", "+19.31"))
     assert "\n\nLeft out of averages: ViT b16: it is near chance.\n" in text
     assert text.startswith("# FU-LoRA on phantoms")
