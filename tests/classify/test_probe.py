@@ -69,7 +69,7 @@ def test_features_of_our_own_classifier_are_what_enters_its_head(tmp_path):
     images = PlaneImages(records, 64, "ab")
     x = prepare(torch.stack([images[n][0] for n in range(5)]), "minus-one-one")
     extractor = classifier(tmp_path / "model.safetensors")
-    assert extractor.name == "tiny trained on the planes, penultimate layer"
+    assert extractor.name == "tiny trained here, penultimate layer"
     found = features(extractor, records)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, model[:-1](x).detach(), atol=1e-5, rtol=0)
