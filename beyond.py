@@ -25,7 +25,6 @@ from harness.flags import (
     device_name,
     plain_text,
     require_at_least,
-    require_template,
     seed_number,
 )
 from harness.record import record_run, refuse_to_replace
@@ -74,7 +73,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
     require_at_least(parser, args, 1, "per_plane", "rank", "steps", "batch_size", "size")
-    require_template(parser, args)
     require_at_least(parser, args, 0, "prior_weight")
     require_at_least(parser, args, 1e-12, "lr")
     if (args.prior is None) != (args.method == "inversion"):

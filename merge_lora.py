@@ -66,10 +66,9 @@ def main(args: argparse.Namespace) -> None:
         if not weight.to(DTYPES[precision]).isfinite().all():
             advice = "give a lower --strength, or --dtype fp32"
             raise LoRAError(f"{args.out}: {name} is not finite in {precision}: {advice}")
-    prompts = prompts_file(args.loras, args.model)
     if args.out.suffix != ".safetensors":
         save_folder(model, args.out, DTYPES[precision])
-        if prompts:  # whose classes sample.py then draws
+        if prompts := prompts_file(args.loras, args.model):  # whose classes sample.py then draws
             shutil.copyfile(prompts, args.out / PROMPTS_FILE)
         return
 
@@ -94,8 +93,6 @@ def main(args: argparse.Namespace) -> None:
     if kind in ARCHITECTURES:
         facts["modelspec.architecture"] = ARCHITECTURES[kind]
     save_single(args.out, model, DTYPES[precision], facts)
-    if prompts:
-        print(f"its classes are drawn by sample.py --prompts {prompts}")
 
 
 if __name__ == "__main__":

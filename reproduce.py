@@ -23,7 +23,7 @@ from classify.data import RECIPES
 from classify.models import MODELS, read_weights
 from harness import processes
 from harness.files import folder_hash, sha256, sha256_of_all
-from harness.flags import HelpFormatter, device_name, require_template, seed_number
+from harness.flags import HelpFormatter, device_name, seed_number
 from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
@@ -44,7 +44,7 @@ from paper.plan import (
     choose,
     probe_rows,
 )
-from paper.preview import missing_weights, preview
+from paper.preview import preview
 from paper.report import Context, build
 from paper.results import ResultError, read_result, row_folder
 from paper.stages import Stages
@@ -99,16 +99,13 @@ def parse_args(argv=None):
     args.seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
     rows = [*(QUICK_ROWS if args.quick else ROWS), *BEYOND_ROWS * args.beyond]
-    if args.source:  # whose detailed prompts nobody has written
-        rows = [row for row in rows if row.data.synthetic != "prompts"]
+    if args.source:  # nobody has written detailed prompts, nor taught other LoRAs style words
+        unknown = "prompts", "styles" if args.lora else "prompts"
+        rows = [row for row in rows if row.data.synthetic not in unknown]
     try:
         args.rows = choose([*rows, *probe_rows(args.probe)], args.only)
     except ValueError as error:
         parser.error(f"--only: {error}")
-    given = {"", "lora" if args.synthetic else ""}
-    draws = {row.data.synthetic for row in args.rows} - given or not (args.only or args.synthetic)
-    if draws and not (args.lora and prompts_file([args.lora])):
-        require_template(parser, args)
     return args
 
 
@@ -156,20 +153,13 @@ class Experiment:
         flags += ("--token", token, "--rank", self.scale.rank, *self.scale.beyond.split())
         return self.learn("beyond", method, method, *flags, **inputs)
 
-    def words(self, styles: bool = False) -> tuple[object, ...]:
-        """--prompts of sample.py, where they are not the paper's: of an own site's classes a file,
-        which lies beside the LoRA that is given or is made by the template."""
-        args, template = self.args, self.args.prompt_template
-        if styles and not (args.source and args.lora and template):
-            return "--prompts", "styles"
-        if not args.source:
+    def words(self) -> tuple[object, ...]:
+        """--prompts of sample.py for an own site's classes: the file beside the LoRA that is given,
+        or the one in --out."""
+        if not self.args.source:
             return ()
-        if not template:
-            return "--prompts", prompts_file([args.lora])
-        base, folder = prompts_of(self.selections.classes, template), args.out / ("styles" * styles)
-        if processes.is_first():
-            write_prompts(folder, read_prompts("styles" if styles else "paper", base))
-        return "--prompts", folder / PROMPTS_FILE
+        beside = not self.args.prompt_template and prompts_file([self.args.lora])
+        return "--prompts", beside or self.args.out / PROMPTS_FILE
 
     def draw(self, name: str, count: int, *flags: object) -> Path:
         """The folder of the images."""
@@ -200,7 +190,7 @@ class Experiment:
         if kind == "lora":
             return self.args.synthetic or self.lora_images(rank) / "manifest.csv"
         if kind == "styles":
-            flags = (*self.words(styles=True), "--lora", self.lora(rank, styles=True))
+            flags = ("--prompts", "styles", "--lora", self.lora(rank, styles=True))
         elif kind == "prompts":
             flags = ("--prompts", "detailed", "--lora", self.lora(rank))
         elif kind == "token":
@@ -241,16 +231,22 @@ class Experiment:
 
 
 def look(args, scale: Scale, selections: Selections | None, say=None) -> str:
-    """What two own sites hold, in words. Raises DatasetError for what a later stage would
-    refuse."""
+    """What two own sites hold, in words. say: is told the odd, at the start of a run, which writes
+    their prompts. Raises DatasetError for what a later stage would refuse."""
     if not selections or not selections.own:
         return ""
-    lora, template = args.lora, args.prompt_template
-    if lora and not template and (file := prompts_file([lora])):
+    template, count = args.prompt_template, scale.per_plane["lora"]
+    given = {"", "lora" if args.synthetic else ""}
+    if not {row.data.synthetic for row in args.rows} - given and (args.only or args.synthetic):
+        count = 0  # nothing is drawn
+    elif not template and args.lora and (file := prompts_file([args.lora])):
         read_prompts(str(file), dict.fromkeys(selections.classes))
+    else:
+        prompts = prompts_of(selections.classes, template)
+        if say and processes.is_first():
+            write_prompts(args.out, prompts)
     sites = list(zip(selections.roots, (selections.first, selections.second)))
-    count = scale.per_plane["lora"] if template and not lora else 0
-    return f"{survey(sites, template=template, per_class=count, fewer=True, say=say)}\n\n"
+    return f"{survey(sites, per_class=0 if args.lora else count, fewer=True, say=say)}\n\n"
 
 
 def main(args):
@@ -272,8 +268,8 @@ def main(args):
                 if args.synthetic == Path("zenodo"):
                     args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
                 for name in {row.classifier for row in args.rows} & {*MODELS}:
-                    if args.weights == "imagenet" and missing_weights([name]):
-                        read_weights(name, args.weights)  # hours before they would be missed
+                    if args.weights != "none":  # hours before they would be missed
+                        read_weights(name, args.weights)
             processes.barrier()
         reproduce(args, scale, Selections(roots, *choice))
 

@@ -32,7 +32,6 @@ from harness.flags import (
     HelpFormatter,
     device_name,
     require_at_least,
-    require_template,
     seed_number,
 )
 from harness.record import record_run, refuse_to_replace
@@ -143,7 +142,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
-    require_template(parser, args)
     if args.manifest and not args.spanish:
         parser.error("--manifest lists images of --spanish, which is not given")
     if args.bucket and (args.resize or args.compile):
@@ -382,8 +380,7 @@ def keep_prompts(args: argparse.Namespace) -> None:
     """prompts.json: what the classes of --source are called, which sample.py then draws."""
     if args.source:
         classes = classes_of(read_site(args.source, "source", train=True))
-        prompts = prompts_of(classes, args.prompt_template).items()
-        write_prompts(args.out, {name: [text] for name, text in prompts})
+        write_prompts(args.out, prompts_of(classes, args.prompt_template))
 
 
 def write_outputs(

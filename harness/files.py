@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -70,12 +71,9 @@ def file_below(folder: Path, name: str) -> Path:
 
 def told_apart(*folders: Path) -> list[str]:
     """What folders are called: the ends of their paths, as much of them as tells them apart."""
-    paths = [Path(os.path.abspath(folder)) for folder in folders]
-    for depth in range(1, 1 + max(len(path.parts) for path in paths)):
-        names = [Path(*path.parts[-depth:]).as_posix() for path in paths]
-        if len({*names}) == len({*paths}):
-            break
-    return names
+    paths = [Path(os.path.abspath(folder)).parts for folder in folders]
+    depth = next(n for n in count(1) if len({path[-n:] for path in paths}) == len({*paths}))
+    return ["/".join(path[-depth:]) for path in paths]
 
 
 def sha256(path: Path) -> str:

@@ -52,12 +52,6 @@ HELD_OUT = {
 """--held-out of all scripts that read a site to train on."""
 
 
-def require_template(parser: ArgumentParser, args: Namespace) -> None:
-    """Ends the script with a line where nothing says what the classes of --source are called."""
-    if args.source and not args.prompt_template:
-        parser.error('--source needs words: --prompt-template "a chest X-ray with {class}", or so')
-
-
 def plain_text(text: str) -> str:
     """What can be written in UTF-8: bytes of another encoding reach a script as halves of
     characters."""

@@ -58,9 +58,6 @@ def load_model(
 def lora_path(text: str) -> Path:
     """A LoRA's file or folder: a path, or a hub id, owner/name of an adapter or
     owner/name/file.safetensors, [@revision], downloaded if need be."""
-    path = Path(text)
-    if path.exists() or len(path.parts) < 2 or path.is_absolute() or text.startswith("."):
-        return path  # where nothing is there, the one who opens it says so
     try:
         return resolve_model(text, "lora")
     except CheckpointError as error:

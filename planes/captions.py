@@ -28,11 +28,11 @@ PROMPTS_FILE = "prompts.json"
 into: the captions of its classes, as `read_prompts` takes them from a file."""
 
 
-def write_prompts(folder: Path, prompts: Mapping[str, Sequence[str]]) -> Path:
+def write_prompts(folder: Path, prompts: Mapping[str, str]) -> Path:
     """PROMPTS_FILE in a folder, of captions that are sampled as they were trained, to the letter:
     what weighs words there, brackets, backslashes and BREAK, is escaped by a backslash."""
     marks = re.compile(r"[()\[\]\\]|(?<=\bB)(?=REAK\b)")
-    lists = {name: [marks.sub(r"\\\g<0>", text) for text in prompts[name]] for name in prompts}
+    lists = {name: [marks.sub(r"\\\g<0>", text)] for name, text in prompts.items()}
     write_text(folder / PROMPTS_FILE, json.dumps(lists, indent=2, ensure_ascii=False) + "\n")
     return folder / PROMPTS_FILE
 

@@ -14,7 +14,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import walk
+from harness.files import sha256, walk
 from planes.tables import DatasetError
 
 API = "https://zenodo.org/api/records"
@@ -24,7 +24,7 @@ LIST = "synthetic_train_5000.csv"
 their other lists."""
 
 MARK = ".unpacked"
-"""In a folder that was made here: the sums and names of its archives."""
+"""In a folder that was made here: the sums of its archives."""
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz")
 SECONDS = 60  # without a byte, after which a connection counts as lost
@@ -83,12 +83,11 @@ def fetch(source: Source, to: Path, api: str = API) -> Path:
     folder = to / source.folder
     if folder.exists():
         lacking, mark = _lacking(source, folder), folder / MARK
-        text = mark.read_text(encoding="utf-8") if mark.is_file() else ""
-        sums = [line.split(" ", 1) for line in text.splitlines()]
-        if lacking and not sums:
+        known = json.loads(mark.read_text()) if mark.exists() else {}
+        if lacking and not known:
             raise DatasetError(f"{folder}: {lacking}; move it away and run this again")
-        there = ((known, to / name) for known, name in sums if (to / name).is_file())
-        if not lacking and all(known == _md5(file) for known, file in there):
+        there = [to / name for name in known if (to / name).is_file()]
+        if not lacking and all(known[path.name] == sha256(path) for path in there):
             return folder
     to.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,15 +122,12 @@ def _download(entry: dict, path: Path) -> None:
             shutil.copyfileobj(answer, file)
         if part.stat().st_size < entry["size"]:
             raise OSError(f"{path.name} was cut off after {part.stat().st_size:,} bytes")
-    if f"md5:{_md5(part)}" != entry["checksum"]:
+    with part.open("rb") as file:
+        whole = f"md5:{hashlib.file_digest(file, 'md5').hexdigest()}" == entry["checksum"]
+    if not whole:
         part.unlink()
         raise OSError(f"{path.name} came damaged, and was removed")
     part.replace(path)
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
@@ -143,8 +139,7 @@ def _unpack(source: Source, archives: list[Path], folder: Path) -> None:
         unpacked = scratch / folder.name if (scratch / folder.name).is_dir() else scratch
         if lacking := _lacking(source, unpacked):
             raise OSError(lacking)
-        lines = [f"{_md5(archive)} {archive.name}\n" for archive in archives]
-        (unpacked / MARK).write_text("".join(lines), encoding="utf-8")
+        (unpacked / MARK).write_text(json.dumps({path.name: sha256(path) for path in archives}))
         if folder.exists():
             shutil.copytree(unpacked, folder, dirs_exist_ok=True)
         else:

@@ -117,15 +117,15 @@ def has_patients(records: Iterable[Record]) -> bool:
     return any(not record.patient.endswith(record.path.name) for record in records)
 
 
-def prompts_of(classes: Iterable[str], template: str) -> dict[str, str]:
+def prompts_of(classes: Iterable[str], template: str | None) -> dict[str, str]:
     """A prompt for each class, by a template such as "an ultrasound image of {class}".
 
     Raises DatasetError for a template that does not say where the class goes.
     """
-    if template.count("{class}") != 1:
+    if not template or template.count("{class}") != 1:
         raise DatasetError(
-            f"{template!r}: a template says once where the class goes, as in 'an X-ray of"
-            " {class}'"
+            f"--prompt-template {template or ''!r}: a template says once where the class goes, as"
+            " in 'an X-ray of {class}'"
         )
     return {name: template.replace("{class}", name) for name in classes}
 

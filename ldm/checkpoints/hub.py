@@ -122,9 +122,8 @@ def _choose(
     """Of a repository's files those that the loader reads, and what it would miss; `file`: that one
     is wanted, and what belongs to it."""
     if file:
-        config = f"{file.rpartition('/')[0]}/adapter_config.json".lstrip("/")  # PEFT's
-        needs = part == "lora" and (config in names or file.endswith("adapter_model.safetensors"))
-        wanted = [file] + [config] * needs
+        config = file.replace("adapter_model.safetensors", "adapter_config.json")  # PEFT's
+        wanted = [*dict.fromkeys((file, config))]
         return wanted, [name for name in wanted if name not in names]
     prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
     chosen, missing = [], []

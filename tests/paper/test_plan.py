@@ -172,13 +172,13 @@ def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
     (tmp_path / "prompts.json").write_text('{"a": ["an a"], "c": ["a c"]}')
     for more, line in (
         ((), "a list of prompts for each of a, b"),
-        (("--prompt-template", "x"), "'x'"),
+        (("--prompt-template", "x"), ""),
     ):
-        with refused(DatasetError, line):
+        with refused(DatasetError, line or "--prompt-template 'x': a template says once"):
             plan(capsys, *given, *flags, *more)
     for more in ((), flags):
         (tmp_path / "prompts.json").unlink(missing_ok=True)
-        with exits(capsys, "--source needs words: --prompt-template"):
+        with refused(DatasetError, "--prompt-template '': a template says once"):
             plan(capsys, *given, *more)
     (shop / "a/0.png").write_bytes(b"x")
     with refused(DatasetError, "not a readable image", shop / "a/0.png"):

@@ -95,10 +95,10 @@ def test_a_dataset_is_fetched_once_to_where_its_reader_finds_it(zenodo, tmp_path
     # as where images are gone, or the archive is another
     path, mark = read(to)[0].path, folder / ".unpacked"
     body = path.read_bytes()
-    for change in (path.unlink, lambda: mark.write_text(f"0 {source.file}\n")):
+    for change in (path.unlink, lambda: mark.write_text(f'{{"{source.file}": "0"}}')):
         change()
         fetch(source, to, zenodo.api)
-        assert path.read_bytes() == body and "0 " not in mark.read_text()[:2]
+        assert path.read_bytes() == body and '"0"' not in mark.read_text()
         path.write_bytes(b"of an older archive")
     assert zenodo.ranges == [(source.file, 0)]
 

@@ -277,8 +277,10 @@ def test_a_lora_is_named_by_an_id_with_its_file_and_fetched_once(hub, tmp_path):
     assert path.read_bytes() == b"weights" and not (path.parent / "v2.safetensors").exists()
     asked = len(hub.requests)
     assert lora_path("a/b/v1.safetensors") == path
-    for name in (str(tmp_path), str(tmp_path / "none.safetensors"), "none.safetensors"):
-        assert lora_path(name) == Path(name)
+    assert lora_path(str(tmp_path)) == tmp_path
+    for name in (str(tmp_path / "none.safetensors"), "none.safetensors"):
+        with refused(ArgumentTypeError, NO_PATH, name):
+            lora_path(name)
     assert len(hub.requests) == asked
     with refused(ArgumentTypeError, "has no v3"):
         lora_path("a/b/v3.safetensors")
