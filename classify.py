@@ -157,6 +157,7 @@ def decode(args, chosen):
 
 @alone
 def main(args):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     if args.classifier:
         return use(args, print)
     refuse_to_replace(args)
@@ -174,7 +175,6 @@ def main(args):
 
     # what is optimised: all of its parameters, by SGD
     dtype = DTYPES[args.dtype]
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     loader = batches(training, args.batch_size, args.workers, args.seed, args.balanced_sampling)

@@ -160,14 +160,13 @@ def load(path: str | Path) -> tuple[nn.Module, dict]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["classifier"])
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         name, size, classes = (description[key] for key in ("model", "size", "classes"))
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         raise ClassifyError(f"{path}: not a classifier written by classify.py") from None
     if name not in MODELS and name.startswith("probe:"):
         from classify.probe import reopen  # which is made of this module
 
-        return reopen(path, description, weights), description
+        return reopen(path, description), description
     return build(name, path, size, len(classes)).eval(), description
 
 

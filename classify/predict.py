@@ -27,6 +27,7 @@ from planes.pictures import open_image
 
 LEAST_SURE = 20  # thumbnails
 ONE_CLASS = 0.9  # the share of the test images from which on it is told
+PRIOR = 10  # images: found best of 0 to 20 on 3 x 20 real ones
 ONNX, OPSET = "model.onnx", 18
 CLOSE = 1e-4  # of what ONNX and torch say
 FACTS = "classes", "size", "temperature", "validation", "levels"  # its metadata, where it has them
@@ -54,59 +55,33 @@ def write_run(
         not trained on, is added (`temperature`)
     found: probabilities of the test images, (N, K), and of the validation images if there are any
     inputs: of record_run
+    say: is told the scores, and where nearly all images are taken for one class
+
+    Without test images that are byte for byte in training there are scores too, and of the paper's
+    datasets the notebook's.
     """
-    test, *held_out = found
-    if held_out:
-        answers = [chosen.classes.index(record.plane) for record in chosen.validation]
-        warmth, count = temperature(*held_out, torch.tensor(answers)), len(answers)
-        description |= {"temperature": warmth, "validation": count}
-        say(f"confidence has temperature {warmth:.3g}, set on {count} validation images")
-    if levels := next((r.levels for r in (*chosen.test, *chosen.training) if r.levels), ()):
-        description["levels"] = levels
-    with whole_files(args.out) as part:
-        result = write_outcome(part, chosen, [p.numpy() for p in found], args, say)
-        description["training"] = result["training"]
-        save(part / "model.safetensors", network, description, chosen.classes)
-        if history:
-            write_table(part / "train.csv", history)
-    record_run(args.out, args, inputs)
-    scores = next(iter(result["scores"].values()))
-    line = "  ".join(f"{key} {100 * value:.2f}" for key, value in scores.items())
-    say(f"{line}  on {len(test)} images of {args.target or args.african}")
-    return result
+    classes, copies, test = chosen.classes, chosen.copies, found[0].numpy()
 
-
-def write_outcome(
-    folder: Path,
-    chosen: Chosen,
-    found: Sequence[np.ndarray],
-    args: Namespace,
-    say: Callable[[str], object],
-) -> dict:
-    """Writes metrics.json, predictions.csv and confusion.png of the test images; returns the first.
-
-    found: as in `write_run`
-    args: whose `model` is named, and whose `african` has the notebook's AUC too
-    say: is told where nearly all images are taken for one class
-    Without test images that are byte for byte in training there are scores too.
-    """
-    (probabilities, *held_out), test = found, chosen.test
-    classes, copies = chosen.classes, chosen.copies
-
-    def scores(records: Sequence[Record], found: np.ndarray) -> dict:
+    def scores(records: Sequence[Record], probabilities: np.ndarray) -> dict:
         targets = np.array([classes.index(record.plane) for record in records])
         patients = [record.patient for record in records]
-        return evaluate(targets, found, patients, classes, bool(args.african))
+        return evaluate(targets, probabilities, patients, classes, bool(args.african))
 
-    result = scores(test, probabilities)
-    result["test"] = count(test, classes) | {"copies_of_training": len(copies)}
-    result["training"] = count(chosen.training, classes)
-    if held_out:
-        result["validation"] = scores(chosen.validation, *held_out)
-    kept = np.array([record not in copies for record in test])
-    if copies and kept.any():
-        distinct = [record for record in test if record not in copies]
-        result["without_copies"] = scores(distinct, probabilities[kept])
+    result = scores(chosen.test, test)
+    result["test"] = count(chosen.test, classes) | {"copies_of_training": len(copies)}
+    result["training"] = description["training"] = count(chosen.training, classes)
+    for held_out in found[1:]:
+        result["validation"] = scores(chosen.validation, held_out.numpy())
+        answers = [classes.index(record.plane) for record in chosen.validation]
+        warmth = temperature(held_out, torch.tensor(answers))
+        description |= {"temperature": warmth, "validation": len(answers)}
+        say(f"confidence has temperature {warmth:.3g}, set on {len(answers)} validation images")
+    if levels := next((r.levels for r in (*chosen.test, *chosen.training) if r.levels), ()):
+        description["levels"] = levels
+    distinct = [n for n, record in enumerate(chosen.test) if record not in copies]
+    if copies and distinct:
+        records = [chosen.test[n] for n in distinct]
+        result["without_copies"] = scores(records, test[distinct])
     matrix = np.array(result["confusion"])
     said, most = matrix.sum(axis=0), ONE_CLASS * len(test)
     if said.max() >= most > matrix.sum(axis=1).max():
@@ -122,12 +97,20 @@ def write_outcome(
             "copy": int(record in chosen.twice),
         }
         | _columns(classes, p)
-        for record, p in zip(test, probabilities)
+        for record, p in zip(chosen.test, test)
     ]
-    write_table(folder / "predictions.csv", rows)
-    (folder / "metrics.json").write_text(json_text(result), encoding="utf-8")
     matrices = {("", f"{len(test)} test images, {args.model}"): matrix}
-    save_figure(confusion_figure(matrices, classes), folder / "confusion.png")
+    with whole_files(args.out) as part:
+        write_table(part / "predictions.csv", rows)
+        (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
+        save_figure(confusion_figure(matrices, classes), part / "confusion.png")
+        save(part / "model.safetensors", network, description, classes)
+        if history:
+            write_table(part / "train.csv", history)
+    record_run(args.out, args, inputs)
+    main = next(iter(result["scores"].values()))
+    line = "  ".join(f"{key} {100 * value:.2f}" for key, value in main.items())
+    say(f"{line}  on {len(test)} images of {args.target or args.african}")
     return result
 
 
@@ -137,28 +120,27 @@ def _columns(classes: tuple[str, ...], probabilities: np.ndarray) -> dict[str, s
 
 def temperature(probabilities: Tensor, targets: Tensor) -> float:
     """The T that makes softmax(logits / T) likeliest on images that were not trained on (Guo et al.
-    2017, section 4.2), with one error more: of N images, N / (N + 1) are right where all are. At
-    least 1 then, since nothing says that the network is too modest.
+    2017, section 4.2), among them PRIOR ones of which the network is as sure as it should be. At
+    least 1 where all are right, since nothing says then that it is too modest.
 
     probabilities: (N, K), of which the logarithms are logits; targets: (N,) class indices
 
     The likelihood has one maximum in 1 / T, which is found by halving between 1/20 and 20; never
     beyond.
     """
-    logits, (images, classes) = _logits(probabilities), probabilities.shape
-    share = torch.full(logits.shape, 1 / (images + 1) / (classes - 1)).double()
-    share[torch.arange(images), targets] = images / (images + 1)
+    logits, images = _logits(probabilities), len(targets)
 
-    def slope(beta: float) -> float:
-        """Of the mean log-likelihood, by beta = 1 / T."""
-        return ((share - torch.softmax(beta * logits, dim=1)) * logits).sum(dim=1).mean().item()
+    def expected(beta: float) -> Tensor:
+        """The mean of the right class's logit if T = 1 / beta is right."""
+        return (torch.softmax(beta * logits, dim=1) * logits).sum(dim=1).mean()
 
-    low, high = 1 / 20, 20.0
-    if (probabilities.argmax(dim=1) == targets).all():
-        high = 1.0
+    found = images * logits[torch.arange(images), targets].mean() + PRIOR * expected(1.0)
+    right = (probabilities.argmax(dim=1) == targets).all()
+    low, high = 1 / 20, 1.0 if right else 20.0
     for _ in range(60):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
+        more = found > (images + PRIOR) * expected(middle)
+        low, high = (middle, high) if more else (low, middle)
     return 1 / middle
 
 
@@ -191,9 +173,8 @@ def use(args: Namespace, say: Callable[[str], object]) -> None:
             save_figure(sheet, part / "least_sure.png")
         say(f"{len(rows)} images of {args.predict}: {args.out / 'predictions.csv'}, least_sure.png")
     if args.export:
-        export(model.cpu(), description, args.out, say)
-    # what lies there now
-    args.predict, args.export = args.predict or before.get("predict"), (args.out / ONNX).exists()
+        export(model.cpu(), description, args.out)
+        say(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
     record_run(args.out, args, {str(args.classifier): sha256(args.classifier)})
 
 
@@ -204,7 +185,7 @@ def predict_folder(
     least sure ones).
 
     A row has the image's path, the likeliest class, the confidence in it and the probability of
-    each class, as testing computes it. The confidence is that probability, or where the run had
+    each class, in float32 as ONNX has it. The confidence is that probability, or where the run had
     validation images what they make of it (`temperature`).
     """
     paths, others = walk(folder) if folder.is_dir() else ([], [])
@@ -224,9 +205,7 @@ def predict_folder(
     about = classes[0], "", False, "target", "", levels
     images = PlaneImages([Record(path, *about) for path in paths], description["size"], classes)
     loader = batches(images, description["batch_size"], workers)
-    # as it was tested
-    dtype = torch.bfloat16 if description.get("dtype") == "bf16" else torch.float32
-    probabilities = predict(model, loader, description["input_range"], dtype)
+    probabilities = predict(model, loader, description["input_range"])
     confidence = _confidence(probabilities, description).numpy()
     rows = [
         {
@@ -259,11 +238,10 @@ class _Exported(nn.Module):
 
 
 @torch.no_grad()
-def export(model: nn.Module, description: dict, out: Path, say: Callable[[str], object]) -> None:
+def export(model: nn.Module, description: dict, out: Path) -> None:
     """Writes out/model.onnx, whose metadata say what feeds it: the classes, the side in px, how a
     whole image becomes a square of it.
 
-    say: is told how close it is to torch, also where --predict computes in bfloat16
     Raises ClassifyError without its packages, and where onnxruntime's probabilities or confidence
     differ from torch's by more than CLOSE; nothing is written then.
     """
@@ -292,8 +270,3 @@ def export(model: nn.Module, description: dict, out: Path, say: Callable[[str], 
         difference = max(np.abs(found - expected.numpy()).max() for found, expected in pairs)
         if not difference <= CLOSE:
             raise ClassifyError(f"--export: onnxruntime differs from torch by {difference:.1e}")
-    say(f"{out / ONNX}: onnxruntime's probabilities and confidence are torch's within {CLOSE}")
-    if description.get("dtype") == "bf16":
-        say(
-            "it computes in float32, and --predict in bfloat16, as this run did: last digits differ"
-        )

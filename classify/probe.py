@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -48,21 +50,18 @@ class Frozen(nn.Module):
         # Whole images, squashed to a square as for the classifiers: cropping would cut off what a
         # scan shows.
         whole = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-        black_and_primary = torch.cat([torch.zeros(1, 3), torch.eye(3)])
-        noise = torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0))
-        plain = 255 * black_and_primary[..., None, None].expand(-1, -1, size, size)
-        found = processor(torch.cat([plain, noise]).byte(), **whole)["pixel_values"]
-        black, *primary = found[:4, :, 0, 0]
-        self.register_buffer("offset", black[:, None, None])
-        self.register_buffer("mix", torch.stack(primary, dim=1) - black[:, None])
-        if not torch.allclose(self.pixels(noise / 255), found[4:], atol=1e-4):
+        noise = torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(0))
+        made = processor(noise.byte(), **whole)["pixel_values"][0].flatten(1).T.double()
+        pixels = F.pad(noise.flatten(1).T.double() / 255, (0, 1), value=1.0)
+        mix = torch.linalg.lstsq(pixels, made).solution
+        if not torch.allclose(pixels @ mix, made, atol=1e-4):
             raise ValueError("its image processor does more to pixels than to scale them")
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return torch.einsum("bchw,oc->bohw", images, self.mix) + self.offset
+        # without the last digits, which other machines compute otherwise
+        self.register_buffer("mix", mix.round(decimals=6).float())
 
     def forward(self, images: Tensor) -> Tensor:
-        out = self.vision(pixel_values=self.pixels(images))
+        pixels = images.movedim(1, -1) @ self.mix[:3] + self.mix[3]
+        out = self.vision(pixel_values=pixels.movedim(-1, 1))
         found = out.last_hidden_state if out.get("pooler_output") is None else out.pooler_output
         if found.ndim == 4:  # a convolutional network's maps
             return found.flatten(2).mean(dim=2)
@@ -88,10 +87,8 @@ def open_frozen(name: str, weights: str, size: int, device: str) -> tuple[Extrac
                 f"probe:{name}: cannot be opened by transformers: {reason}"
             ) from None
     digest = hashlib.sha256(str(own.size).encode())
-    for key, value in own.model.state_dict().items():
-        part = value.numpy()
-        # computed here, with other last digits elsewhere
-        digest.update((part.round(4) + 0.0 if key in ("mix", "offset") else part).tobytes())
+    for value in own.model.state_dict().values():
+        digest.update(value.numpy().tobytes())
     own.model.to(device, memory_format=torch.channels_last)
     return own, digest.hexdigest()
 
@@ -144,18 +141,11 @@ def kept_features(
     return found
 
 
-class Probe(nn.Module):
-    """Standardised features, then a Linear, both as scikit-learn fits them, in float64: (B, width)
-    -> (B, classes) logits."""
-
-    def __init__(self, width: int, classes: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width, dtype=torch.float64))
-        self.register_buffer("scale", torch.ones(width, dtype=torch.float64))
-        self.linear = nn.Linear(width, classes, dtype=torch.float64)
+class Probe(nn.Linear):
+    """(B, D) features -> (B, K) logits, in the float64 that scikit-learn computes in."""
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear((features.double() - self.mean) / self.scale)
+        return super().forward(features.double())
 
 
 @torch.no_grad()
@@ -169,19 +159,19 @@ def fit(train: np.ndarray, targets: np.ndarray, classes: int) -> Probe:
         raise ClassifyError("the training images are all of one class; a probe tells two apart")
     scaler = StandardScaler().fit(train)
     model = LogisticRegression(max_iter=10_000).fit(scaler.transform(train), targets)
-    weight, bias = (torch.tensor(part).double() for part in (model.coef_, model.intercept_))
-    probe = Probe(train.shape[1], classes)
-    probe.mean.copy_(torch.tensor(scaler.mean_))
-    probe.scale.copy_(torch.tensor(scaler.scale_))
-    probe.linear.weight.zero_()
-    probe.linear.bias.fill_(-torch.inf)
-    probe.linear.bias[present[: -len(bias)]] = 0.0  # of two classes there is one row, the second's
-    probe.linear.weight[present[-len(bias) :]] = weight
-    probe.linear.bias[present[-len(bias) :]] = bias
+    weight = model.coef_ / scaler.scale_
+    bias = model.intercept_ - weight @ scaler.mean_
+    # of two classes scikit-learn has one row, the second's
+    rows = np.pad(np.column_stack([weight, bias]), ((1, 0), (0, 0)))[-len(present) :]
+    probe = Probe(train.shape[1], classes, dtype=torch.float64)
+    probe.weight.zero_()
+    probe.bias.fill_(-torch.inf)
+    probe.weight[present] = torch.tensor(rows[:, :-1])
+    probe.bias[present] = torch.tensor(rows[:, -1])
     return probe
 
 
-def reopen(path: Path, description: dict, state: dict[str, Tensor]) -> nn.Module:
+def reopen(path: Path, description: dict) -> nn.Module:
     """The network of a probe's file, images to logits. Raises ClassifyError where the frozen model
     is no longer to be had, or is another one."""
     name = probe_name(description["model"])
@@ -189,7 +179,8 @@ def reopen(path: Path, description: dict, state: dict[str, Tensor]) -> nn.Module
     frozen, digest = open_frozen(name, description["weights"], description["size"], "cpu")
     if digest != description["digest"]:
         raise ClassifyError(f"{path}: {name} is another model than this probe was fitted on")
-    probe = Probe(len(state["mean"]), len(description["classes"]))
+    state = load_file(path)
+    probe = Probe(*reversed(state["weight"].shape), dtype=torch.float64)
     load_strict(probe, state, str(path))
     return nn.Sequential(frozen.model, probe).eval()
 

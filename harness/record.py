@@ -47,14 +47,12 @@ def refuse_to_replace(args: argparse.Namespace, *free: str) -> None:
     resumes = vars(args).get("resume") and (args.out / "checkpoint.pt").exists()
     if args.overwrite or resumes or not before:
         return
-    now, where = json.loads(json.dumps(vars(args), default=str)), f"--out {args.out}: holds a"
-    advice = "give another, or --overwrite"
-    if before.keys() != now.keys():
-        raise FileExistsError(f"{where} run of another script or version: {advice}")
-    for name in (*ELSEWHERE, *free):
-        now[name] = before.get(name)
-    if changed := differences(before, now):
-        raise FileExistsError(f"{where} finished run of other settings ({changed}): {advice}")
+    now = json.loads(json.dumps(vars(args), default=str))
+    if changed := differences(before, now | {key: before.get(key) for key in (*ELSEWHERE, *free)}):
+        raise FileExistsError(
+            f"--out {args.out}: holds a finished run of other settings ({changed:.200}):"
+            " give another, or --overwrite"
+        )
 
 
 def arguments_of(folder: Path) -> dict:

@@ -277,16 +277,14 @@ def test_the_temperature_is_the_likeliest():
     p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
     targets = torch.tensor([0, 1, 1, 0])
     found = temperature(p, targets)
-    # of four images and two classes one error more is a fifth of the other class
-    losses = [
-        cross_entropy(p.log() / t, targets, label_smoothing=0.4) for t in (found, 0.97 * found, 3.1)
-    ]
-    assert found == pytest.approx(2.9824729) and min(losses) == losses[0]
-    # at its ends; where all are right it sharpens nothing, and four that are sure are made less so
-    assert temperature(p[1:2], targets[1:2]) == pytest.approx(20)
-    assert temperature(p[3:].repeat(4, 1), targets[3:].repeat(4)) == pytest.approx(1)
-    sure = torch.tensor([[0.99, 0.01]]).repeat(4, 1)
-    assert temperature(sure, torch.zeros(4, dtype=int)) == pytest.approx(np.log(99) / np.log(4))
+    # ten images more of which it is as sure as it should be: p is their classes' share
+    share = (4 * torch.eye(2)[targets] + 10 * p) / 14
+    losses = [cross_entropy(p.log() / t, share) for t in (found, 0.98 * found, 1.02 * found)]
+    assert found == pytest.approx(1.1549781) and min(losses) == losses[0]
+    # at its end; where all are right it sharpens nothing
+    wrong = torch.tensor([[1.0, 0.0]]).repeat(90, 1)
+    assert temperature(wrong, torch.ones(90, dtype=int)) == pytest.approx(20)
+    assert temperature(p[3:].repeat(90, 1), targets[3:].repeat(90)) == pytest.approx(1)
 
 
 @pytest.mark.slow
