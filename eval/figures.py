@@ -46,11 +46,8 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     numbers: dict[str, str] = {}
 
     def drawable(text: str) -> str:
-        one = f"[{re.escape(lacking)}]" if lacking else "(?!)"
-        return re.sub(rf"{one}(?:\s*{one})*", number, text)
-
-    def number(found: re.Match) -> str:
-        return numbers.setdefault("".join(found[0].split()), f"[{len(numbers) + 1}]")
+        words = f"[{re.escape(lacking)}]+" if lacking else "(?!)"
+        return re.sub(words, lambda w: numbers.setdefault(w[0], f"[{len(numbers) + 1}]"), text)
 
     for label in labels:
         label.set(fontfamily=fonts, text=drawable(label.get_text()))
@@ -104,7 +101,7 @@ def _size(labels: Iterable[str], size: float = 9) -> tuple[float, float]:
 
 def _wide(text: str) -> int:
     """How wide letters may be: Chinese ones are as wide as two others."""
-    return 2 - text.isascii()
+    return 1 + (max(text, default="") > "\u2e80")
 
 
 def _grid(

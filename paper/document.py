@@ -10,6 +10,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from eval.figures import save
+
 FIGURES = "figures"
 """Where a report's pictures lie, beside it."""
 
@@ -55,6 +59,12 @@ def plural(count: int, what: str) -> str:
 def command(line: str) -> str:
     """What is typed into a shell."""
     return f"```sh\n{line}\n```"
+
+
+def draw(folder: Path, name: str, figure: Figure, caption: str) -> str:
+    """Save a figure into FIGURES of the folder; `picture` of it."""
+    legend = save(figure, folder / FIGURES / name)
+    return picture(name, f"{caption} {legend}".strip())
 
 
 def to_html(blocks: Sequence[str], folder: Path) -> str:

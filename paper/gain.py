@@ -70,7 +70,7 @@ CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
 """(baseline, data model that the paper says is better)."""
 SYNTHETIC = ("HB+DA", "HB-styles+DA")
 HELPED = {
-    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; these trained"
+    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; for these trained"
     " networks alone",
     "better": "Synthetic images{} helped",
     "worse": "Synthetic images{} did harm",
@@ -172,22 +172,18 @@ def answer(cells: Cells, own: tuple[str, str], classifiers: Collection[str]) -> 
     scores, (source, target) = zero_shot(cells), own
     best = next(iter(scores))
     runs, found = cells[best], estimate(cells[best], plain=True)["accuracy"]
-    over = (
-        f"{runs[0].units}, of this network alone"
-        if found.seeds == 1
-        else f"{runs[0].units} and seeds"
-    )
+    over = ", of this network alone" if found.seeds == 1 else " and seeds"
     first = (
         f"Best at {target}, of whose labels it saw none: {_called(best, own)}. It is right on"
         f" {100 * found.mean:.1f} % of {len(runs[0].targets)} images (95 % interval"
-        f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {over}; somewhat flattered, as"
-        f" these images chose it), and lies in {runs[0].folder / 'model.safetensors'}."
+        f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {runs[0].units}{over}; somewhat"
+        " flattered, as these images chose it), and lies in"
+        f" {runs[0].folder / 'model.safetensors'}."
     )
     top = max(scores, key=lambda row: np.nan_to_num(at_home(cells[row])))
     if (home := at_home(cells[top])) > 0:
-        first += (
-            f" At {source}, on images held out, {_called(top, own)} is best: {100 * home:.1f} %."
-        )
+        name = _called(top, own)
+        first += f" At {source}, on images held out, {name} is best: {100 * home:.1f} %."
     second = [
         f"{HELPED[gain.verdict].format(MADE[DATA[gain.step.data].synthetic])}:"
         f" {100 * gain.accuracy.value:+.1f} points of accuracy (95 % interval"
@@ -209,26 +205,22 @@ def doubts(cells: Cells, own: tuple[str, str], recognised: Recognised) -> list[s
     def most(numbers: np.ndarray) -> float:
         return np.bincount(numbers).max() / len(numbers)
 
-    said, one_class = (
-        [],
-        [
-            _called(row, own)
-            for row, runs in cells.items()
-            if any(most(run.predictions) >= ONE_CLASS > most(run.targets) for run in runs)
-        ],
-    )
-    if one_class:
-        said.append(f"One class is said of nearly all images by {'; '.join(one_class)}.")
-    shown = {
-        data: np.mean([*shares.values()])
+    one_class = [
+        _called(row, own)
+        for row, runs in cells.items()
+        if any(most(run.predictions) >= ONE_CLASS > most(run.targets) for run in runs)
+    ]
+    said = [f"One class is said of nearly all images by {'; '.join(one_class)}."] * bool(one_class)
+    shown = [
+        (np.mean([*shares.values()]), data)
         for (data, images), shares in recognised.items()
         if images == WITH_LORA
-    }
-    judge, share = max(shown.items(), key=lambda item: item[1], default=("", 1))
+    ]
+    share, judge = max(shown, default=(1, ""))
     home = at_home(cells.get((judge, JUDGE), []))
     chance = 1 / len(next(iter(cells.values()))[0].classes)
     if share < max(1.25 * chance, np.nan_to_num(home) / 2):
-        real = f", and {100 * home:.0f} % of held-out real ones" if home >= 0 else ""
+        real = f", and {100 * home:.0f} % of held-out real ones" * (home >= 0)
         said.append(
             "The synthetic images do not show their classes: a network of real images takes"
             f" {100 * share:.0f} % of them for what they shall be{real}; chance is"

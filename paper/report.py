@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from eval.figures import Point, confusion_figure, forest_figure, labelled_sheet, save
+from eval.figures import Point, confusion_figure, forest_figure, labelled_sheet
 from harness.files import whole_file, write_table, write_text
 from paper import tables
-from paper.document import FIGURES, command, picture, plural, to_html
+from paper.document import FIGURES, command, draw, plural, to_html
 from paper.gain import (
     AUGMENTED,
     STEPS,
@@ -160,6 +159,7 @@ def build(
     left_out = {name: why for name, why in context.left_out.items() if name in classifiers}
     averaged, own = [c for c in CLASSIFIERS if c not in left_out], context.own
     compared, best = not context.phantoms, next(iter(zero_shot(cells)), None)
+    named = {(data_name(data, own), name): runs for (data, name), runs in cells.items()}
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
 
     # the first screen: what was found, and two pictures
@@ -180,14 +180,12 @@ def build(
 
     # all rows, the best one, what they differ by, and how they were made
     blocks += ["## All rows", OWN_LEGEND.format(*own) if own else LEGEND + PUBLISHED * compared]
-    blocks.append(tables.overview(cells, context.seeds, compared, own))
+    blocks.append(tables.overview(named, context.seeds, compared, own))
     reasons = "; ".join(f"{CLASSIFIERS[name]}: {why}" for name, why in left_out.items())
     blocks += [f"Left out of averages: {reasons}."] * bool(left_out)
     if best:
-        blocks += [
-            "## The best model, class by class",
-            tables.class_table({best: cells[best]}, own),
-        ]
+        blocks += ["## The best model, class by class"]
+        blocks += [tables.class_table({(data_name(best[0], own), best[1]): cells[best]})]
         blocks += _errors_picture(out, cells[best][0], context.tests)
     steps = [*STEPS, *(Step("other synthetic images", "HB+DA", data.name) for data in BEYOND)]
     details = cells if len(classifiers) == 1 else None
@@ -204,16 +202,16 @@ def build(
     if single and not details:
         blocks += ["### Differences by classifier", MCNEMAR]
         blocks.append(tables.gain_table(single, compared, cells, own))
-    blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, cells, own)]
+    blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, named)]
     if not own:
         blocks += ["### Two definitions of AUC; without copies", VARIANTS]
-        blocks.append(tables.variants_table(cells))
+        blocks.append(tables.variants_table(named))
     elif results[0].copies.any():
-        blocks += ["### Without copies", COPIES, tables.variants_table(cells, own)]
-    if others := {row: runs for row, runs in cells.items() if row != best}:
-        blocks += ["### The other models, class by class", tables.class_table(others, own)]
+        blocks += ["### Without copies", COPIES, tables.variants_table(named, own)]
+    if others := {row: runs for row, runs in named.items() if runs is not cells.get(best)}:
+        blocks += ["### The other models, class by class", tables.class_table(others)]
     if len({*results[0].centers}) > 1:
-        blocks += ["### By center", GROUPS, tables.center_table(cells, own)]
+        blocks += ["### By center", GROUPS, tables.center_table(named)]
     if found.quality:
         blocks += ["### How close the synthetic images are to real ones", QUALITY]
         blocks.append(tables.quality_table(found.quality))
@@ -223,17 +221,12 @@ def build(
     for title, figure in list(found.figures.items())[1:]:
         blocks += [f"### {title}", figure]
     if own:
-        blocks += ["### Where each model lies", tables.folders_table(cells, own)]
+        blocks += ["### Where each model lies", tables.folders_table(named)]
 
     with whole_file(out / "results.csv") as part:
         write_table(part, tables.csv_rows(results, own))
     write_text(out / "report.md", "\n\n".join(blocks) + "\n")
     write_text(out / "report.html", to_html(blocks, out))
-
-
-def _draw(out: Path, name: str, figure: Figure, caption: str) -> str:
-    legend = save(figure, out / FIGURES / name)
-    return picture(name, f"{caption} {legend}".strip())
 
 
 def _gain_picture(out: Path, gains: Sequence[Gain], own: Own) -> str:
@@ -244,7 +237,7 @@ def _gain_picture(out: Path, gains: Sequence[Gain], own: Own) -> str:
         pair = f"against {step.against(own)}" if own else f"{step.data} − {step.baseline}"
         points.append(Point(f"{step.what}\n{pair}", *percent, step.kind))
     caption = "Where the gain comes from: accuracy of one data model less another's."
-    return _draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
+    return draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
 
 
 def _errors_picture(out: Path, run: Result, tests: Sequence[Record]) -> list[str]:
@@ -260,20 +253,20 @@ def _errors_picture(out: Path, run: Result, tests: Sequence[Record]) -> list[str
         said, right = run.classes[run.predictions[n]], run.classes[run.targets[n]]
         labels.append(f"said {said}, {100 * sure[n]:.0f} %\nis {right}")
     caption = f"Its surest errors, with seed {run.seed}: {len(images)} of {len(wrong)}."
-    return [_draw(out, "errors.png", labelled_sheet(images, labels), caption)]
+    return [draw(out, "errors.png", labelled_sheet(images, labels), caption)]
 
 
-def _confusion_matrices(out: Path, cells: Cells, own: Own) -> str:
+def _confusion_matrices(out: Path, cells: Cells) -> str:
     classes = next(iter(cells.values()))[0].classes
     matrices = {
-        (data_name(data, own), classifier_name(classifier)): sum(
+        (data, classifier_name(classifier)): sum(
             confusion_matrix(run.targets, run.predictions, labels=range(len(classes)))
             for run in runs
         )
         for (data, classifier), runs in cells.items()
     }
     figure = confusion_figure(matrices, classes, percent=True)
-    return _draw(out, "confusion.png", figure, "Confusion matrices of every row.")
+    return draw(out, "confusion.png", figure, "Confusion matrices of every row.")
 
 
 def _how(test: Result, context: Context) -> str:

@@ -154,6 +154,8 @@ def estimate(
     none beyond 0 and 1.
     """
     kept = ~(seeds[0].copies & distinct)
+    if not kept.any():
+        return dict.fromkeys(METRICS, Estimate(nan, nan, nan, len(seeds)))
     # row 0 of the weights: the test set itself
     weights, clusters = draw_patients(seeds[0].patients[kept], 1000, seed=0)
     runs = (

@@ -9,9 +9,9 @@ import numpy as np
 
 from classify import ClassifyError
 from classify.features import Extractor, classifier, features, inception
-from eval.figures import contact_sheet, save, tsne, tsne_grid
+from eval.figures import contact_sheet, tsne, tsne_grid
 from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
-from paper.document import FIGURES, picture
+from paper.document import FIGURES, draw
 from paper.gain import JUDGE, WITH_LORA, Recognised
 from paper.material import Selections
 from paper.results import read_by, row_folder
@@ -69,9 +69,8 @@ def describe(
     without: a folder of images made without LoRA, to see what it does
     seed: of the rows in `out` whose classifiers, of real images alone, judge them
     """
-    found, folder, classes = Findings({}, [], {}, []), out / FIGURES, selections.classes
-    own = selections.own
-    folder.mkdir(parents=True, exist_ok=True)
+    found, classes, own = Findings({}, [], {}, []), selections.classes, selections.own
+    (out / FIGURES).mkdir(parents=True, exist_ok=True)
     real, unseen = selections.source("all"), selections.target(train=False)
     lora_images = selections.source("lora")
     keys = [records[0].source for records in (real, unseen)]
@@ -79,10 +78,6 @@ def describe(
     sites = dict(zip(names.values(), (real, unseen)))
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
     synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
-
-    def add(title: str, name: str, figure, caption: str) -> None:
-        legend = save(figure, folder / name)
-        found.figures[title] = picture(name, f"{caption} {legend}".strip())
 
     judges = []
     for name in ("ES", "ES+DA"):
@@ -95,17 +90,14 @@ def describe(
     caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
     if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
         caption += f" {[*sites][1]} has no {' and no '.join(lacking)}."
-    add(
-        "Samples" + " (figure 2)" * (not own),
-        "samples.png",
-        figure_2(sites, synthetic, classes),
-        caption,
-    )
+    title, figure = "Samples" + " (figure 2)" * (not own), figure_2(sites, synthetic, classes)
+    found.figures[title] = draw(out, "samples.png", figure, caption)
 
     if network := extractor("logits", 224, judges):
         caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
         figure = figure_3(sites, images, network, selections.seed, classes, names)
-        add("Where the sources lie" + " (figure 3)" * (not own), "sources.png", figure, caption)
+        title = "Where the sources lie" + " (figure 3)" * (not own)
+        found.figures[title] = draw(out, "sources.png", figure, caption)
     if network := extractor("penultimate", 299, judges):
         sets = real, synthetic
         planes = ([str(record.plane) for record in records] for records in sets)
@@ -130,7 +122,8 @@ def describe(
     )
     figure = closest_pairs_figure(copies, lora_images, synthetic)
     caption = "Above each pair its distance, as a share of the usual one of training images."
-    add("Closest to a training image", "closest_pairs.png", figure, caption)
+    title = "Closest to a training image"
+    found.figures[title] = draw(out, "closest_pairs.png", figure, caption)
     return found
 
 

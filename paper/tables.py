@@ -16,6 +16,7 @@ from paper.published import PUBLISHED
 from paper.results import Estimate, Result, estimate
 
 NAMES = dict(zip(METRICS, ("Accuracy", "Recall", "Precision", "F-score", "AUC")))
+LABELS = "Trained on", "Classifier"
 NONE = "–"
 ONE_SEED = "*"  # marks an interval over patients alone
 SOURCES = {"real": ("spain", "source"), "synthetic": ("synthetic",), "second": ("africa", "target")}
@@ -24,8 +25,8 @@ COMPARED = ("accuracy", "f_score", "auc")
 
 
 def percent(value: float) -> str:
-    """A fraction as percent."""
-    return f"{100 * value:.2f}"
+    """A fraction as percent; NONE for nan."""
+    return NONE if np.isnan(value) else f"{100 * value:.2f}"
 
 
 def p_value(p: float) -> str:
@@ -34,7 +35,9 @@ def p_value(p: float) -> str:
 
 
 def interval(found: Estimate) -> str:
-    """Bounds of an interval in percent."""
+    """Bounds of an interval in percent; NONE for nan."""
+    if np.isnan(found.low):
+        return NONE
     return f"{100 * found.low:.1f} to {100 * found.high:.1f}{ONE_SEED * (found.seeds == 1)}"
 
 
@@ -49,10 +52,9 @@ def overview(cells: Cells, seeds: Sequence[int], compared: bool, own: Own = None
 
     compared: with the published number of each in brackets
     """
-    home = {row: at_home(runs) for row, runs in cells.items()}
-    known = not np.isnan([*home.values()]).all()
+    known = any(at_home(runs) >= 0 for runs in cells.values())  # not nan
     source, target = own or ("the first site", "the second")
-    header = [*_labels(own), *["Table"] * (not own), "Seeds"]
+    header = [*LABELS, *["Table"] * (not own), "Seeds"]
     header += ["# real", "# synthetic", f"# of {target}"]
     header += [f"Accuracy at {source}, held out"] * known
     header += [f"Accuracy at {target}", "95 % interval", *[*NAMES.values()][1:]]
@@ -64,9 +66,8 @@ def overview(cells: Cells, seeds: Sequence[int], compared: bool, own: Own = None
             theirs = map(percent, astuple(PUBLISHED[row]))
             values = [f"{ours} ({number})" for ours, number in zip(values, theirs)]
         values.insert(1, interval(found["accuracy"]))
-        line = [*_names(row, own), *[runs[0].table] * (not own), f"{len(runs)} of {len(seeds)}"]
-        line += _counts(runs[0])
-        line += [NONE if np.isnan(home[row]) else percent(home[row])] * known
+        line = [*_names(row), *[runs[0].table] * (not own), f"{len(runs)} of {len(seeds)}"]
+        line += [*_counts(runs[0]), *[percent(at_home(runs))] * known]
         body.append(line + values)
     return table(header, body, labels=2 + (not own))
 
@@ -119,27 +120,27 @@ def variants_table(cells: Cells, own: Own = None) -> str:
         found = [estimate(runs, plain)["auc"] for plain in (False, True) if not own]
         distinct = estimate(runs, bool(own), distinct=True)
         found += [distinct[metric] for metric in COMPARED]
-        body.append([*_names(row, own), *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
-    return table([*_labels(own), *header], body)
+        body.append([*_names(row), *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
+    return table([*LABELS, *header], body)
 
 
-def class_table(cells: Cells, own: Own = None) -> str:
+def class_table(cells: Cells) -> str:
     """Of each class that the test has: how many images, and recall, precision and F-score in
     percent, means over all seeds."""
     body = []
     for row, runs in cells.items():
-        names, classes = _names(row, own), range(len(runs[0].classes))
+        names, classes = _names(row), range(len(runs[0].classes))
         counts = [confusion_matrix(run.targets, run.predictions, labels=classes) for run in runs]
         scores = np.mean(class_scores(np.stack(counts)), axis=1).T
         for name, images, line in zip(runs[0].classes, counts[0].sum(axis=1), scores):
             if images:
                 body.append([*names, name, images, *map(percent, line)])
                 names = "", ""
-    header = [*_labels(own), "Class", "# images", "Recall", "Precision", "F-score"]
+    header = [*LABELS, "Class", "# images", "Recall", "Precision", "F-score"]
     return table(header, body, labels=3)
 
 
-def center_table(cells: Cells, own: Own = None) -> str:
+def center_table(cells: Cells) -> str:
     """Share of the images of each center that are classified rightly, over all seeds, in
     percent."""
     test = next(iter(cells.values()))[0]
@@ -148,15 +149,15 @@ def center_table(cells: Cells, own: Own = None) -> str:
     for row, runs in cells.items():
         right = np.mean([run.targets == run.predictions for run in runs], axis=0)
         shares = (percent(right[there].mean()) for there in centers.values())
-        body.append([*_names(row, own), *shares])
+        body.append([*_names(row), *shares])
     header = (f"{name} ({there.sum()})" for name, there in centers.items())
-    return table([*_labels(own), *header], body)
+    return table([*LABELS, *header], body)
 
 
-def folders_table(cells: Cells, own: Own) -> str:
+def folders_table(cells: Cells) -> str:
     """The folder of each row's first run."""
-    lines = [[*_names(row, own), runs[0].folder] for row, runs in cells.items()]
-    return table([*_labels(own), "Folder"], lines, labels=3)
+    lines = [[*_names(row), runs[0].folder] for row, runs in cells.items()]
+    return table([*LABELS, "Folder"], lines, labels=3)
 
 
 def quality_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -203,9 +204,5 @@ def _counts(result: Result) -> list[int]:
     return [sum(counts.get(source, 0) for source in names) for names in SOURCES.values()]
 
 
-def _labels(own: Own) -> tuple[str, str]:
-    return "Trained on" if own else "Data", "Classifier"
-
-
-def _names(row: Row, own: Own) -> tuple[str, str]:
-    return data_name(row[0], own), classifier_name(row[1])
+def _names(row: Row) -> tuple[str, str]:
+    return row[0], classifier_name(row[1])

@@ -150,13 +150,15 @@ def test_rows_of_different_test_sets_are_refused(tmp_path):
 
 def test_an_interval_is_over_images_where_no_patient_is_named(tmp_path):
     result = finish(tmp_path)
-    alone = replace(result, patients=np.array([f"target/b/{name}.png" for name in result.images]))
+    patients = np.array([f"target/b/{name}.png" for name in result.images])
+    alone = replace(result, patients=patients, copies=COPIES | True)
     assert (result.units, alone.units) == ("patients", "images")
     build(tmp_path, [alone], Context("", "", True, "paper", [0], "", own=("a", "b")))
     text = (tmp_path / "report.md").read_text()
     assert "of this network alone" in text and "over images alone" in text
     assert "48 images at 3 sites" in text and "nothing is claimed of patients" in text
     assert "patients" not in text.replace("claimed of patients", "")
+    assert lines(section(text, "Without copies"))[-1][2:] == ["– (–)"] * 3
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -326,7 +328,7 @@ def reports(tmp_path_factory):
     at_home += [replace(result, held_out=0.8) for result in results]
     texts = []
     with pytest.MonkeyPatch.context() as patch:  # to draw takes seconds
-        patch.setattr("paper.report.save", lambda figure, path: dot.save(path) or "")
+        patch.setattr("paper.document.save", lambda figure, path: dot.save(path) or "")
         for context, findings, rows in (
             (Context(*about), found, results),
             (own, unlike, at_home),
