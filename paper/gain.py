@@ -70,8 +70,8 @@ CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
 """(baseline, data model that the paper says is better)."""
 SYNTHETIC = ("HB+DA", "HB-styles+DA")
 HELPED = {
-    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; for these trained"
-    " networks alone",
+    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; for these"
+    " trained networks alone",
     "better": "Synthetic images{} helped",
     "worse": "Synthetic images{} did harm",
     "not shown": "Synthetic images{} are not shown to help",
