@@ -71,7 +71,7 @@ def parse_args(argv=None):
     token("--rare-token", **text, help="DreamBooth's, named by every prompt: a photo of sks ..")
     add("--token", **text, help="another name for the token of --embedding (else: the file's)")
     add = parser.add_argument_group("prompts").add_argument
-    add("--prompts", help="paper, styles, detailed, or a JSON file: lists per plane (else: paper)")
+    add("--prompts", help="paper, styles, detailed, or a JSON file: lists per class (else: paper)")
     add("--planes", nargs="+", help="planes, or a LoRA's own classes, that are sampled (else: all)")
     add("--prompt", **text, help="instead; (word:1.2), [word] and BREAK as in the webui")
     add("--negative-prompt", **text, default="", help="what guidance leads away from")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness import processes
 from harness.files import write_text
+from harness.record import arguments_of
 
 SCRIPTS = Path(__file__).resolve().parents[1]
 
@@ -74,8 +75,8 @@ class Stages:
 
 def is_done(out: Path, asked: Mapping[str, object]) -> bool:
     """Was it made so, of these things? args.json is what a script writes last."""
-    before = _read(out / "args.json").get("arguments", {})
-    return _read(out / "inputs.json") == asked and asked["arguments"].items() <= before.items()
+    done = asked["arguments"].items() <= arguments_of(out).items()
+    return done and _read(out / "inputs.json") == asked
 
 
 def _read(file: Path) -> dict:

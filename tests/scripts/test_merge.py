@@ -1,6 +1,7 @@
 """merge_lora.py: what it writes is the model with its LoRAs, in both layouts, or nothing."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -35,11 +36,17 @@ def drawn(out, *words):
     return Image.open(out / "prompt" / "euler_1.png").tobytes()
 
 
-def test_a_merged_folder_draws_what_the_model_draws_with_its_loras(tiny_model, loras, tmp_path):
+def test_a_merged_folder_draws_what_the_model_draws_with_its_loras(
+    tiny_model, loras, tmp_path, capsys
+):
     out, weights = tmp_path / "merged", (0.8, -0.5)
     merge(tiny_model, *loras, "--strength", *weights, "--out", out)
     flags = ["--model", tiny_model, "--lora", *loras, "--lora-weight", *weights]
     assert drawn(tmp_path / "a", "--model", out) == drawn(tmp_path / "b", *flags)
+    assert "was trained with clip skip 2" in capsys.readouterr().out  # as sampling says
+    (tmp_path / "prompts.json").write_text("{}")
+    merge(tiny_model, shutil.copy(loras[1], tmp_path), "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "prompts.json").exists() and not (out / "prompts.json").exists()
     base, merged = load(tiny_model), load(out)
     for name, weight in base.vae.state_dict().items():
         assert torch.equal(merged.vae.state_dict()[name], weight)

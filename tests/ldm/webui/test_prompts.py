@@ -12,6 +12,7 @@ from ldm.checkpoints.tokenizer import load_tokenizer
 from ldm.embedding import add_token, word_embedding
 from ldm.text import TextConfig, TextEncoder, encode_prompts, padding_id
 from ldm.webui.prompts import BREAK, encode_weighted, parse_prompt, split_chunks
+from planes.captions import prompts_beside, write_prompts
 
 MARKS = 2  # the begin and the end mark of every chunk
 
@@ -267,3 +268,11 @@ def test_a_long_prompt_is_chunked_as_compel_does(tokenizer, encoder, number):
     theirs = compel.Compel(tokenizer, encoder.text_model, **how)
     prompt = words(number // 2) + " " + words(number - number // 2, "brain")
     agree(encode_weighted(tokenizer, encoder, prompt), theirs(prompt), 0, 1e-5)
+
+
+@pytest.mark.parametrize("text", ["a (b)", r"[x] (y:1.3) \\ \(", "an echo BREAK of it, :2)"])
+def test_prompts_of_classes_are_sampled_as_they_were_trained(encoder, tokenizer, text, tmp_path):
+    write_prompts(tmp_path, {"a": text})
+    (prompt,) = prompts_beside([tmp_path / "lora.safetensors"]).values()
+    weighted = encode_weighted(tokenizer, encoder, prompt)
+    assert torch.equal(weighted, encode_prompts(tokenizer, encoder, [text]))
