@@ -4,7 +4,6 @@ import contextlib
 import csv
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +51,7 @@ def walk(folder: Path, below: bool = True) -> Found:
 def left_out(folder: Path, others: Sequence[Path]) -> str:
     """The line that says which pictures of a folder are not read; empty where there are none."""
     names = some(path.name for path in others)
-    return names and f"{folder}: {len(others)} pictures of types that no script reads: {names}"
+    return names and f"{folder}: not read, by type: {names} ({len(others)})"
 
 
 def some(names: Iterable[object]) -> str:
@@ -141,12 +140,5 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 def json_text(value: object) -> str:
     """A result as JSON, in which what is no number is null: NaN is none of JSON's words."""
-
-    def plain(part: object) -> object:
-        if isinstance(part, Mapping):
-            return {key: plain(inner) for key, inner in part.items()}
-        if isinstance(part, list | tuple):
-            return [plain(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
-
-    return json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
+    plain = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return json.dumps(plain, indent=2) + "\n"

@@ -81,7 +81,7 @@ def test_pictures_are_found_by_their_endings_without_hidden_ones_and_a_runs_own(
     assert [path.relative_to(root).as_posix() for path in images] == [
         *("a.tif", "b.PNG", "deep/c.webp", "deep/r.dcm", "link/e.jpg", "run/x/d.png")
     ]
-    assert left_out(root, others).endswith("2 pictures of types that no script reads: s.tga, q.GIF")
+    assert left_out(root, others).endswith("root: not read, by type: s.tga, q.GIF (2)")
     assert walk(root, below=False) == (images[:2], others[1:]) and not left_out(root, [])
     with pytest.raises(FileNotFoundError):
         walk(root / "none")

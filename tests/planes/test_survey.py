@@ -48,7 +48,7 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
         "/a: folders below a class are taken for patients: p0, p1, p2",
         "/b: fewer than 8 images of bar (3), disc (1): scores will say little",
         "/b: folders below a class are taken for patients: p2, q",
-        "/b: 1 pictures of types that no script reads: q.gif",
+        "/b: not read, by type: q.gif (1)",
         "1 images are copies of the other site's: /b/bar/q/zz.png is /a/bar/p0/0.png",
         "1 images are copies of images with another label: /b/disc/z.png is /a/bar/p0/0.png",
         "1 patients of the same names at both sites (p2): if they are the same people, leave them"
