@@ -29,12 +29,27 @@ PACKAGES = (
 )
 
 
-def record_run(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
-    """Write folder/args.json. inputs: what was read -> its hash; no times in it, so equal runs
-    leave equal files."""
-    write_text(
-        folder / "args.json", json.dumps(_describe(args, inputs), indent=2, default=str) + "\n"
-    )
+def record_run(
+    folder: Path,
+    args: argparse.Namespace,
+    inputs: dict[str, str],
+    name: str = "args.json",
+    **more: object,
+) -> None:
+    """Write a record into a folder: the arguments, versions, inputs, and what `more` there is. No
+    times in it, so equal runs leave equal files.
+
+    inputs: data, weights and lists that were read -> their hashes
+    """
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    arguments = dict(sorted(vars(args).items()))
+    record = {"arguments": arguments, "versions": versions, "inputs": inputs, **more}
+    write_text(folder / name, json.dumps(record, indent=2, default=str) + "\n")
 
 
 def refuse_to_replace(args: argparse.Namespace, *free: str) -> None:
@@ -74,18 +89,14 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 
 def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
     """Write folder/environment.json: what record_run writes, the machine, and the commit of this
-    code.
-
-    inputs: data, weights and manifests that were read -> their hashes
-    """
+    code."""
     machine = {
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
     }
     code = code_version(Path(__file__).resolve().parents[1])
-    described = _describe(args, inputs) | {"machine": machine, "code": code}
-    write_text(folder / "environment.json", json.dumps(described, indent=2, default=str) + "\n")
+    record_run(folder, args, inputs, "environment.json", machine=machine, code=code)
 
 
 def code_version(checkout: Path) -> str | None:
@@ -99,13 +110,3 @@ def code_version(checkout: Path) -> str | None:
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return None
     return done.stdout.strip()
-
-
-def _describe(args: argparse.Namespace, inputs: dict[str, str]) -> dict:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "absent"
-    return {"arguments": dict(sorted(vars(args).items())), "versions": versions, "inputs": inputs}
