@@ -60,6 +60,7 @@ class SaveTimes:
     def leave_if_asked(self, text: str) -> None:
         """Exits, having said `text`, where a signal has come since this was made."""
         if self.stops:
+            self.restore()
             sys.stderr.write(f"\n{text}\n")
             sys.exit(128 + (self.asked or signal.SIGTERM))
 
@@ -67,7 +68,6 @@ class SaveTimes:
         """Signals are again what they were."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.before = {}
 
 
 def write_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ import errno
 import functools
 import os
 import platform
-import signal
 import sys
 import warnings
 from argparse import Namespace
@@ -80,22 +79,15 @@ def run(
 def alone(
     main: Callable[[Namespace], object], together: bool = False
 ) -> Callable[[Namespace], object]:
-    """A script's main that has args.out to itself while it runs (`alone_in`), and leaves signals as
-    they were.
+    """A script's main that has args.out to itself while it runs (`alone_in`).
 
     together: all processes of torchrun are at it
     """
 
     @functools.wraps(main)
     def _held(args: Namespace) -> object:
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with alone_in(args.out, together):
-                return main(args)
-        finally:
-            for number, handler in before.items():
-                if signal.getsignal(number) is not handler:
-                    signal.signal(number, handler)
+        with alone_in(args.out, together):
+            return main(args)
 
     return _held
 
@@ -168,12 +160,7 @@ class LogLines:
 def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
     """tqdm's bar; where standard error is no terminal, a line a minute, and none of what takes
     less."""
-    settings |= {} if processes.is_first() else {"disable": True}
     if not sys.stderr.isatty():
-        settings |= {
-            "file": LogLines(),
-            "mininterval": MINUTE,
-            "maxinterval": MINUTE,
-            "delay": MINUTE,
-        }
-    return tqdm(iterable, **settings)
+        settings |= dict.fromkeys(("mininterval", "maxinterval", "delay"), MINUTE)
+        settings["file"] = LogLines()
+    return tqdm(iterable, disable=not processes.is_first(), **settings)
