@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.files import OTHER_TYPES, TYPES, file_below, walk
+from harness.files import TYPES, file_below, some, walk
 from planes.tables import DatasetError, from_json, read_text
 
 REPEATS = re.compile(r"(?!0+_)(\d{1,5})_(.+)")
@@ -48,7 +48,7 @@ def read_captioned_folder(folder: str | Path) -> list[Captioned]:
     repeated = {path: found for path, found in named.items() if found and path.is_dir()}
     if not repeated:
         return _read_flat(folder)
-    _refuse(folder, [p for p in named if p not in repeated and (_holds(p) or p.name == METADATA)])
+    _refuse_others(folder, {*repeated})
     return [
         image
         for path, found in repeated.items()
@@ -67,7 +67,7 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
             f"{folder}: no images in it ({', '.join(TYPES)}), no {METADATA} and no folders"
             " named repeats_caption, such as 20_fetal brain"
         )
-    _refuse(folder, [p for p in folder.iterdir() if p.suffix.lower() not in TYPES and _holds(p)])
+    _refuse_others(folder, {*images})
     captioned = [Captioned(image, _own_caption(image) or class_tokens, repeats) for image in images]
     if missing := next((image.path for image in captioned if not image.caption), None):
         raise DatasetError(
@@ -77,21 +77,15 @@ def _read_flat(folder: Path, repeats: int = 1, class_tokens: str = "") -> list[C
     return captioned
 
 
-def _holds(path: Path) -> bool:
-    """Is it a picture, of whatever kind, or a folder of pictures? Hidden ones are not."""
-    if path.name.startswith("."):
-        return False
-    return (
-        any(walk(path)) if path.is_dir() else path.suffix.lower() in (*TYPES, *OTHER_TYPES.split())
-    )
-
-
-def _refuse(folder: Path, strays: list[Path]) -> None:
-    if strays:
+def _refuse_others(folder: Path, read: set[Path]) -> None:
+    """DatasetError where a folder has pictures, at any depth, beside those that are read: files, or
+    folders of them."""
+    images, others = walk(folder)
+    beside = [*images, *others, *folder.glob(METADATA)]
+    if strays := [p.relative_to(folder) for p in beside if read.isdisjoint([p, *p.parents])]:
         raise DatasetError(
-            f"{folder}: {len(strays)} pictures or folders of pictures in it would not be trained"
-            f" on, such as {strays[0].name}; convert pictures to PNG, name folders"
-            " repeats_caption, or move them elsewhere"
+            f"{folder}: would not be trained on: {some(strays)}; convert pictures to PNG, name"
+            " folders repeats_caption, or move them elsewhere"
         )
 
 
