@@ -5,36 +5,28 @@ B is read by the report alone; D differs from all in geometry, speckle and contr
 looked at last.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from planes.phantoms.scanner import Probe, Rng
 
 Range = tuple[float, float]  # low, high
 
 
-@dataclass(frozen=True)
 class Site:
-    """The equipment of a place: ranges (low, high) from which a patient's probe is drawn."""
+    """The equipment of a place.
 
-    sizes: tuple[tuple[int, int], ...]  # width, height, px
-    half_angle: Range
-    radius: Range
-    axial: Range
-    lateral: Range
-    dynamic_range: Range
-    gain: Range
-    tgc: Range
-    noise: Range
-    looks: Range
-    letters: Range
+    sizes: (width, height), px
+    ranges: from which the other numbers of a patient's `Probe` are drawn, in this order
+    """
+
+    def __init__(self, sizes: Sequence, looks: Range, letters: Range, **ranges: Range):
+        self.sizes, self.looks, self.letters, self.ranges = sizes, looks, letters, ranges
 
     def probe(self, rng: Rng) -> Probe:
         width, height = self.sizes[rng.integers(len(self.sizes))]
-        drawn = {name: rng.uniform(*getattr(self, name)) for name in DRAWN}
+        drawn = {name: rng.uniform(*ends) for name, ends in self.ranges.items()}
         return Probe(width, height, **drawn, looks=rng.integers(*self.looks))
 
-
-DRAWN = ("half_angle", "radius", "axial", "lateral", "dynamic_range", "gain", "tgc", "noise")
 
 SITE_A = Site(  # a well-equipped hospital: wide curved probes, compounding, low noise
     sizes=((240, 166), (228, 158), (192, 118), (224, 136)),
