@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.files import sha256, walk
+from harness.script import run
 from planes.tables import DatasetError
 
 API = "https://zenodo.org/api/records"
@@ -173,8 +174,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (DatasetError, OSError) as error:
-        sys.stderr.write(f"planes.download: {error}\n")
-        sys.exit(2)
+    run(parse_args, main, DatasetError)

@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_made_is_one_line_and_exit_code_2(tmp_path, monk
     with pytest.raises(SystemExit) as end:
         runpy.run_module("planes.download", run_name="__main__")
     said = capsys.readouterr().err
-    assert end.value.code == 2 and said.startswith("planes.download: ") and said.count("\n") == 1
+    assert end.value.code == 2 and said.startswith("download: ") and said.count("\n") == 1
 
 
 @real_data
