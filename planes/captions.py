@@ -159,12 +159,9 @@ def training_images(
         chosen = pool = with_levels(read_captioned_folder(args.images), args.images)
     else:
         if args.source:
-            every, template = (
-                read_site(args.source, "source", True, args.held_out),
-                args.prompt_template,
-            )
-            survey([(args.source, every)], template=template, per_class=args.per_plane, say=say)
-            prompts = prompts_of(classes_of(every), template)
+            every = read_site(args.source, "source", True, args.held_out)
+            prompts = prompts_of(classes_of(every), args.prompt_template)
+            survey([(args.source, every)], per_class=args.per_plane, say=say)
         else:
             every = read_spanish(args.spanish)
         pool = [record for record in every if record.train]
@@ -181,7 +178,7 @@ def training_images(
     require_images(chosen + unseen)
     groups = [group for group in same_bytes(chosen + unseen) if group[0] in chosen]
     if copies := [image for group in groups for image in group if image in unseen]:
-        say(f"warning: {len(copies)} held-out images are in training, such as {copies[0].path}")
+        say(f"warning: held out but in training too: {copies[0].path} ({len(copies)} of {count})")
     if args.images:
         return chosen, unseen
     return tuple(
@@ -195,15 +192,9 @@ def prior_images(manifest: Path) -> list[Captioned]:
     al. 2023).
 
     A caption is the prompt without the backslashes of `write_prompts`. Raises DatasetError where
-    there are none, or their files are missing.
+    there are none.
     """
-    rows = read_table(manifest, "image", "prompt")
-    images = [
+    return [
         Captioned(file_below(manifest.parent, image), re.sub(r"\\(.)", r"\1", prompt))
-        for _, image, prompt in rows
+        for _, image, prompt in read_table(manifest, "image", "prompt")
     ]
-    if missing := [image.path for image in images if not image.path.is_file()]:
-        raise DatasetError(
-            f"{manifest}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}"
-        )
-    return images
