@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from harness.files import left_out, some, walk, whole_file
 from harness.flags import HelpFormatter
@@ -53,15 +53,16 @@ def survey(
     has not, a class that no training image is left of, too few images for the LoRA, and images that
     are missing or cannot be opened: all are opened.
     """
-    records = [record for _, site in sites for record in site]
-    source = [record for record in records if record.source == "source"]
-    train, classes = [record for record in source if record.train], classes_of(source)
-    warnings = []
-    prompts_of(classes, "{class}" if template is None else template)
-    if source:
-        has = f"{sites[0][0]} has images of {', '.join(classes)} alone"
-        _refuse(sites[-1][0], {*classes_of(records)} - {*classes}, has)
-        _refuse(sites[0][0], {*classes} - {*classes_of(train)}, "all are for the test or held out")
+    records, warnings = [record for _, site in sites for record in site], []
+    train = [record for record in records if record.source == "source" and record.train]
+    classes = classes_of(records)
+    prompts_of(classes, template or "{class}")
+    if records[0].source == "source":
+        if lost := {*classes} - {*classes_of(train)}:
+            raise DatasetError(
+                f"{sites[0][0]}: nobody can learn {', '.join(sorted(lost))}, as no images are there to"
+                " train on; add some, or take these classes out"
+            )
         least = min(Counter(record.plane for record in train).values())
         if fewer and least < per_class:
             warnings.append(
@@ -80,7 +81,7 @@ def survey(
     ]
     if same := sorted(named[0] & named[-1]) * (len(sites) - 1):
         warnings.append(
-            f"{len(same)} patients of the same names at both sites ({some(same)}): if they are the"
+            f"patients of the same name at both sites: {some(same)} ({len(same)}); if they are the"
             " same people, leave them out of one"
         )
     for line in warnings:
@@ -90,24 +91,17 @@ def survey(
     return "\n- ".join(["\n\n".join(tables) + "\n", *warnings])
 
 
-def _refuse(root: Path, names: set[str], why: str) -> None:
-    if names:
-        raise DatasetError(
-            f"{root}: nobody can learn {', '.join(sorted(names))}, as {why}; take these images out"
-        )
-
-
 def _table(root: Path, site: list[Record]) -> str:
     """The site in a line, each class in one. Raises ImageError for what cannot be opened."""
     with ThreadPoolExecutor() as threads:
         changed = [record.path.stat().st_mtime_ns for record in site]
-        looks = dict(zip(site, threads.map(_look, site, changed)))
-    if bad := [look for look in looks.values() if isinstance(look, ImageError)]:
-        raise ImageError(f"{bad[0]}" + f"; {len(bad)} pictures of {root} are so" * (len(bad) > 1))
-    bits, sizes = (sorted({*values}) for values in zip(*looks.values()))
-    px = " to ".join(dict.fromkeys("{}x{}".format(*sizes[n]) for n in (0, -1)))
-    of = f"{len(site)} images of {' and '.join(map(str, bits))} bits, {px} px"
-    lines, row = [f"{root}: {of}"], "  {:24}" + "{:>10}" * 4
+        looks = [*threads.map(_look, site, changed)]
+    if bad := [look for look in looks if isinstance(look, ImageError)]:
+        raise ImageError(f"{bad[0]} (so are {len(bad)} of {len(site)} images of {root})")
+    bits, sizes = (sorted({*values}) for values in zip(*looks))
+    px = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])))
+    lines = [f"{root}: {len(site)} images of {' and '.join(map(str, bits))} bits, {px} px"]
+    row = "  {:24}" + "{:>10}" * 4
     lines.append(row.format("class", "images", "train", "test", "patients"))
     for name in classes_of(site):
         own = [record for record in site if record.plane == name]
@@ -139,7 +133,7 @@ def _remarks(root: Path, site: list[Record]) -> list[str]:
         lines.append("names no patients, so each image counts as one of its own")
     if (root / TABLE).is_file():
         if rest := sorted({*images} - {record.path for record in site}):
-            lines.append(f"{len(rest)} pictures are not in {TABLE}: {some(p.name for p in rest)}")
+            lines.append(f"not in {TABLE}: {some(p.name for p in rest)} ({len(rest)})")
     elif inner := {r.patient.partition("/")[2] for r in site if r.path.parent.parent != root}:
         lines.append(f"folders below a class are taken for patients: {some(sorted(inner))}")
     return [f"{root}: {line}" for line in lines] + [left_out(root, others)] * bool(others)
@@ -153,25 +147,23 @@ def _copies(records: list[Record]) -> list[str]:
             near = "others of their site" if copy.source == first.source else "the other site's"
             way = near if copy.plane == first.plane else "images with another label"
             ways[way].append(f"{copy.path} is {first.path}")
-    return [f"{len(such)} images are copies of {way}: {such[0]}" for way, such in ways.items()]
+    return [f"copies of {way} ({len(such)}): {such[0]}" for way, such in ways.items()]
 
 
 def sheet(sites: Sites) -> Image.Image:
     """Up to SHOWN images of each class, a numbered line each, the sites side by side."""
     classes = classes_of(record for _, site in sites for record in site)
-
-    def _strip(site: list[Record], name: str) -> np.ndarray:
-        of = [record for record in site if record.plane == name]
-        picture = Image.new("RGB", (SHOWN * SIDE + 16, SIDE + 24), "white")
-        words = f"{classes.index(name) + 1} {name}, {site[0].source} {site[0].center}: {len(of)}"
-        ImageDraw.Draw(picture).text((0, 0), words, "black", ImageFont.load_default(14))
+    width, height = SHOWN * SIDE + 16, SIDE + 24
+    picture = Image.new("RGB", (width * len(sites), height * len(classes)), "white")
+    for row, column in np.ndindex(len(classes), len(sites)):
+        site, x, y = sites[column][1], width * column, height * row
+        of = [record for record in site if record.plane == classes[row]]
+        words = f"{row + 1} {classes[row]}, {site[0].source} {site[0].center}: {len(of)}"
+        ImageDraw.Draw(picture).text((x, y), words, "black", font_size=14)
         for n, record in enumerate(of[:: -(-len(of) // SHOWN) or 1]):
             small = ImageOps.contain(open_image(record.path, record.levels), (SIDE - 2, SIDE - 2))
-            picture.paste(small, (SIDE * n, 20))
-        return np.asarray(picture)
-
-    lines = [np.hstack([_strip(site, name) for _, site in sites]) for name in classes]
-    return Image.fromarray(np.vstack(lines))
+            picture.paste(small, (x + SIDE * n, y + 20))
+    return picture
 
 
 def parse_args(argv=None):

@@ -49,9 +49,9 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
         "/b: fewer than 8 images of bar (3), disc (1): scores will say little",
         "/b: folders below a class are taken for patients: p2, q",
         "/b: not read, by type: q.gif (1)",
-        "1 images are copies of the other site's: /b/bar/q/zz.png is /a/bar/p0/0.png",
-        "1 images are copies of images with another label: /b/disc/z.png is /a/bar/p0/0.png",
-        "1 patients of the same names at both sites (p2): if they are the same people, leave them"
+        "copies of the other site's (1): /b/bar/q/zz.png is /a/bar/p0/0.png",
+        "copies of images with another label (1): /b/disc/z.png is /a/bar/p0/0.png",
+        "patients of the same name at both sites: p2 (1); if they are the same people, leave them"
         " out of one",
     ]
     lines = [f"- {line}" for line in said]
@@ -62,15 +62,15 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
     assert capsys.readouterr().out.startswith(sites())
     assert Image.open(tmp_path / "out" / "sites.png").size == (1568, 240)
     (tmp_path / "b" / "images.csv").write_text("image,class\nbar/p2/x.png,bar\ndisc/z.png,disc")
-    assert "b: 2 pictures are not in images.csv: y.png, zz.png" in sites()
+    assert "b: not in images.csv: y.png, zz.png (2)" in sites()
 
 
 @pytest.mark.parametrize(
     "change, words",
     {
-        "": "0.png: not a readable image .*; replace or remove it; 2 pictures of .*a are so",
-        "b/rivet/0.png": "b: nobody can learn rivet, as .*a has images of bar, disc alone",
-        "a/images.csv": "a: nobody can learn bar, as all are for the test or held out",
+        "": "0.png: not a readable image .*; replace or remove it .so are 2 of 6 images of .*a",
+        "b/rivet/0.png": "a: nobody can learn rivet, as no images are there to train on",
+        "a/images.csv": "a: nobody can learn bar, as no images are there to train on",
         "template": "'no place': a template says once where the class goes",
         "per_class": "only 3 images of bar, but 4 of each were asked for",
     }.items(),
