@@ -60,8 +60,8 @@ def survey(
     if records[0].source == "source":
         if lost := {*classes} - {*classes_of(train)}:
             raise DatasetError(
-                f"{sites[0][0]}: nobody can learn {', '.join(sorted(lost))}, as no images are there to"
-                " train on; add some, or take these classes out"
+                f"{sites[0][0]}: nobody can learn {', '.join(sorted(lost))}, as no images are"
+                " there to train on; add some, or take these classes out"
             )
         least = min(Counter(record.plane for record in train).values())
         if fewer and least < per_class:
