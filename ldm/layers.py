@@ -5,6 +5,7 @@ Sources: Rombach et al. 2022 (latent diffusion), Vaswani et al. 2017 (attention)
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -151,17 +152,15 @@ class SpatialTransformer(nn.Module):
         # 1e-6 here, 1e-5 in the U-Net's other group norms
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.linear = linear
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        projection = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = projection(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height = x.shape[-2]
         h = self.norm(x)
-        h = _to_tokens(h) if self.linear else _to_tokens(self.proj_in(h))
-        h = self.proj_in(h) if self.linear else h
+        h = self.proj_in(_to_tokens(h)) if self.linear else _to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context)
         h = _to_map(self.proj_out(h), height) if self.linear else self.proj_out(_to_map(h, height))

@@ -117,7 +117,9 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        widths, heads, layers = config.block_out_channels, config.num_heads, config.layers_per_block
+        widths, layers = config.block_out_channels, config.layers_per_block
+        # None where a level does not attend
+        heads = [n if attends else None for n, attends in zip(config.num_heads, config.attention)]
         last = len(widths) - 1
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
@@ -127,12 +129,12 @@ class UNet(nn.Module):
             UNetBlock(
                 [(i, o)] + [(o, o)] * (layers - 1),
                 config,
-                heads[n] if config.attention[n] else None,
+                heads[n],
                 downsample=n < last,
             )
             for n, (i, o) in enumerate(pairwise((widths[0], *widths)))
         )
-        self.mid_block = MidBlock(widths[-1], config, heads[-1])
+        self.mid_block = MidBlock(widths[-1], config, config.num_heads[-1])
 
         # the way up meets, in reverse, every feature map that the way down left behind
         skips = [widths[0]] + [o for n, o in enumerate(widths) for _ in range(layers + (n < last))]
@@ -143,11 +145,7 @@ class UNet(nn.Module):
             for _ in range(layers + 1):
                 channels.append((width + skips.pop(), widths[n]))
                 width = widths[n]
-            self.up_blocks.append(
-                UNetBlock(
-                    channels, config, heads[n] if config.attention[n] else None, upsample=n > 0
-                )
-            )
+            self.up_blocks.append(UNetBlock(channels, config, heads[n], upsample=n > 0))
 
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
