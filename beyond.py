@@ -30,9 +30,8 @@ from harness.flags import (
 from harness.record import record_run, refuse_to_replace
 from harness.script import alone, progress, run
 from ldm import CheckpointError
-from ldm.cli import DTYPES, add_model_arguments, fitting_size, load_model
+from ldm.cli import DTYPES, add_model_arguments, load_model
 from ldm.embedding import add_token, save_embedding, word_embedding
-from ldm.images import encode_images, read_image
 from ldm.text import Contexts
 from lora.files import save_lora
 from lora.layer import LoRAError
@@ -42,7 +41,7 @@ from planes.captions import prior_images, with_token
 from planes.datasets import DatasetError
 from planes.folders import Captioned
 from samplers.schedule import NoiseSchedule
-from train_lora import add_data_arguments, keep_prompts, mixed_precision, read_data
+from train_lora import add_data_arguments, keep_prompts, mixed_precision, read_data, read_latents
 
 
 def parse_args(argv=None):
@@ -51,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("method", choices=("inversion", "dreambooth"), metavar="METHOD")
     add_model_arguments(parser)
     add = add_data_arguments(parser)
-    parser.set_defaults(style_words=False, validation=0, repeats=1)
+    parser.set_defaults(style_words=False, validation=0, repeats=1, resize="squash", bucket=False)
     add("--token", type=plain_text, required=True, help="the new token, or the rare word")
     add("--init-word", type=plain_text, default="ultrasound", help="where a new token begins")
     add("--prior", type=Path, help="of dreambooth: the manifest.csv of the base model's images")
@@ -87,10 +86,7 @@ class Training:
     def __init__(self, args, model, images: list[Captioned], seed: int):
         self.unet, self.kind, self.schedule = model.unet, model.prediction_type, NoiseSchedule()
         self.unet.to(args.device, DTYPES[args.dtype])
-        size, _ = fitting_size(model, args.size)
-        bar = progress(images, desc="latents")
-        pixels = (read_image(image.path, size, levels=image.levels) for image in bar)
-        latents = [x0.to(args.device) for x0 in encode_images(model.vae, pixels, seed)]
+        latents = read_latents(args, model, images, seed)
         captions = [image.caption for image in images]
         self.draws = Draws(latents, captions, [1] * len(images), args.batch_size, 1, seed)
         self.autocast, _ = mixed_precision(args)

@@ -199,8 +199,8 @@ def read_contexts(
     args, model: Model, autocast: partial, images: list[Captioned], held_out: list[Captioned]
 ) -> Contexts:
     """The text embeddings of all captions and of "", computed once unless CLIP is trained too."""
-    texts = [text for group in (images, held_out) for text in sorted({i.caption for i in group})]
-    texts, tokens = [*dict.fromkeys([*texts, ""])], partial(model.tokenizer, verbose=False)
+    texts = sorted({image.caption for image in (*images, *held_out)} | {""})
+    tokens = partial(model.tokenizer, verbose=False)
     limit = model.text_encoder.config.max_position_embeddings
     if cut := [text for text in texts if len(tokens(text).input_ids) > limit]:
         print(f"{len(cut)} captions are cut behind {limit - 2} tokens, such as {cut[0][:40]!r}..")
@@ -213,10 +213,9 @@ def read_contexts(
 
 
 def read_latents(
-    args: argparse.Namespace, model: Model, images: list[Captioned]
+    args: argparse.Namespace, model: Model, images: list[Captioned], seed: int
 ) -> list[torch.Tensor]:
-    """Each image's latents, once, as kohya caches them; the VAE then waits on the CPU for the
-    sheets."""
+    """Each image's latents, once, as kohya caches them; seed: of their noise."""
     size, _ = fitting_size(model, args.size)
     read = partial(read_image, resize=args.resize)
     if args.bucket:
@@ -224,9 +223,7 @@ def read_latents(
         read = partial(read_bucketed, step=step)
     bar = progress(images, desc="latents", unit="image")
     pixels = (read(image.path, size=size, levels=image.levels) for image in bar)
-    latents = [latent.to(args.device) for latent in encode_images(model.vae, pixels, args.seed)]
-    model.vae.to("cpu")
-    return latents
+    return [latent.to(args.device) for latent in encode_images(model.vae, pixels, seed)]
 
 
 def make_draws(args, images: list[Captioned], latents: list[torch.Tensor]) -> Draws:
@@ -296,10 +293,8 @@ def require_finite(args: argparse.Namespace, rows: list[tuple], patience: int) -
     """LoRAError where more steps in a row than `patience` had a loss or gradient that is not
     finite: GradScaler skips single ones by design, as it looks for its scale."""
     last = rows[-patience - 1 :]
-    finite = [
-        math.isfinite(float(loss)) and math.isfinite(float(norm)) for _, _, loss, norm, *_ in last
-    ]
-    if len(last) > patience and not any(finite):
+    finite = any(math.isfinite(float(loss) + float(norm)) for _, _, loss, norm, *_ in last)
+    if len(last) > patience and not finite:
         advice = "try a lower --lr, or --dtype bf16 or fp32; the last checkpoint, if any, is good"
         raise LoRAError(f"step {len(rows)}: the loss or its gradient is not finite; {advice}")
 
@@ -419,7 +414,8 @@ def main(args):
 
     # contexts and latents once; image passes -> batches of one shape each -> optimizer steps
     contexts = read_contexts(args, model, autocast, images, held_out)
-    latents = read_latents(args, model, [*images, *held_out])
+    latents = read_latents(args, model, [*images, *held_out], args.seed)
+    model.vae.to("cpu")  # where it waits for the sheets
     draws = make_draws(args, images, latents[: len(images)])
     steps = args.epochs * draws.steps_per_epoch
 
