@@ -123,7 +123,7 @@ def parse_args(argv=None):
     return args
 
 
-def adapt(model: Model, args: argparse.Namespace) -> tuple[str | None, dict[str, str]]:
+def adapt(model: Model, args) -> tuple[str | None, dict[str, str]]:
     """Puts the LoRAs into the weights, each at its own weight, and the learned token into the
     vocabulary; returns the token that prompts are to name, and the hashes of all that the model
     then is."""
@@ -139,7 +139,7 @@ def adapt(model: Model, args: argparse.Namespace) -> tuple[str | None, dict[str,
 
 
 def plan(
-    args: argparse.Namespace,
+    args,
     prompts: Mapping[str, Sequence[str]],
     model: Model,
     hashes: Mapping[str, str],
@@ -201,7 +201,7 @@ def batches(
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
-def arrange(model: Model, args: argparse.Namespace) -> None:
+def arrange(model: Model, args) -> None:
     """On a GPU channels last, and a decoder in float16 where the U-Net is in half precision; else
     the decoder is float32. Compiled where that is asked for."""
     on_gpu = args.device.startswith("cuda")

@@ -158,7 +158,7 @@ def parse_args(argv=None):
     return args
 
 
-def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned]]:
+def read_data(args) -> tuple[list[Captioned], list[Captioned]]:
     """The images to train on with their captions and repeats, and those that are held out."""
     groups = training_images(args, print)
     if args.style_words:
@@ -167,7 +167,7 @@ def read_data(args: argparse.Namespace) -> tuple[list[Captioned], list[Captioned
     return [replace(image, repeats=image.repeats * args.repeats) for image in images], held_out
 
 
-def adapt(model: Model, args: argparse.Namespace) -> list[dict]:
+def adapt(model: Model, args) -> list[dict]:
     """Freezes the base, in args.dtype, and puts LoRA into it, whose A and B are float32; returns
     them as the optimizer's groups."""
     targets, groups = [(model.unet, args.layers, args.lr)], []
@@ -186,7 +186,7 @@ def adapt(model: Model, args: argparse.Namespace) -> list[dict]:
     return groups
 
 
-def mixed_precision(args: argparse.Namespace) -> tuple[partial, torch.amp.GradScaler]:
+def mixed_precision(args) -> tuple[partial, torch.amp.GradScaler]:
     """Autocast to the base's dtype, none for float32; and what scales a float16 loss on a GPU."""
     device = args.device.split(":")[0]
     autocast = partial(torch.autocast, device, DTYPES[args.dtype], enabled=args.dtype != "fp32")
@@ -212,9 +212,7 @@ def read_contexts(
     return contexts
 
 
-def read_latents(
-    args: argparse.Namespace, model: Model, images: list[Captioned], seed: int
-) -> list[torch.Tensor]:
+def read_latents(args, model: Model, images: list[Captioned], seed: int) -> list[torch.Tensor]:
     """Each image's latents, once, as kohya caches them; seed: of their noise."""
     size, _ = fitting_size(model, args.size)
     read = partial(read_image, resize=args.resize)
@@ -245,7 +243,7 @@ def make_draws(args, images: list[Captioned], latents: list[torch.Tensor]) -> Dr
 
 
 def identity_of(
-    args: argparse.Namespace,
+    args,
     model: Model,
     images: list[Captioned],
     optimizer: torch.optim.Optimizer,
@@ -266,7 +264,7 @@ def identity_of(
     }
 
 
-def resume(args: argparse.Namespace, state: dict, steps: int) -> list[tuple]:
+def resume(args, state: dict, steps: int) -> list[tuple]:
     """Puts the checkpoint into the places that `state` names; the rows of the steps that are
     done."""
     checkpoint = args.out / "checkpoint.pt"
@@ -289,7 +287,7 @@ def resume(args: argparse.Namespace, state: dict, steps: int) -> list[tuple]:
     return rows
 
 
-def require_finite(args: argparse.Namespace, rows: list[tuple], patience: int) -> None:
+def require_finite(rows: list[tuple], patience: int) -> None:
     """LoRAError where more steps in a row than `patience` had a loss or gradient that is not
     finite: GradScaler skips single ones by design, as it looks for its scale."""
     last = rows[-patience - 1 :]
@@ -317,7 +315,7 @@ def look(args, model, contexts, autocast, latents, held_out, step: int, steps: i
     return f"{loss:.6f}"
 
 
-def save_state(args: argparse.Namespace, state: dict, rows: list[tuple]) -> None:
+def save_state(args, state: dict, rows: list[tuple]) -> None:
     """All that --resume needs, and the losses as a table."""
     saved = state | {name: state[name].state_dict() for name in ("optimizer", "scaler")}
     lora = [parameter.detach().cpu() for parameter in state["lora"]]
@@ -359,7 +357,7 @@ def save_sheet(
     Image.fromarray(torch.cat(rows).numpy()).save(path)
 
 
-def save_curves(args: argparse.Namespace, rows: list[tuple]) -> None:
+def save_curves(args, rows: list[tuple]) -> None:
     """loss.png: the training's loss, as running means over 50 steps, and that of held-out
     images."""
     steps, sums = [row[0] for row in rows], [0.0, *accumulate(float(row[2]) for row in rows)]
@@ -371,7 +369,7 @@ def save_curves(args: argparse.Namespace, rows: list[tuple]) -> None:
     save(loss_figure(curves, "step"), args.out / "loss.png")
 
 
-def keep_prompts(args: argparse.Namespace) -> None:
+def keep_prompts(args) -> None:
     """prompts.json: what the classes of --source are called, which sample.py then draws."""
     if args.source:
         classes = classes_of(read_site(args.source, "source", train=True))
@@ -457,7 +455,7 @@ def main(args):
         if held_out:
             row += [look(args, model, contexts, autocast, latents, held_out, step + 1, steps)]
         rows.append(tuple(row))
-        require_finite(args, rows, patience=10 if scaler.is_enabled() else 0)
+        require_finite(rows, patience=10 if scaler.is_enabled() else 0)
         bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
 
         # what is saved now and then

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NUM_TRAIN_TIMESTEPS = 1000  # T, of which t is drawn
 HELD_OUT_DRAWS = 8  # of noise and time for each held-out image, a batch
 
 
@@ -34,7 +35,6 @@ class Draws:
     latents: (4, H, W) of each image, on the training's device; a batch holds images of one shape
     captions: one of each; repeats: how often an epoch shows each
     accumulate: batches per optimizer step
-    num_train_timesteps: T, of which t is drawn
     share: which images of each batch are this process's, where several share a step
 
     As kohya does it, an epoch's passes are shuffled, cut into batches shape by shape, and where
@@ -49,12 +49,11 @@ class Draws:
         batch_size: int,
         accumulate: int,
         seed: int,
-        num_train_timesteps: int = 1000,
         share: slice = slice(None),
     ):
         self.latents, self.captions, self.repeats = latents, captions, torch.tensor(repeats)
         self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
-        self.num_train_timesteps, self.share = num_train_timesteps, share
+        self.share = share
         self.shapes = sorted({latent.shape for latent in latents})
         self.bucket = torch.tensor([self.shapes.index(latent.shape) for latent in latents])
         self.shuffled = -1, []  # an epoch and its batches
@@ -100,7 +99,7 @@ class Draws:
             for batch in batches
         ]
         sizes = [len(batch) for batch in batches]
-        t = torch.randint(self.num_train_timesteps, (sum(sizes),), generator=generator)
+        t = torch.randint(NUM_TRAIN_TIMESTEPS, (sum(sizes),), generator=generator)
         for batch, noise, times in zip(batches, noises, t.split(sizes)):
             mine, device = batch[self.share].tolist(), self.latents[0].device
             if mine:

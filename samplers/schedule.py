@@ -80,19 +80,14 @@ class NoiseSchedule:
         sqrt_alphas_cumprod, sqrt_one_minus = self._roots_at(latents, t)
         return sqrt_alphas_cumprod * latents + sqrt_one_minus * noise
 
-    def velocity(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = sqrt(alphas_cumprod_t) eps - sqrt(1 - alphas_cumprod_t) x_0 (Salimans & Ho 2022,
-        arXiv 2202.00512, section 4), the target of a network with v-prediction; arguments, result
-        and errors as in `add_noise`.
-        """
-        sqrt_alphas_cumprod, sqrt_one_minus = self._roots_at(latents, t)
-        return sqrt_alphas_cumprod * noise - sqrt_one_minus * latents
-
     def target(self, latents: Tensor, noise: Tensor, t: Tensor, prediction_type: str) -> Tensor:
-        """What a network is trained to say: the noise, or the velocity for "v_prediction"."""
+        """What a network is trained to say: the noise, or for "v_prediction" the velocity v =
+        sqrt(alphas_cumprod_t) eps - sqrt(1 - alphas_cumprod_t) x_0 (Salimans & Ho 2022, arXiv
+        2202.00512, section 4); arguments, result and errors as in `add_noise`."""
         if prediction_type == "epsilon":
             return noise
-        return self.velocity(latents, noise, t)
+        sqrt_alphas_cumprod, sqrt_one_minus = self._roots_at(latents, t)
+        return sqrt_alphas_cumprod * noise - sqrt_one_minus * latents
 
     def _roots_at(self, latents: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The square roots of alphas_cumprod and its complement at t, (B, 1, ..), rounded to

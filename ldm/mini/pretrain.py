@@ -97,9 +97,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, (step + 1) / 100) * rate_share("cosine", step, steps)
 
 
-def steps_left(
-    name: str, steps: int, parts: dict[str, Any], args: argparse.Namespace
-) -> Iterator[int]:
+def steps_left(name: str, steps: int, parts: dict[str, Any], args) -> Iterator[int]:
     """Yields the steps that are still to be done, from the last checkpoint of `parts` (networks,
     optimizer) on, and writes checkpoints."""
     path, done = args.work / f"{name}.pt", 0
@@ -126,7 +124,7 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None
     optimizer.step()
 
 
-def train_vae(vae: AutoencoderKL, images: Tensor, args: argparse.Namespace) -> None:
+def train_vae(vae: AutoencoderKL, images: Tensor, args) -> None:
     """Minimise the squared error plus 1e-4 times the KL divergence per latent value.
 
     Whose best answer where a pixel cannot be known is the mean: speckle comes out smooth.
@@ -193,7 +191,7 @@ def train_unet(
     posterior: Posterior,
     ids: Tensor,
     empty: Tensor,
-    args: argparse.Namespace,
+    args,
 ) -> None:
     """Minimise w_t |eps - eps_theta(x_t, t, caption)|^2 (Ho et al. 2020, eq. 14); one caption in
     ten is left out.

@@ -257,4 +257,4 @@ def _crop(image: np.ndarray, rng: Rng) -> Image.Image:
     share = rng.uniform(0.6, 0.95)
     width, height = share * picture.width, share * picture.height
     left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
-    return picture.crop((round(left), round(top), round(left + width), round(top + height)))
+    return picture.crop((left, top, left + width, top + height))  # in whole pixels

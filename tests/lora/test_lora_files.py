@@ -546,7 +546,11 @@ def test_the_metadata_of_a_training_are_kohyas(tmp_path):
 @pytest.mark.parametrize(
     "said, prediction, told",
     [
-        ({"ss_clip_skip": "2"}, "epsilon", "was trained with clip skip 2, this is --clip-skip 1"),
+        (
+            {"ss_clip_skip": "2"},
+            "epsilon",
+            "was trained with clip skip 2: sample.py --clip-skip 2 does so",
+        ),
         ({"ss_clip_skip": "None", "ss_v_parameterization": "False"}, "epsilon", None),
         ({"ss_clip_skip": "1", "modelspec.prediction_type": "v"}, "v_prediction", None),
         (

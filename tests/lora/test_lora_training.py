@@ -48,9 +48,7 @@ def test_what_a_step_sees_is_these_numbers_whatever_was_asked_before():
     noise = [torch.randn(LATENTS[n].shape, generator=generator) for n in (0, 2, 4)]
     assert torch.equal(torch.cat([first.noise, second.noise]), torch.stack(noise))
     assert torch.equal(torch.cat([first.t, second.t]), torch.tensor([536, 245, 901]))
-    assert (
-        max(t for step in range(50) for b in draws(num_train_timesteps=3)(step) for t in b.t) == 2
-    )
+    assert max(t for step in range(50) for b in draws()(step) for t in b.t) > 980
 
 
 def test_the_shares_of_several_processes_are_the_whole():

@@ -36,8 +36,8 @@ def test_v_prediction_of_a_known_image_and_noise_gives_the_image_back():
     t, x0, eps = torch.tensor([300]), noise(1, 1, 3, 3, seed=1), noise(1, 1, 3, 3, seed=2)
     sigma = float(SCHEDULE.sigma(300))
     nodes = Nodes((300.0,), (sigma, 0.0), sigma)
-    for kind, target in [("epsilon", eps), ("v_prediction", SCHEDULE.velocity(x0, eps, t))]:
-        seen = []
+    for kind in ("epsilon", "v_prediction"):
+        seen, target = [], SCHEDULE.target(x0, eps, t, kind)
         denoise = Denoiser(
             lambda x_vp, t, context, target=target, seen=seen: seen.append(x_vp) or target,
             nodes,

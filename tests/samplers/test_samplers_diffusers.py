@@ -59,7 +59,9 @@ def test_add_noise_is_diffusers_ddpm_scheduler_s(diffusers):
     x, eps = torch.randn(2, len(t), 2, 3, 3, generator=torch.Generator().manual_seed(1))
     near = {"rtol": 0, "atol": 2e-6}
     torch.testing.assert_close(SCHEDULE.add_noise(x, eps, t), theirs.add_noise(x, eps, t), **near)
-    torch.testing.assert_close(SCHEDULE.velocity(x, eps, t), theirs.get_velocity(x, eps, t), **near)
+    torch.testing.assert_close(
+        SCHEDULE.target(x, eps, t, "v_prediction"), theirs.get_velocity(x, eps, t), **near
+    )
     np.testing.assert_allclose(SCHEDULE.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6)
 
 

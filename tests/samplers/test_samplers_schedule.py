@@ -52,7 +52,8 @@ def test_add_noise_and_velocity_are_the_forward_process_at_every_time(dtype):
     alphas_cumprod = torch.cumprod(1 - betas, 0).view(-1, 1, 1, 1)
     alpha, sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     tolerance = {"rtol": 0, "atol": 3e-6 if dtype == torch.float32 else 1e-13}
-    noisy, v = (f(x, eps, torch.arange(1000)) for f in (SCHEDULE.add_noise, SCHEDULE.velocity))
+    t = torch.arange(1000)
+    noisy, v = SCHEDULE.add_noise(x, eps, t), SCHEDULE.target(x, eps, t, "v_prediction")
     assert noisy.dtype == v.dtype == dtype
     torch.testing.assert_close(noisy, alpha * x + sigma * eps, **tolerance)
     torch.testing.assert_close(v, alpha * eps - sigma * x, **tolerance)
@@ -131,8 +132,8 @@ EULER = euler_nodes(SCHEDULE)
             None, EULER, CONTEXT, prediction_type="sample"
         ),
         "t is torch.float32 of shape": lambda: SCHEDULE.add_noise(X, X, torch.tensor([3.0])),
-        "must be one integer for each of 1 rows": lambda: SCHEDULE.velocity(
-            X, X, torch.tensor([3, 4])
+        "must be one integer for each of 1 rows": lambda: SCHEDULE.target(
+            X, X, torch.tensor([3, 4]), "v_prediction"
         ),
     }.items(),
 )
