@@ -52,13 +52,24 @@ class Posterior:
         return self.mean + self.std * noise
 
 
-class VAEAttention(Attention):
-    """Self-attention over the pixels of a feature map, with its group norm and residual; its one
-    head needs no splitting."""
+class VAEAttention(nn.Module):
+    """Single-head self-attention over the pixels of a feature map, with its group norm and
+    residual.
+
+    The four matrices lie directly in it, as in the checkpoints.
+    """
 
     def __init__(self, channels: int, groups: int):
-        super().__init__(channels, channels, heads=1, bias=True)
+        super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        # its matrices alone: one head needs no splitting
+        attention = Attention(channels, channels, heads=1, bias=True)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
