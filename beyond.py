@@ -12,6 +12,7 @@ lora.safetensors, for sample.py --rare-token. Both write loss.csv and args.json.
 """
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,10 +106,18 @@ class Training:
         return (self.weights[batch.t] * error).mean()
 
 
-def require_finite(step: int, loss: torch.Tensor) -> None:
-    """LoRAError for a loss that is not."""
+def descend(
+    step: int, loss: torch.Tensor, optimizer: torch.optim.Optimizer, clip: float = math.inf
+) -> float:
+    """One step of the optimizer, on gradients whose norm is cut at `clip`; the loss, LoRAError
+    where it is not finite."""
+    loss.backward()
     if not loss.isfinite():
         raise LoRAError(f"step {step + 1}: the loss is not finite: try a lower --lr")
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def inversion(args, model, images: list[Captioned]) -> list[float]:
@@ -121,12 +130,7 @@ def inversion(args, model, images: list[Captioned]) -> list[float]:
     optimizer = make_optimizer([{"params": [vector], "lr": args.lr}], 0.0, eight_bit=False)
     losses = []
     for step in progress(range(args.steps), desc="token", unit="step"):
-        loss = training.loss(step, contexts)
-        loss.backward()
-        require_finite(step, loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(descend(step, training.loss(step, contexts), optimizer))
     save_embedding(args.out / "embedding.safetensors", args.token, vector)
     return losses
 
@@ -139,17 +143,12 @@ def dreambooth(args, model, images: list[Captioned]) -> list[float]:
     texts = [*{image.caption for image in (*images, *prior)}]
     contexts = Contexts(model.tokenizer, model.text_encoder, texts, 1, dtype, trained=False)
     inject(model.unet, args.rank, args.rank, args.layers, seed=args.seed)
-    parameters = lora_parameters(model.unet)
-    optimizer = make_optimizer([{"params": parameters, "lr": args.lr}], 0.01, eight_bit=False)
+    group = {"params": lora_parameters(model.unet), "lr": args.lr}
+    optimizer = make_optimizer([group], 0.01, eight_bit=False)
     losses = []
     for step in progress(range(args.steps), desc="DreamBooth", unit="step"):
         loss = training.loss(step, contexts) + args.prior_weight * of_prior.loss(step, contexts)
-        loss.backward()
-        require_finite(step, loss)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(descend(step, loss, optimizer, clip=1.0))
     save_lora(args.out / "lora.safetensors", {"lora_unet": model.unet}, {"ss_seed": args.seed})
     return losses
 
