@@ -191,11 +191,11 @@ def answer(cells: Cells, own: tuple[str, str], classifiers: Collection[str]) -> 
         for gain in measure([Step("", *pair) for pair in ISOLATED], cells, classifiers)[:2]
     ]
     second = second or ["Whether synthetic images help is not told by these models."]
-    bar = max((scores[row] for row in scores if DATA[row[0]].synthetic), default=1)
+    bar = max((scores[row] for row in scores if DATA[row[0]].synthetic), default=2)
     ahead = [row for row in scores if scores[row] >= bar and not DATA[row[0]].synthetic][:3]
     named = "; ".join(f"{_called(row, own)}, {100 * scores[row]:.1f} %" for row in ahead)
     third = f"As good without them as the best with them ({100 * bar:.1f} %), or better: "
-    return [first, " ".join(second), f"{third}{named or 'none'}."]
+    return [first, " ".join(second), *[f"{third}{named or 'none'}."] * (bar <= 1)]
 
 
 def doubts(cells: Cells, own: tuple[str, str], recognised: Recognised) -> list[str]:

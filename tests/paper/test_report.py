@@ -149,13 +149,17 @@ def test_rows_of_different_test_sets_are_refused(tmp_path):
 
 
 def test_an_interval_is_over_images_where_no_patient_is_named(tmp_path):
-    result = finish(tmp_path)
+    result = finish(tmp_path, "ES")
     patients = np.array([f"target/b/{name}.png" for name in result.images])
     alone = replace(result, patients=patients, copies=COPIES | True)
     assert (result.units, alone.units) == ("patients", "images")
     build(tmp_path, [alone], Context("", "", True, "paper", [0], "", own=("a", "b")))
     text = (tmp_path / "report.md").read_text()
-    assert "of this network alone" in text and "over images alone" in text
+    assert (
+        "of this network alone" in text
+        and "As good without" not in text
+        and "over images alone" in text
+    )
     assert "48 images at 3 sites" in text and "nothing is claimed of patients" in text
     assert "patients" not in text.replace("claimed of patients", "")
     assert lines(section(text, "Without copies"))[-1][2:] == ["– (–)"] * 3
