@@ -37,6 +37,7 @@ def test_a_run_writes_scores_of_what_its_saved_model_predicts(classify, sites, f
     names = "args.json confusion.png metrics.json model.safetensors predictions.csv train.csv"
     assert sorted(path.name for path in tmp_path.iterdir()) == names.split()
     metrics = read_json(tmp_path / "metrics.json")
+    assert np.sum(metrics["validation"]["confusion"]) == 4
     assert metrics == json.loads(json.dumps(result)) and "without_copies" not in metrics
     assert (metrics["test"]["images"], metrics["test"]["patients"]) == (8, 4)
     rows = table(tmp_path / "predictions.csv")
@@ -264,13 +265,39 @@ def test_a_folder_gets_the_probabilities_of_the_test_to_the_bit_and_a_confidence
     cooled = p ** (1 / warmth) / (p ** (1 / warmth)).sum(axis=1, keepdims=True)
     confidence = [float(row["confidence"]) for row in rows.values()]
     np.testing.assert_allclose(confidence, cooled.max(axis=1), atol=1e-4)
-    assert 1 <= warmth <= 20 and f"temperature {warmth:.3g}, set on 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 1 <= warmth <= 20 and f"temperature {warmth:.3g}, set on 4" in said
     assert Image.open(tmp_path / "least_sure.png").width > 500
+    assert "set on 4 images of its own site; elsewhere it may be off" in said
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for flags in (["--export"], ["--predict", sites / "target"]):
+        with refused(ClassifyError, "holds a run, whose record would go"):
+            classify(tmp_path / "run", "--classifier", file, *flags, places=())
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with refused(FileExistsError, r"other settings \(--predict was .*target, is .*source\)"):
+        classify(tmp_path, "--classifier", file, "--predict", sites / "source", places=())
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "none"):
         with refused(ClassifyError, "no folder with images"):
             flags = "--classifier", file, "--predict", tmp_path / folder
             classify(tmp_path / "out", *flags, places=())
+
+
+def test_a_finished_run_is_not_replaced_by_another_unasked(classify, tmp_path):
+    classify(tmp_path, "--epochs", 1)
+    with refused(FileExistsError, r"finished run of other settings \(--lr was 0\.001, is 0\.5\)"):
+        classify(tmp_path, "--epochs", 1, "--lr", 0.5)
+    classify(tmp_path, "--epochs", 1, "--workers", 0, "--resume")
+    classify(tmp_path, "--epochs", 1, "--lr", 0.5, "--overwrite")
+    assert read_json(tmp_path / "args.json")["arguments"]["lr"] == 0.5
+
+
+def test_a_network_that_says_one_class_is_told(classify, tmp_path, capsys):
+    classify.globals["predict"] = lambda *_: torch.tensor([[0.9, 0.1]]).repeat(8, 1)
+    result = classify(tmp_path)
+    assert "warning: 8 of 8 test images are taken for a\n" in capsys.readouterr().out
+    expected = {"recall": 1.0, "precision": 0.5, "f_score": pytest.approx(2 / 3), "support": 4}
+    assert result["by_class"]["a"] == expected and [*result["scores"]] == ["ranked"]
 
 
 def test_the_temperature_is_the_likeliest():
@@ -291,7 +318,7 @@ def test_the_temperature_is_the_likeliest():
 def test_onnx_agrees_with_torch_and_says_what_feeds_it(classify, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    classify(tmp_path, "--input-range", "imagenet")
+    classify(tmp_path, "--input-range", "imagenet", "--validation", 4)
     file = tmp_path / "model.safetensors"
     classify(tmp_path / "out", "--classifier", file, "--export", places=())
     path = tmp_path / "out" / "model.onnx"
@@ -300,7 +327,9 @@ def test_onnx_agrees_with_torch_and_says_what_feeds_it(classify, tmp_path):
     assert facts["classes"] == ["a", "b"] and facts["size"] == 64
     images = torch.rand(3, 3, 64, 64)  # another number than it was exported with
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    expected = load(file)[0]((images - mean) / std).softmax(dim=1).detach().numpy()
+    logits = load(file)[0]((images - mean) / std).detach()
+    confidence = (logits / facts["temperature"]).softmax(dim=1).max(dim=1).values
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"images": images.numpy()})
-    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+    found = session.run(None, {"images": images.numpy()})
+    for ours, expected in zip(found, (logits.softmax(dim=1), confidence), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)

@@ -18,7 +18,7 @@ from small import noise_records, tiny
 from classify import ClassifyError
 from classify.data import PlaneImages, prepare
 from classify.features import classifier, features, inception, of_network
-from classify.models import build, save
+from classify.models import build, load, save
 from classify.probe import fit, kept_features, open_frozen, probe_name
 from planes import PLANES
 from planes.datasets import read_african, read_manifest, read_spanish
@@ -43,6 +43,8 @@ def family(name: str, folder: Path) -> str:
             t.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])
         ),
         "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=vision)),
+        "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config=TEXT, vision_config=vision)),
+        "mae": lambda: t.ViTMAEModel(t.ViTMAEConfig(**vision)),
         "bert": lambda: t.BertModel(t.BertConfig(**TEXT)),
     }
     models[name]().save_pretrained(folder)
@@ -139,7 +141,7 @@ def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dinov2", "beit", "vit", "resnet", "clip"])
+@pytest.mark.parametrize("name", ["dinov2", "beit", "vit", "resnet", "clip", "siglip"])
 def test_each_family_is_fed_as_its_own_processor_says_with_the_whole_image(tmp_path, name):
     extractor, _ = open_frozen(family(name, tmp_path / name), "none", 64, "cpu")
     assert extractor.size == 32
@@ -151,7 +153,7 @@ def test_each_family_is_fed_as_its_own_processor_says_with_the_whole_image(tmp_p
     mean = json.loads((tmp_path / name / "preprocessor_config.json").read_text())["image_mean"]
     x = torch.tensor(np.stack(squashed))[:, None] / 255
     x = (x - torch.tensor(mean)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    out = extractor.model(pixel_values=x)
+    out = extractor.model.vision(pixel_values=x)
     expected = out.last_hidden_state[:, 0] if name == "vit" else out.pooler_output.flatten(1)
     np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
 
@@ -160,8 +162,15 @@ def test_each_family_is_fed_as_its_own_processor_says_with_the_whole_image(tmp_p
 def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
+    edge, bare = (family("vit", tmp_path / name) for name in ("edge", "bare"))
+    file = Path(edge) / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"shortest_edge": 40}}))
+    (Path(bare) / file.name).unlink()
     for name, words in (
         (family("bert", tmp_path / "bert"), "no vision model"),
+        (family("mae", tmp_path / "mae"), "two answers"),
+        (edge, "40\\*40"),
+        (bare, r"no preprocessor_config\.json"),
         (str(tmp_path / "empty"), "cannot be opened by transformers"),
         ("nowhere", "cannot be opened by transformers"),
     ):
@@ -169,7 +178,7 @@ def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
             open_frozen(name, "none", 64, "cpu")
 
 
-def test_classify_writes_the_tables_of_a_frozen_model(classify, tmp_path):
+def test_classify_writes_the_tables_of_a_frozen_model(classify, sites, tmp_path):
     result = classify(tmp_path / "out", "--model", "probe:tiny", "--features", tmp_path / "kept")
     rows = table(tmp_path / "out" / "predictions.csv")
     probabilities = np.array([[float(row[name]) for name in "ab"] for row in rows])
@@ -180,6 +189,16 @@ def test_classify_writes_the_tables_of_a_frozen_model(classify, tmp_path):
     names = "args.json confusion.png metrics.json model.safetensors predictions.csv"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names.split()
     assert len([*(tmp_path / "kept").iterdir()]) == 2
+    # at work, as any other
+    file = tmp_path / "out" / "model.safetensors"
+    flags = "--classifier", file, "--predict", sites / "target"
+    classify(tmp_path / "new", *flags, places=())
+    found = {row["image"]: row for row in table(tmp_path / "new" / "predictions.csv")}
+    for row in rows:
+        assert all(found[f"{row['image']}.png"][key] == row[key] for key in ("a", "b"))
+    save(file, *(lambda net, about: (net[-1], about | {"digest": "x"}))(*load(file)), "ab")
+    with refused(ClassifyError, "tiny is another model than this probe was fitted on"):
+        load(file)
 
 
 @pytest.mark.slow
