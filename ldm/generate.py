@@ -43,7 +43,7 @@ def make_nodes(
 def generate(
     unet: UNet,
     context: Tensor,
-    negative_context: Tensor | None,
+    negative_context: Tensor,
     seeds: Sequence[int],
     size: tuple[int, int],
     *,
@@ -66,8 +66,7 @@ def generate(
     prediction is not finite.
     """
     nodes = make_nodes(sampler, steps, spacing, order)
-    if negative_context is not None:
-        negative_context = negative_context.expand(len(context), -1, -1)
+    negative_context = negative_context.expand(len(context), -1, -1)
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)
     settings = {} if order is None else {"order": order}
