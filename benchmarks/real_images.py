@@ -113,7 +113,7 @@ def main(args):
     )
     build(args.out, results, context)
     kept = ~results[0].copies
-    fields = ("targets", "predictions", "probabilities", "patients", "centers", "images", "copies")
+    fields = ("targets", "predictions", "patients")  # which a comparison reads
     distinct = [replace(r, **{name: getattr(r, name)[kept] for name in fields}) for r in results]
     text = "\n".join(map(differences, (results, distinct)))
     write_text(args.out / "differences.md", text)
