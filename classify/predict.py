@@ -17,7 +17,7 @@ from classify.data import PlaneImages, batches, normalise
 from classify.images import Chosen
 from classify.models import load, save
 from classify.train import predict
-from eval.figures import confusion_figure, contact_sheet
+from eval.figures import confusion_figure, labelled_sheet
 from eval.figures import save as save_figure
 from eval.metrics import evaluate
 from harness.files import TYPES, json_text, left_out, sha256, walk, whole_files, write_table
@@ -220,7 +220,7 @@ def predict_folder(
     for n in np.argsort(confidence, kind="stable")[:LEAST_SURE]:
         cells.append(open_image(paths[n], levels).resize((128, 128), Image.Resampling.BILINEAR))
         titles.append(f"{rows[n]['prediction']} {100 * confidence[n]:.0f} %")
-    return rows, contact_sheet([cells], column_labels=titles)
+    return rows, labelled_sheet(cells, titles)
 
 
 class _Exported(nn.Module):

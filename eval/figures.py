@@ -79,6 +79,8 @@ def _fonts(letters: str) -> tuple[list[str], str]:
         if found := {letter for letter in left if ord(letter) in font.get_charmap()}:
             left -= found
             fontManager.addfont(path)
+            # it says of a font without a normal weight that it takes another
+            logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
             families.append(font.family_name)
         if not left:
             break
