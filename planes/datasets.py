@@ -137,10 +137,9 @@ def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> lis
     return records
 
 
-def require_images(records: Iterable[Record]) -> None:
+def require_images(records: Sequence[Record]) -> None:
     """DatasetError unless the file of every record is there; it says how many are missing and where
     to get them."""
-    records = list(records)
     if missing := [record for record in records if not record.path.is_file()]:
         sources = dict.fromkeys(record.source for record in missing)
         remedies = (ORIGINS.get(s, f"put them into the folder of the {s} site") for s in sources)
@@ -151,11 +150,11 @@ def require_images(records: Iterable[Record]) -> None:
 
 
 def balanced(
-    records: Iterable[Record], per_plane: int, seed: int, classes: Sequence[str] = PLANES
+    records: Sequence[Record], per_plane: int, seed: int, classes: Sequence[str] = PLANES
 ) -> list[Record]:
     """`per_plane` random records of each class, whatever their order; with the same seed, fewer are
     a part of more."""
-    records, chosen = list(records), []
+    chosen = []
     for index, plane in enumerate(classes):
         pool = _sorted(record for record in records if record.plane == plane)
         if len(pool) < per_plane:

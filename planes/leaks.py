@@ -2,7 +2,7 @@
 same."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from harness.files import sha256
@@ -18,14 +18,13 @@ class Leak(NamedTuple):
     test: Record
 
 
-def leaks(train: Iterable[Record], test: Iterable[Record]) -> list[Leak]:
+def leaks(train: list[Record], test: list[Record]) -> list[Leak]:
     """For each test image of a training patient one leak, and one for each byte-identical copy of
     it in training.
 
     The African set needs it: it repeats images under other patient numbers, across its own split.
     The images must be there.
     """
-    train, test = list(train), list(test)
     patients, known = {record.patient: record for record in reversed(train)}, {*train}
     return [Leak("patient", patients[r.patient], r) for r in test if r.patient in patients] + [
         Leak("file", copy, r)

@@ -181,7 +181,7 @@ def test_a_balanced_selection_takes_as_many_of_each_plane_and_depends_on_the_see
     assert Counter(r.plane for r in chosen) == dict.fromkeys(PLANES, 6) and len({*chosen}) == 30
     assert [r.path.stem for r in chosen[:3]] == ["p1_2", "p5_0", "p18_1"]
     shuffled = random.Random(0).sample(records, len(records))
-    assert balanced(iter(shuffled), 6, seed=1) == chosen
+    assert balanced(shuffled, 6, seed=1) == chosen
     assert set(balanced(records, 4, seed=1)) < set(chosen)
     femurless = [r for r in records if r.plane is not Plane.FEMUR]
     with refused(DatasetError, "only 0 images of femur, but 5 of each"):
@@ -224,7 +224,7 @@ def test_a_shared_patient_and_a_copied_file_are_both_found(tmp_path):
     # d and e: a patient of training; f: copied twice; g: of equal length only; h: nothing shared
     test = [record("d", 1, b"dd"), record("e", 1, b"ee"), record("f", 5, b"aaaa")]
     test += [record("g", 6, b"gggg"), record("h", 7, b"hhhhhh")]
-    assert describe_leaks(leaks(iter(train), iter(test))).splitlines() == [
+    assert describe_leaks(leaks(train, test)).splitlines() == [
         "test images are not new:",
         "  d (1) has the patient of a (1)",
         "  e (1) has the patient of a (1)",
