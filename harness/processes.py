@@ -29,12 +29,8 @@ def join() -> None:
     if size == "1" or dist.is_initialized():
         return
     names = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
-    absent = [name for name in names if not os.environ.get(name)]
-    if absent or not size.isdecimal():
-        without = f" without {', '.join(absent)}" * bool(absent)
-        raise OSError(
-            f"the environment has WORLD_SIZE={size}{without}: unset it, or start with torchrun"
-        )
+    if not size.isdecimal() or not all(map(os.environ.get, names)):
+        raise OSError(f"WORLD_SIZE={size} is not torchrun's: unset it, or start with torchrun")
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)

@@ -107,19 +107,19 @@ def _read_metadata(file: Path, repeats: int) -> list[Captioned]:
             continue
         try:
             row = from_json(line)
-            name, caption = row["file_name"], row["text"] if "text" in row else row["caption"]
-            good = bool(name.strip() and caption.strip())
+            name, caption = row["file_name"], row.get("text", row.get("caption")).strip()
+            if not name.strip() or not caption:
+                raise ValueError
         except (ValueError, LookupError, TypeError, AttributeError):
-            good = False
-        if not good:
             needed = '{"file_name": "image.png", "text": "its caption"}'
-            raise DatasetError(f"{file}, line {number}: must be like {needed}, neither empty")
+            line = f"{file}, line {number}: must be like {needed}, neither empty"
+            raise DatasetError(line) from None
         if not (path := file_below(file.parent, name)).is_file():
             raise DatasetError(
                 f"{file}, line {number}: {name} is not there; file_name is relative to"
                 f" {file.parent}"
             )
-        images.append(Captioned(path, caption.strip(), repeats))
+        images.append(Captioned(path, caption, repeats))
     if not images:
         raise DatasetError(f"{file}: no images listed in it")
     return images

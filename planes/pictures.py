@@ -1,5 +1,4 @@
-"""Image files as a person sees them: one way to open them for LoRA and the
-classifiers alike."""
+"""Image files as a person sees them: one way to open them for LoRA and the classifiers alike."""
 
 import logging
 import warnings

@@ -1,4 +1,5 @@
-"""Writes the phantoms of two sites: python -m planes.phantoms --out OUT."""
+"""Writes the phantoms of two sites in the real datasets' layouts: python -m planes.phantoms --out
+OUT."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +12,7 @@ PATIENTS = 25  # per country of african/
 
 
 def parse_args(argv=None):
-    text = "Write both sites' phantoms in the layouts of the real datasets."
-    parser = argparse.ArgumentParser(prog="python -m planes.phantoms", description=text)
+    parser = argparse.ArgumentParser(prog="python -m planes.phantoms", description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="gets spanish/ (site A) and african/")
     add("--african-site", choices=SITES, default="B", help="whose phantoms african/ holds")
