@@ -29,7 +29,7 @@ from ldm.text import encode_prompts  # noqa: E402
 from lora import LoRALayer  # noqa: E402
 from planes import Plane  # noqa: E402
 from planes.phantoms.phantom import phantom  # noqa: E402
-from planes.phantoms.sites import SITE_A  # noqa: E402
+from planes.phantoms.sites import SITES  # noqa: E402
 from samplers import (  # noqa: E402
     Denoiser,
     Nodes,
@@ -63,7 +63,7 @@ def noise(*seeds: int) -> Tensor:
 
 def phantom_image() -> Tensor:
     """A brain phantom, (64, 64) in [-1, 1]."""
-    pixels = phantom(Plane.BRAIN, SITE_A, np.random.default_rng(3), np.random.default_rng(4))
+    pixels = phantom(Plane.BRAIN, SITES["A"], np.random.default_rng(3), np.random.default_rng(4))
     image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)) / 127.5 - 1
 

@@ -14,7 +14,7 @@ from PIL import Image
 from harness.files import write_text
 from planes import PLANES, Plane
 from planes.phantoms.scanner import BONE, BRIGHT, DIM, FLUID, TISSUE, Rng, Tissue, annotate, scan
-from planes.phantoms.sites import SITE_A, SITE_B, Site
+from planes.phantoms.sites import SITES, Site
 
 # --- anatomy: how the paper describes the planes, one function each ---
 
@@ -138,7 +138,7 @@ def phantom(plane: Plane, site: Site, patient: Rng, image: Rng) -> np.ndarray:
 
 
 def write_spanish_layout(
-    root: Path, train: int | Mapping[Plane, int], test: int, seed: int, site: Site = SITE_A
+    root: Path, train: int | Mapping[Plane, int], test: int, seed: int, site: Site = SITES["A"]
 ) -> None:
     """Phantoms laid out as FETAL_PLANES_DB: `train` and `test` images per plane, one to four of a
     patient.
@@ -169,7 +169,7 @@ def write_spanish_layout(
     write_text(root / "FETAL_PLANES_DB_data.csv", "\n".join(rows) + "\n")
 
 
-def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITE_B) -> None:
+def write_african_layout(root: Path, patients: int, seed: int, site: Site = SITES["B"]) -> None:
     """Phantoms laid out as the African dataset: `patients` per country, one image of each plane;
     every other one tests.
 

@@ -17,7 +17,7 @@ from paper.plan import Scale
 from paper.results import ResultError
 from paper.stages import Stages
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
-from planes.phantoms.sites import SITE_C
+from planes.phantoms.sites import SITES
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +143,7 @@ def run(tmp_path_factory):
     root = tmp_path_factory.mktemp("elsewhere")
     write_spanish_layout(root / "spanish", train=2, test=0, seed=0)
     write_african_layout(root / "b", patients=2, seed=0)
-    write_african_layout(root / "c", patients=4, seed=1, site=SITE_C)
+    write_african_layout(root / "c", patients=4, seed=1, site=SITES["C"])
     classify = runpy.run_path(str(ROOT / "classify.py"), run_name="classify_script")
     flags = f"--spanish {root}/spanish --african {root}/b --weights none --size 64 --epochs 1"
     flags += f" --workers 0 --seed 3 --out {root}/run/rows/ES/resnet18/seed3"
