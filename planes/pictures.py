@@ -60,7 +60,7 @@ def open_image(path: Path, levels: Sequence[float] = ()) -> Image.Image:
 def with_levels(images: list, where: Path) -> list:
     """Records or captioned images of one site or folder with its `levels_of` in each."""
     levels = levels_of(tuple(image.path for image in images), where)
-    return [replace(image, levels=levels) for image in images] if levels else images
+    return [replace(image, levels=levels) for image in images]
 
 
 @cache
@@ -76,8 +76,7 @@ def levels_of(paths: tuple[Path, ...], where: Path) -> tuple[float, ...]:
         deep = [ends for ends in pool.map(_ends, paths) if ends]
     if not deep:
         return ()
-    lowest, highest = zip(*deep)
-    ends = min(lowest), max(highest)
+    ends = min(deep)[0], max(high for _, high in deep)
     text = "%s: %d of %d images have more than 8 bits; scaled from %g..%g to 0..255"
     logging.getLogger(__name__).warning(text, where, len(deep), len(paths), *ends)
     return ends

@@ -53,8 +53,7 @@ def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0)
         raise DatasetError(
             f"{root}: no such folder; a site is a folder with one folder of images for each class"
         )
-    table = root / TABLE
-    if table.is_file():
+    if (table := root / TABLE).is_file():
         rows = read_table(table, "image", "class", optional=("patient", "split"))
     else:
         rows = _folders(root)
