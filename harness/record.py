@@ -90,11 +90,8 @@ def differences(before: Mapping[str, object], now: Mapping[str, object]) -> str:
 def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str, str]) -> None:
     """Write folder/environment.json: what record_run writes, the machine, and the commit of this
     code."""
-    machine = {
-        "system": platform.platform(),
-        "cpus": os.cpu_count(),
-        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-    }
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    machine = {"system": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
     code = code_version(Path(__file__).resolve().parents[1])
     record_run(folder, args, inputs, "environment.json", machine=machine, code=code)
 
