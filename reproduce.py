@@ -258,7 +258,7 @@ def main(args):
         selections = Selections(roots, *choice) if roots[0] else None
         print(look(args, scale, selections) + preview(args, scale, selections))
         return
-    with alone_in(args.out, together=True):
+    with alone_in(args.out):
         # the first of several processes makes and fetches, the others find it there
         for turn in (True, False):
             if processes.is_first() is turn:

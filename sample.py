@@ -12,7 +12,6 @@ how many are made at once too.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -227,7 +226,7 @@ def write_outputs(args, groups, others, hashes) -> None:
     record_run(args.out, args, hashes | files)
 
 
-@partial(alone, together=True)
+@alone
 def main(args):
     # what is wrong with samplers and prompts is told before the model is loaded
     for name in args.samplers:

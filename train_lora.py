@@ -394,7 +394,7 @@ def write_outputs(
         print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-@partial(alone, together=True)
+@alone
 def main(args):
     refuse_to_replace(args)
     # data: images and their captions, and those that are held out

@@ -76,31 +76,26 @@ def run(
         sys.exit(code)
 
 
-def alone(
-    main: Callable[[Namespace], object], together: bool = False
-) -> Callable[[Namespace], object]:
-    """A script's main that has args.out to itself while it runs (`alone_in`).
-
-    together: all processes of torchrun are at it
-    """
+def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
+    """A script's main that has args.out to itself while it runs (`alone_in`)."""
 
     @functools.wraps(main)
     def _held(args: Namespace) -> object:
-        with alone_in(args.out, together):
+        with alone_in(args.out):
             return main(args)
 
     return _held
 
 
 @contextlib.contextmanager
-def alone_in(out: Path, together: bool = False) -> Iterator[None]:
-    """Holds a folder, made if need be; it goes again where nothing was written into it.
+def alone_in(out: Path) -> Iterator[None]:
+    """Holds a folder, made if need be; it goes again where nothing was written into it. The first
+    of torchrun's processes holds it for all of them, who begin when it does.
 
-    together: the first of torchrun's processes holds it for all of them, who begin when it does
     Raises OSError, one line, where it is no folder that can be written to, or where another process
     holds it, which is named. The lock is the system's: it ends with the process, however that ends.
     """
-    if together and not processes.is_first():
+    if not processes.is_first():
         processes.barrier()
         yield
         return
@@ -114,8 +109,7 @@ def alone_in(out: Path, together: bool = False) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(out):
-            if together:
-                processes.barrier()
+            processes.barrier()
             yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty ends it

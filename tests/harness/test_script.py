@@ -118,7 +118,7 @@ def test_a_world_size_of_somebody_elses_making_is_a_line(monkeypatch, capsys, si
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("RANK", raising=False)
-    with exits(capsys, f"x.py: the environment has WORLD_SIZE={size} without RANK, "):
+    with exits(capsys, f"x.py: WORLD_SIZE={size} is not torchrun's: "):
         run(Namespace, print)
 
 
