@@ -65,7 +65,7 @@ def file_below(folder: Path, name: str) -> Path:
     two. Where there is none, the name as it stands."""
     other = name.replace("\\", "/")
     paths = [folder / text for text in (name, normalize("NFC", other), normalize("NFD", other))]
-    return next((path for path in paths if path.is_file()), paths[0])
+    return next(filter(Path.is_file, paths), paths[0])
 
 
 def told_apart(*folders: Path) -> list[str]:

@@ -40,7 +40,7 @@ def write_prompts(folder: Path, prompts: Mapping[str, str]) -> Path:
 def prompts_file(loras: Sequence[Path], *models: str) -> Path | None:
     """The PROMPTS_FILE beside the first of the LoRAs that has one, or in a model's folder."""
     places = [*(path.parent for path in loras), *models]
-    return next((f for f in (Path(place, PROMPTS_FILE) for place in places) if f.is_file()), None)
+    return next(filter(Path.is_file, (Path(place, PROMPTS_FILE) for place in places)), None)
 
 
 def prompts_beside(loras: Sequence[Path], *models: str) -> dict[str, str]:
@@ -133,8 +133,7 @@ def with_token(text: str, token: str | None) -> str:
     """
     if token is None or re.search(rf"(?<!\w){re.escape(token)}(?!\w)", text):
         return text
-    start = "a photo of " if text.startswith("a photo of ") else ""
-    return f"{start}{token} {text.removeprefix(start)}"
+    return re.sub("^(a photo of )?", lambda start: f"{start[0]}{token} ", text)
 
 
 def training_images(
