@@ -171,7 +171,7 @@ def training_images(
         patients = {record.patient for record in chosen}
         pool = [record for record in pool if record.patient not in patients]
     if count > len(pool) - bool(args.images):
-        raise DatasetError(f"{count} images cannot be held out: {len(pool)} are left for it")
+        raise DatasetError(f"--validation {count}: images left to hold out: {len(pool)}")
     unseen = [pool[n] for n in sorted(rng.permutation(len(pool))[:count])]
     chosen = [image for image in chosen if image not in unseen]
     require_images(chosen + unseen)

@@ -158,9 +158,7 @@ def balanced(
     for index, plane in enumerate(classes):
         pool = _sorted(record for record in records if record.plane == plane)
         if len(pool) < per_plane:
-            raise DatasetError(
-                f"only {len(pool)} images of {plane}, but {per_plane} of each were asked for"
-            )
+            raise DatasetError(f"images of {plane}: {len(pool)}, {per_plane} of each are asked for")
         chosen += [
             pool[n] for n in np.random.default_rng([seed, index]).permutation(len(pool))[:per_plane]
         ]

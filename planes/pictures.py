@@ -77,7 +77,7 @@ def levels_of(paths: tuple[Path, ...], where: Path) -> tuple[float, ...]:
     if not deep:
         return ()
     ends = min(deep)[0], max(high for _, high in deep)
-    text = "%s: %d of %d images have more than 8 bits; scaled from %g..%g to 0..255"
+    text = "%s: more than 8 bits in %d of %d images; scaled from %g..%g to 0..255"
     logging.getLogger(__name__).warning(text, where, len(deep), len(paths), *ends)
     return ends
 

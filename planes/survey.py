@@ -65,10 +65,8 @@ def survey(
             )
         least = min(Counter(record.plane for record in train).values())
         if fewer and least < per_class:
-            warnings.append(
-                f"a LoRA is trained on {least} images of each class, as many as the rarest has, not"
-                f" on {per_class}"
-            )
+            told = f"a LoRA takes as many images of each class as the rarest has: {least}"
+            warnings.append(f"{told}, not {per_class}")
         else:
             balanced(train, per_class, 0, classes)
     require_images(records)
@@ -97,7 +95,7 @@ def _table(root: Path, site: list[Record]) -> str:
         changed = [record.path.stat().st_mtime_ns for record in site]
         looks = [*threads.map(_look, site, changed)]
     if bad := [look for look in looks if isinstance(look, ImageError)]:
-        raise ImageError(f"{bad[0]} (so are {len(bad)} of {len(site)} images of {root})")
+        raise ImageError(f"{bad[0]} (unreadable in {root}: {len(bad)} of {len(site)})")
     bits, sizes = (sorted({*values}) for values in zip(*looks))
     px = " to ".join(dict.fromkeys(f"{w}x{h}" for w, h in (sizes[0], sizes[-1])))
     lines = [f"{root}: {len(site)} images of {' and '.join(map(str, bits))} bits, {px} px"]

@@ -95,7 +95,7 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     again, held_out = images_of(spanish=tmp_path / "spanish", validation=3)
     assert again == drawn and len(held_out) == 3 and all(of[i.path].train for i in held_out)
     assert not {of[i.path].patient for i in held_out} & {of[i.path].patient for i in drawn}
-    with refused(DatasetError, "99 images cannot be held out"):
+    with refused(DatasetError, "validation 99: images left to hold out: "):
         images_of(spanish=tmp_path / "spanish", validation=99)
 
     own = tmp_path / "own" / "20_fetal brain"  # of a folder: no longer trained on
@@ -106,7 +106,7 @@ def test_training_images_are_a_folders_with_its_repeats_or_the_datasets_with_one
     rest, held_out = images_of(images=own.parent, validation=1)
     assert [(i.caption, i.repeats) for i in every] == [("fetal brain", 20)] * 3
     assert len(held_out) == 1 and sorted([*rest, *held_out], key=lambda i: i.path) == every
-    with refused(DatasetError, "3 images cannot be held out"):
+    with refused(DatasetError, "validation 3: images left to hold out: 3"):
         images_of(images=own.parent, validation=3)
     said = []
     images_of(said.append, images=own.parent, validation=1)

@@ -105,7 +105,7 @@ def test_more_than_eight_bits_are_refused_by_name_or_scaled_as_their_site(tmp_pa
     site = read_site(tmp_path, "source", train=True)
     assert [record.levels for record in site] == [(0, 5000)] * 2
     assert caplog.messages == [
-        f"{tmp_path}: 2 of 2 images have more than 8 bits; scaled from 0..5000 to 0..255"
+        f"{tmp_path}: more than 8 bits in 2 of 2 images; scaled from 0..5000 to 0..255"
     ]
     captioned, _ = training_images(Namespace(images=tmp_path, seed=0, validation=0))
     assert [image.levels for image in captioned] == [(0, 5000)] * 2

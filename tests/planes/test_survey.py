@@ -43,7 +43,7 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
     assert f"{root}/a: 6 images of 8 bits, 9x8 to 10x8 px\n" in found
     assert (rows[2], rows[8]) == (["bar", "3", "3", "0", "3"], ["disc", "1", "0", "1", "1"])
     assert [line.replace(root, "") for line in said] == [
-        "a LoRA is trained on 3 images of each class, as many as the rarest has, not on 20",
+        "a LoRA takes as many images of each class as the rarest has: 3, not 20",
         "/a: fewer than 8 images of bar (3), disc (3): scores will say little",
         "/a: folders below a class are taken for patients: p0, p1, p2",
         "/b: fewer than 8 images of bar (3), disc (1): scores will say little",
@@ -68,11 +68,11 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
 @pytest.mark.parametrize(
     "change, words",
     {
-        "": "0.png: not a readable image .*; replace or remove it .so are 2 of 6 images of .*a",
+        "": "0.png: not a readable image .*; replace or remove it .unreadable in .*a: 2 of 6",
         "b/rivet/0.png": "a: nobody can learn rivet, as no images are there to train on",
         "a/images.csv": "a: nobody can learn bar, as no images are there to train on",
         "template": "'no place': a template says once where the class goes",
-        "per_class": "only 3 images of bar, but 4 of each were asked for",
+        "per_class": "images of bar: 3, 4 of each are asked for",
     }.items(),
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_once(sites, tmp_path, change, words):
