@@ -73,8 +73,9 @@ class SaveTimes:
 def write_state(path: Path, state: Mapping[str, Any]) -> None:
     """torch.save, whole or not at all. Raises OSError."""
     try:
-        with whole_file(path) as part:
-            torch.save(dict(state), part)
+        # to a file: given a name, torch would write that into it, and no two runs were equal
+        with whole_file(path) as part, part.open("wb") as file:
+            torch.save(dict(state), file)
     except RuntimeError as error:  # torch's word for a disk that is full
         reason = str(error).splitlines()[0]
         raise OSError(f"{path}: cannot be written; is the disk full? ({reason})") from None

@@ -114,7 +114,7 @@ def test_the_environment_names_arguments_versions_inputs_and_machine(tmp_path):
     assert said["machine"]["cpus"] >= 1
 
 
-def test_a_state_is_read_by_the_run_that_wrote_it_and_by_no_other(tmp_path):
+def test_a_state_is_read_by_the_run_that_wrote_it_and_by_no_other(tmp_path, monkeypatch):
     path, tensor = tmp_path / "checkpoint.pt", torch.arange(3.0)
     write_state(path, {"identity": {"rank": "4", "a.png": "x"}, "tensor": tensor})
     first = path.read_bytes()
@@ -122,8 +122,9 @@ def test_a_state_is_read_by_the_run_that_wrote_it_and_by_no_other(tmp_path):
     def read(identity, restore=lambda state: state):
         return read_state(path, identity, "train.py", Mistake, restore)
 
+    monkeypatch.setattr("os.getpid", lambda: 1)
     write_state(path, read({"rank": "4", "a.png": "x"}))
-    assert path.read_bytes() == first  # whether made or read
+    assert path.read_bytes() == first  # whether made or read, by whatever process
     with refused(Mistake, r"other settings \(--rank was 4, is 8; a\.png was x, is None\)"):
         read({"rank": "8"})
     with refused(Mistake, r"no checkpoint of train\.py"):
