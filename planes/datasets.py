@@ -139,13 +139,13 @@ def read_synthetic(manifest: str | Path, classes: Sequence[str] = PLANES) -> lis
 
 def require_images(records: Sequence[Record]) -> None:
     """DatasetError unless the file of every record is there; it says how many are missing and where
-    to get them."""
+    to get the first."""
     if missing := [record for record in records if not record.path.is_file()]:
-        sources = dict.fromkeys(record.source for record in missing)
-        remedies = (ORIGINS.get(s, f"put them into the folder of the {s} site") for s in sources)
+        source = missing[0].source
+        remedy = ORIGINS.get(source, f"put them into the folder of the {source} site")
         raise DatasetError(
             f"{len(missing)} of {len(records)} images are missing, such as {missing[0].path};"
-            f" {'; '.join(remedies)}"
+            f" {remedy}"
         )
 
 

@@ -6,7 +6,6 @@ archives stay beside what is unpacked, and may be deleted.
 
 import argparse
 import hashlib
-import http.client
 import json
 import shutil
 import sys
@@ -98,7 +97,7 @@ def fetch(source: Source, to: Path, api: str = API) -> Path:
         for file in files:
             if not file.is_file():
                 _download(listed[file.name], file)
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+    except Exception as error:  # a server may answer anything at all
         raise DatasetError(
             f"{source.file or source.folder} cannot be fetched ({error}); run this again to go on,"
             f" or get https://zenodo.org/records/{source.number} in a browser and unpack it as"

@@ -110,7 +110,7 @@ def _read_metadata(file: Path, repeats: int) -> list[Captioned]:
             name, caption = row["file_name"], row.get("text", row.get("caption")).strip()
             if not name.strip() or not caption:
                 raise ValueError
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except Exception:  # a line may hold anything at all
             needed = '{"file_name": "image.png", "text": "its caption"}'
             line = f"{file}, line {number}: must be like {needed}, neither empty"
             raise DatasetError(line) from None
