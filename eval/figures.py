@@ -6,7 +6,6 @@ Each function returns a matplotlib Figure made without pyplot, so that nothing g
 there is room, and where matplotlib's own font lacks a letter, another installed font draws it.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from textwrap import wrap
+from warnings import warn
 
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
@@ -42,16 +43,15 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     what these stand for, "" mostly, and says it.
     """
     labels = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
-    fonts, lacking = _fonts("".join(sorted({*"".join(label.get_text() for label in labels)})))
+    fonts, lacking = _fonts(frozenset("".join(label.get_text() for label in labels)))
     numbers: dict[str, str] = {}
 
     def drawable(text: str) -> str:
-        words = f"[{re.escape(lacking)}]+" if lacking else "(?!)"
-        return re.sub(words, lambda w: numbers.setdefault(w[0], f"[{len(numbers) + 1}]"), text)
+        return re.sub(lacking, lambda w: numbers.setdefault(w[0], f"[{len(numbers) + 1}]"), text)
 
     for label in labels:
         label.set(fontfamily=fonts, text=drawable(label.get_text()))
-    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    for axis in figure.findobj(Axis):
         ticks = [label.get_text() for label in axis.get_majorticklabels()]
         if (shown := [*map(drawable, ticks)]) != ticks:  # else they are written anew
             axis.set_ticklabels(shown)
@@ -59,24 +59,21 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     figure.savefig(path, dpi=dpi, format="png", **look)
     legend = ", ".join(f"{mark} is {word}" for word, mark in numbers.items())
     if legend:
-        _say(f"no installed font has the letters of some names, so in figures {legend}")
+        warn(f"no installed font has the letters of some names: {legend}", stacklevel=1)
     return legend
 
 
-_say = cache(logging.getLogger(__name__).warning)  # each line once
-
-
 @cache
-def _fonts(letters: str) -> tuple[list[str], str]:
-    """Font families that together draw these letters, matplotlib's own first, and the letters that
-    none has."""
+def _fonts(letters: frozenset[str]) -> tuple[list[str], str]:
+    """Font families that together draw these letters, matplotlib's own first, and a regular
+    expression that fits words of those that none has."""
     families, left = ["DejaVu Sans"], {*filter(str.isprintable, letters)}
     for path in [fontManager.findfont(families[0]), *sorted(findSystemFonts())]:
         try:
             font = get_font(path)
         except (OSError, RuntimeError):  # no outlines, such as coloured pictures
             continue
-        if found := {letter for letter in left if ord(letter) in font.get_charmap()}:
+        if found := left & {*map(chr, font.get_charmap())}:
             left -= found
             fontManager.addfont(path)
             # it says of a font without a normal weight that it takes another
@@ -84,7 +81,7 @@ def _fonts(letters: str) -> tuple[list[str], str]:
             families.append(font.family_name)
         if not left:
             break
-    return families, "".join(sorted(left))
+    return families, f"[\0{re.escape(''.join(sorted(left)))}]+"
 
 
 def _lines(labels: Iterable[str], inches: float, size: float = 9) -> list[str]:
@@ -113,17 +110,19 @@ def _grid(
     column_labels: Sequence[str],
     beside: tuple[float, float] = (0, 0),
 ) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes, (rows, columns), with a label before each row and above each column.
+    """A figure and its axes, (rows, columns), with a label before each row and a title above each
+    column, or above each cell where there are so many.
 
     cell: width and height of one, in inches; beside: of what else stands left and below
     """
     rows, titles = _lines(row_labels, 2), _lines(column_labels, cell[0])
-    margins = beside[0] + _size(rows)[0], beside[1] + _size(titles)[1]
+    titled = -(-len(titles) // shape[1])  # rows
+    margins = beside[0] + _size(rows)[0], beside[1] + titled * _size(titles)[1]
     size = np.multiply(cell, shape[::-1]) + margins
     figure = Figure(figsize=size, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
     grid = figure.subplots(*shape, squeeze=False)
-    for axes, label in zip(grid[0], titles):
+    for axes, label in zip(grid.flat, titles):
         axes.set_title(label, fontsize=9)
     for axes, label in zip(grid[:, 0], rows):
         axes.set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center", labelpad=8)
@@ -155,14 +154,10 @@ def contact_sheet(
     return figure
 
 
-def labelled_sheet(images: Sequence[object], labels: Sequence[str], columns: int = 5) -> Figure:
-    """Images as for `contact_sheet`, so many in a row, each below a label of its own."""
-    rows = [images[n : n + columns] for n in range(0, len(images), columns)]
-    figure, labels = contact_sheet(rows), _lines(labels, 1.4)
-    for axes, label in zip(figure.axes, labels):
-        axes.set_title(label, fontsize=9)
-    figure.set_figheight(figure.get_figheight() + len(rows) * _size(labels)[1])
-    return figure
+def labelled_sheet(images: Sequence[object], labels: Sequence[str]) -> Figure:
+    """Images as for `contact_sheet`, five in a row, each below a label of its own."""
+    rows = [images[n : n + 5] for n in range(0, len(images), 5)]
+    return contact_sheet(rows, column_labels=labels)
 
 
 def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
