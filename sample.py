@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from eval.figures import first_images_figure, save
+from eval.figures import contact_sheet, save
 from harness import processes
 from harness.files import folder_hash, sha256, write_text
 from harness.flags import (
@@ -217,11 +217,13 @@ def write_outputs(args, groups, others, hashes) -> None:
     run was."""
     every = [shot for group in groups for shot in group]
     write_text(args.out / "manifest.csv", manifest.manifest_text(every, others, args.out))
-    images = {sampler: {} for sampler in args.samplers}
+    rows = {}
     for group in groups:
-        first = [Image.open(args.out / shot.image) for shot in group[:4]]
-        images[group[0].sampler][group[0].plane] = first
-    save(first_images_figure(images), args.out / "contact_sheet.png")
+        for n, shot in enumerate(group[:4]):
+            rows.setdefault((shot.sampler, n), []).append(Image.open(args.out / shot.image))
+    labels = ["" if n else sampler for sampler, n in rows]
+    titles = dict.fromkeys(group[0].plane for group in groups)
+    save(contact_sheet([*rows.values()], labels, [*titles]), args.out / "contact_sheet.png")
     files = {str(path): folder_hash(path) for path in args.lora}
     record_run(args.out, args, hashes | files)
 

@@ -160,20 +160,6 @@ def labelled_sheet(images: Sequence[object], labels: Sequence[str]) -> Figure:
     return contact_sheet(rows, column_labels=labels)
 
 
-def first_images_figure(images: Mapping[str, Mapping[str, Sequence[object]]]) -> Figure:
-    """A column for each prompt, and for each sampler a row of its first image of each, one of its
-    second, ..
-
-    images: sampler -> prompt or plane -> images as for `contact_sheet`, equally many everywhere
-    """
-    rows, labels = [], []
-    for sampler, columns in images.items():
-        found = list(zip(*columns.values()))
-        rows += found
-        labels += [sampler] + [""] * (len(found) - 1)
-    return contact_sheet(rows, labels, list(columns))
-
-
 def confusion_figure(
     matrices: Mapping[tuple[str, str], np.ndarray], classes: Sequence[str], percent: bool = False
 ) -> Figure:

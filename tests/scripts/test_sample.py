@@ -219,11 +219,13 @@ def test_a_run_of_another_plane_leaves_the_rows_of_images_that_are_there(tiny_mo
 def test_the_contact_sheet_shows_four_images_of_each_prompt_and_sampler(
     tiny_model, tmp_path, monkeypatch
 ):
-    shown = []
-    monkeypatch.setattr(sample, "first_images_figure", lambda images: shown.append(images))
+    figures = []
+    monkeypatch.setattr(sample, "save", lambda figure, path: figures.append(figure))
     draw(tiny_model, tmp_path, *["--planes", "brain", "femur", "--count", "5", "--steps", "1"])
-    counts = {s: {p: len(i) for p, i in planes.items()} for s, planes in shown[0].items()}
-    assert counts == {key: {"brain": 4, "femur": 4} for key in ("euler", "unipc")}
+    axes = figures[0].axes
+    assert [a.get_title() for a in axes[:2]] == ["brain", "femur"]
+    assert [a.get_ylabel() for a in axes[::2]] == ["euler", "", "", "", "unipc", "", "", ""]
+    assert {len(a.images) for a in axes} == {1}
 
 
 @pytest.mark.slow
