@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from eval.figures import confusion_figure, labelled_sheet
 from eval.figures import save as save_figure
 from eval.metrics import evaluate
 from harness.files import TYPES, json_text, left_out, sha256, walk, whole_files, write_table
-from harness.record import arguments_of, record_run, refuse_to_replace
+from harness.record import record_run, refuse_to_replace
 from planes.datasets import Record, count
 from planes.pictures import open_image
 
@@ -156,22 +155,14 @@ def _confidence(probabilities: Tensor, description: dict) -> Tensor:
 
 def use(args: Namespace, say: Callable[[str], object]) -> None:
     """--predict and --export of classify.py. Raises ClassifyError, DatasetError, OSError."""
-    before = arguments_of(args.out)
-    if before and not before.get("classifier"):
-        raise ClassifyError(f"--out {args.out}: holds a run, whose record would go; give another")
+    refuse_to_replace(args)
     if args.predict and args.out.resolve() == args.predict.resolve():
         raise ClassifyError(f"--out {args.out}: is the folder that --predict reads; give another")
-    both = args.predict and before.get("predict")
-    refuse_to_replace(args, "export", *(() if both else ("predict",)))
     model, description = load(args.classifier)
     if args.predict is not None:
         # as it was tested: another order has other last bits
         model.to(args.device, memory_format=torch.channels_last)
-        rows, sheet = predict_folder(model, description, args.predict, args.workers, say)
-        with whole_files(args.out) as part:
-            write_table(part / "predictions.csv", rows)
-            save_figure(sheet, part / "least_sure.png")
-        say(f"{len(rows)} images of {args.predict}: {args.out / 'predictions.csv'}, least_sure.png")
+        predict_folder(model, description, args, say)
     if args.export:
         export(model.cpu(), description, args.out)
         say(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
@@ -179,15 +170,16 @@ def use(args: Namespace, say: Callable[[str], object]) -> None:
 
 
 def predict_folder(
-    model: nn.Module, description: dict, folder: Path, workers: int, say: Callable[[str], object]
-) -> tuple[list[dict[str, str]], Figure]:
-    """(a row for each image in a folder and below it, in the order of their paths; a figure of the
-    least sure ones).
+    model: nn.Module, description: dict, args: Namespace, say: Callable[[str], object]
+) -> None:
+    """Writes predictions.csv, a row for each image in a folder and below it, in the order of their
+    paths, and least_sure.png.
 
     A row has the image's path, the likeliest class, the confidence in it and the probability of
     each class, in float32 as ONNX has it. The confidence is that probability, or where the run had
     validation images what they make of it (`temperature`).
     """
+    folder = args.predict
     paths, others = walk(folder) if folder.is_dir() else ([], [])
     if not paths:
         raise ClassifyError(f"--predict {folder}: no folder with images ({', '.join(TYPES)}) in it")
@@ -204,7 +196,7 @@ def predict_folder(
     # of no class that is known
     about = classes[0], "", False, "target", "", levels
     images = PlaneImages([Record(path, *about) for path in paths], description["size"], classes)
-    loader = batches(images, description["batch_size"], workers)
+    loader = batches(images, description["batch_size"], args.workers)
     probabilities = predict(model, loader, description["input_range"])
     confidence = _confidence(probabilities, description).numpy()
     rows = [
@@ -220,7 +212,10 @@ def predict_folder(
     for n in np.argsort(confidence, kind="stable")[:LEAST_SURE]:
         cells.append(open_image(paths[n], levels).resize((128, 128), Image.Resampling.BILINEAR))
         titles.append(f"{rows[n]['prediction']} {100 * confidence[n]:.0f} %")
-    return rows, labelled_sheet(cells, titles)
+    with whole_files(args.out) as part:
+        write_table(part / "predictions.csv", rows)
+        save_figure(labelled_sheet(cells, titles), part / "least_sure.png")
+    say(f"{len(rows)} images of {folder}: {args.out / 'predictions.csv'}, least_sure.png")
 
 
 class _Exported(nn.Module):

@@ -52,18 +52,15 @@ def record_run(
     write_text(folder / name, json.dumps(record, indent=2, default=str) + "\n")
 
 
-def refuse_to_replace(args: argparse.Namespace, *free: str) -> None:
+def refuse_to_replace(args: argparse.Namespace) -> None:
     """Raises FileExistsError, one line, where args.out holds a finished run of other settings,
-    unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own.
-
-    free: names of arguments that may differ, beside ELSEWHERE
-    """
+    unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own."""
     before = arguments_of(args.out)
     resumes = vars(args).get("resume") and (args.out / "checkpoint.pt").exists()
     if args.overwrite or resumes or not before:
         return
     now = json.loads(json.dumps(vars(args), default=str))
-    if changed := differences(before, now | {key: before.get(key) for key in (*ELSEWHERE, *free)}):
+    if changed := differences(before, now | {key: before.get(key) for key in ELSEWHERE}):
         raise FileExistsError(
             f"--out {args.out}: holds a finished run of other settings ({changed:.200}):"
             " give another, or --overwrite"
@@ -99,11 +96,11 @@ def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str,
 def code_version(checkout: Path) -> str | None:
     """The commit of a git checkout, "-dirty" behind it where tracked files differ; None where it is
     none."""
-    if not (checkout / ".git").exists():  # a folder within somebody else's
-        return None
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    # its own, and not that of a folder around it
+    command = ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=40"]
+    command += ["--exclude=*"]
     try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):  # no git here, or no repository
         return None
     return done.stdout.strip()
