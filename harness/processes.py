@@ -18,17 +18,20 @@ PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
 _apart = False
 
 
-def join() -> None:
+def join(together: bool) -> None:
     """Meet the other processes of torchrun, where there are some; "cuda" is a GPU of this process's
     own, if there are enough.
 
     NCCL takes no two processes on one GPU: then, and on CPUs, they meet by gloo. Raises OSError,
-    one line, for a WORLD_SIZE of somebody else's making.
+    one line, for what is one process's work (`together` is False), and for a WORLD_SIZE of somebody
+    else's making.
     """
     size = os.environ.get("WORLD_SIZE") or "1"
     if size == "1" or dist.is_initialized():
         return
     names = "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
+    if not together:
+        raise OSError(f"is one process's work: unset WORLD_SIZE={size}, or start with python alone")
     if not size.isdecimal() or not all(map(os.environ.get, names)):
         raise OSError(f"WORLD_SIZE={size} is not torchrun's: unset it, or start with torchrun")
     gpus = torch.cuda.device_count()

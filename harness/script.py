@@ -49,7 +49,7 @@ def run(
 
     warnings.showwarning = show_own_in_a_line
     try:
-        processes.join()
+        processes.join(together)
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
         if processes.size() > 1:

@@ -113,23 +113,15 @@ def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code
 
 
 @pytest.mark.parametrize("size", ["2", "two"])
-def test_a_world_size_of_somebody_elses_making_is_a_line(monkeypatch, capsys, size):
+def test_a_world_size_that_is_not_meant_is_a_line(monkeypatch, capsys, size):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("RANK", raising=False)
+    with exits(capsys, f"x.py: is one process's work: unset WORLD_SIZE={size}, "):
+        run(Namespace, print)
     with exits(capsys, f"x.py: WORLD_SIZE={size} is not torchrun's: "):
-        run(Namespace, print)
-
-
-def test_a_script_of_one_process_says_so_to_torchrun(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["x.py"])
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr("harness.processes.size", lambda: 2)
-    with exits(capsys, "x.py: is one process's work; start it with python\n"):
-        run(Namespace, print)
-    run(Namespace, print, together=True)
-    assert "2 processes share the work" in capsys.readouterr().out
+        run(Namespace, print, together=True)
 
 
 def test_what_is_no_users_mistake_keeps_its_traceback(monkeypatch):
