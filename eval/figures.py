@@ -200,9 +200,7 @@ Points = tuple[np.ndarray, Sequence[str]]
 """(N, 2) in [0, 1], and the source of each point: a key of SOURCES."""
 
 
-def tsne_grid(
-    rows: Mapping[str, Mapping[str, Points]], names: Mapping[str, str] | None = None
-) -> Figure:
+def tsne_grid(rows: Mapping[str, Mapping[str, Points]], names: Mapping[str, str]) -> Figure:
     """Figure 3: scatter plots in a grid, points marked by where the image comes from.
 
     rows: row label, such as "r = 8" -> column title, a plane -> its points; every row has the same
@@ -217,7 +215,7 @@ def tsne_grid(
             for source, (colour, marker) in SOURCES.items():
                 chosen = points[np.array(sources) == source]
                 look = {"color": colour, "marker": marker, "linewidths": 0}
-                look["label"] = (names or {}).get(source, source)
+                look["label"] = names.get(source, source)
                 if len(chosen):
                     axes.scatter(*chosen.T, s=16, alpha=0.8, **look)
             ends, ticks = (-0.04, 1.04), (0, 0.5, 1)
@@ -231,8 +229,7 @@ def _legend(figure: Figure, **look: object) -> None:
     """Above the axes, each label once."""
     labels = {}
     for axes in figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels()):
-            labels.setdefault(label, handle)
+        labels |= dict(zip(*reversed(axes.get_legend_handles_labels())))
     place = {"loc": "outside upper center", "ncols": 3, "frameon": False}
     texts = _lines(labels, figure.get_figwidth() / 4)
     figure.legend(labels.values(), texts, **place, **look)

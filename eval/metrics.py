@@ -36,12 +36,6 @@ METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
 # --- the five metrics ---
 
 
-def accuracy(counts: np.ndarray) -> np.ndarray:
-    """Images on the diagonal / all images."""
-    hits, targets, _ = _totals(counts)
-    return hits.sum(axis=-1) / targets.sum(axis=-1)
-
-
 def class_scores(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each class, (..., K): recall TP / (TP + FN), of its images those that are found; precision
     TP / (TP + FP), of its predictions those that are right, 0 without any; F-score, their harmonic
@@ -81,7 +75,7 @@ def rank_auc(
         with np.errstate(invalid="ignore"):  # 0 / 0 without one or the other
             return (positives @ right * negatives).sum(axis=1) / pairs
 
-    areas = [area(targets == c, values) for c, values in enumerate(probabilities.T)]
+    areas = [area(targets == c, probabilities[:, c]) for c in range(counts.shape[-1])]
     return _macro(np.stack(areas, axis=1), counts)
 
 
@@ -161,16 +155,15 @@ def weighted_scores(
     Returns (R, 5) in the order of Scores.
     """
     k = 1 + max(targets.max(), predictions.max())
-    if probabilities is not None:
-        k = probabilities.shape[1]
     # a confusion matrix per replicate
     counts = (weights @ np.eye(k * k)[targets * k + predictions]).reshape(-1, k, k)
+    accuracy = np.trace(counts, axis1=1, axis2=2) / counts.sum(axis=(1, 2))
+    macro = (_macro(values, counts) for values in class_scores(counts))
     if probabilities is None:
         area = label_auc(counts)
     else:
         area = rank_auc(counts, weights, targets, probabilities)
-    macro = (_macro(values, counts) for values in class_scores(counts))
-    return np.stack([accuracy(counts), *macro, area], axis=1)
+    return np.stack([accuracy, *macro, area], axis=1)
 
 
 def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:

@@ -46,7 +46,7 @@ def grid():
 def ranks(sources=("spain",) * 5 + ("africa",) * 4 + ("synthetic",) * 3):
     points = np.random.default_rng(0).random((len(sources), 2))
     panels = dict.fromkeys(CLASSES[:4], (points, sources))
-    return tsne_grid({f"r = {r}": panels for r in (8, 32, 128)})
+    return tsne_grid({f"r = {r}": panels for r in (8, 32, 128)}, {})
 
 
 def forest():

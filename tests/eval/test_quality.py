@@ -195,11 +195,9 @@ def test_pixel_features_are_small_images_of_mean_0_and_norm_1(tmp_path):
 
 
 @pytest.mark.parametrize("measure, least", [(fid, 2), (kid, 2), (prdc, 6), (two_sample, 5)])
-def test_too_few_images_or_features_that_are_not_finite_are_refused(measure, least):
+def test_too_few_images_are_refused(measure, least):
     enough, too_few = gaussian(0, 8, 3), gaussian(1, least - 1, 3)
     measure(enough[:least], enough[-least:])
     for pair in ((too_few, enough), (enough, too_few)):
         with refused(ValueError, f"at least {least} of each are needed"):
             measure(*pair)
-    with refused(ValueError, "nan or infinity"):
-        measure(enough, np.full((8, 3), np.nan))
