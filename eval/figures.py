@@ -6,6 +6,7 @@ Each function returns a matplotlib Figure made without pyplot, so that nothing g
 there is room, and where matplotlib's own font lacks a letter, another installed font draws it.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

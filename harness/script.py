@@ -53,12 +53,6 @@ def run(
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
         if processes.size() > 1:
-            if not together:
-                if processes.is_first():
-                    sys.stderr.write(f"{name}: is one process's work; start it with python\n")
-                processes.barrier()  # or torchrun would end the first before it spoke
-                processes.leave()
-                sys.exit(2)
             sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
         args = parse_args()
         main(args)
