@@ -20,6 +20,7 @@ SMALL = {  # what a command is given behind its own flags: the last one counts
     "classify.py": "--weights none --size 64 --epochs 1 --workers 0 --validation 2",
     "reproduce.py": "--weights none --seeds 0 --only ES/ResNet18 HB+DA/ResNet18",
     "planes.sites": "",
+    "paper.elsewhere": "",
 }
 SCALE = Scale(
     per_plane={"all": None, "balanced": 4, "lora": 2},
@@ -41,6 +42,7 @@ LEFT = (  # what each leaves
     "runs/new/predictions.csv",
     "runs/onnx/model.onnx",
     "runs/dino/predictions.csv",
+    "runs/third/report.html",
 )
 
 
@@ -54,7 +56,7 @@ def test_the_commands_for_own_sites_do_their_work(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr("paper.synthetic.inception", no_weights)
     for scale in ("QUICK", "PAPER"):
         monkeypatch.setattr(f"paper.plan.{scale}", SCALE)
-    for site, bright in (("clinic_a", 240), ("clinic_b", 120)):
+    for site, bright in (("clinic_a", 240), ("clinic_b", 120), ("clinic_c", 180)):
         write_site(tmp_path / site, {"normal": 9, "nodule": 10}, bright)
     write_site(tmp_path / "new_images", {"ward": 3}, 90)
     shutil.copytree(tiny_model, "v1-5-pruned.safetensors")
@@ -65,7 +67,7 @@ def test_the_commands_for_own_sites_do_their_work(tiny_model, tmp_path, monkeypa
         script, *words = shlex.split(line.replace("-m ", "").removeprefix("python "))
         words = [word.replace("probe:facebook/dinov2-base", "probe:resnet18") for word in words]
         run = runpy.run_path if script.endswith(".py") else runpy.run_module
-        module = {"planes.sites": "planes.survey"}.get(script, str(ROOT / script))
-        space = run(module, run_name="docs")
+        module = script.replace("planes.sites", "planes.survey")  # where its command stands
+        space = run(str(ROOT / module) if run is runpy.run_path else module, run_name="docs")
         space["main"](space["parse_args"](words + SMALL[script].split()))
     assert all((tmp_path / file).is_file() for file in LEFT)
