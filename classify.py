@@ -26,9 +26,9 @@ from classify.data import (
     draw_contrast,
 )
 from classify.images import choose_records
-from classify.models import MODELS, build
+from classify.models import MODELS, PROBE, build
 from classify.predict import use, write_run
-from classify.probe import probe_name, run_probe
+from classify.probe import run_probe
 from classify.train import MOMENTUM, predict, restore, train_epoch, training_state
 from harness.files import sha256
 from harness.flags import (
@@ -132,7 +132,7 @@ def parse_args(argv=None):
     require_at_least(parser, args, 1, "epochs", "passes", "batch_size", "per_plane")
     require_at_least(parser, args, 0, "validation", "workers")
     require_at_least(parser, args, 1e-12, "lr")
-    if args.model not in MODELS and not probe_name(args.model):
+    if args.model not in MODELS and not args.model.startswith(PROBE):
         parser.error(f"--model {args.model}: choose from {', '.join(MODELS)}, or probe:ID")
     if bool(args.classifier) != bool(args.predict or args.export):
         parser.error("--classifier FILE and --predict FOLDER or --export: give both, or neither")
@@ -158,14 +158,14 @@ def decode(args, chosen):
 @alone
 def main(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
-    if args.classifier:
-        return use(args, print)
     refuse_to_replace(args)
-    if probe_name(args.model):
-        return run_probe(args, print)
+    if args.classifier:
+        return use(args)
+    if args.model.startswith(PROBE):
+        return run_probe(args)
 
     # data and model: whatever can be refused is refused before any work
-    chosen = choose_records(args, print)
+    chosen = choose_records(args)
     torch.manual_seed(args.seed)
     model = build(args.model, args.weights, args.size, len(chosen.classes))
     # up to twice as fast, on the CPU too
@@ -244,7 +244,7 @@ def main(args):
         if file and file.is_file()
     }
     found = [probabilities(images) for images in (test, validation) if images]
-    result = write_run(args, chosen, model, description, found, hashes, print, history)
+    result = write_run(args, chosen, model, description, found, hashes, history)
     checkpoint.unlink(missing_ok=True)
     return result
 

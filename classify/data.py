@@ -18,7 +18,7 @@ from planes.datasets import Record
 from planes.pictures import open_image
 
 # name -> (mean, std) over [0, 1] images; a grey image is three equal channels
-INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+INPUT_RANGES = {
     "minus-one-one": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # the paper
     "zero-one": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # the authors' notebook
     # what ImageNet weights were trained on

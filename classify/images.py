@@ -3,7 +3,6 @@ them."""
 
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from classify import ClassifyError
@@ -49,12 +48,12 @@ class Chosen:
         }
 
 
-def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
+def choose_records(args: Namespace) -> Chosen:
     """The paper's datasets where --spanish and --african name them, or any two sites by --source
     and --target.
 
-    say: is told what `planes.survey` warns of, and which images that are tested on or held out are
-        copies of training
+    What `planes.survey` warns of is printed, and which images that are tested on or held out are
+    copies of training.
 
     Raises ClassifyError, also where a patient is in training and in test, DatasetError.
     """
@@ -65,7 +64,7 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     )
     classes = PLANES if args.african else classes_of(first or second)
     if own := [site for site in ((args.source, first), (args.target, second)) if site[0]]:
-        survey(own, say=say)
+        survey(own, say=print)
 
     training, validation = [record for record in first if record.train], []
     if args.manifest:
@@ -81,15 +80,11 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     training += [record for record in second if record.train and args.african_train]
     test = [record for record in second if not record.train]
 
-    if not training:
-        raise ClassifyError(
-            "there is nothing to train on; give --spanish, --source, --synthetic or --african-train"
-        )
     shown = {record.plane for record in training}
     if lost := [name for name in classes_of(first + test) if name not in shown]:
         raise ClassifyError(
-            f"no training image is left of {', '.join(lost)}; give some, hold fewer out"
-            " (--validation, --seed), or take the class out"
+            f"no training image is left of {', '.join(lost)}; give some (--source, --synthetic),"
+            " hold fewer out (--validation, --seed), or take the class out"
         )
     if not test:
         raise ClassifyError(f"{args.target or args.african}: has no test images")
@@ -103,11 +98,11 @@ def choose_records(args: Namespace, say: Callable[[str], object]) -> Chosen:
     found = leaks(training, test)
     if shared := [leak.test.patient for leak in found if leak.kind == "patient"]:
         raise ClassifyError(f"{shared[0]} is in training and in test, on {len(shared)} test images")
-    say(f"leak check: {describe_leaks(found)}")
+    print(f"leak check: {describe_leaks(found)}")
     copies = {leak.test for leak in found}
     if copies:
         without = "none is left for" if len(copies) == len(test) else "metrics.json has"
-        say(f"warning: {len(copies)} test images are in training; {without} scores without")
+        print(f"warning: {len(copies)} test images are in training; {without} scores without")
     if held := {leak.test for leak in leaks(training, validation)}:
-        say(f"warning: {len(held)} held-out images share a patient or file with training")
+        print(f"warning: {len(held)} held-out images share a patient or file with training")
     return Chosen(training, validation, test, repeated(second), copies, classes)

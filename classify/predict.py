@@ -3,7 +3,7 @@ sure it is, and itself as ONNX."""
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from eval.figures import confusion_figure, labelled_sheet
 from eval.figures import save as save_figure
 from eval.metrics import evaluate
 from harness.files import TYPES, json_text, left_out, sha256, walk, whole_files, write_table
-from harness.record import record_run, refuse_to_replace
+from harness.record import record_run
 from planes.datasets import Record, count
 from planes.pictures import open_image
 
@@ -44,7 +44,6 @@ def write_run(
     description: dict,
     found: Sequence[Tensor],
     inputs: dict[str, str],
-    say: Callable[[str], object],
     history: Sequence[dict] = (),
 ) -> dict:
     """Writes what a run leaves, whole files or none: model.safetensors, metrics.json, which it
@@ -54,10 +53,10 @@ def write_run(
         not trained on, is added (`temperature`)
     found: probabilities of the test images, (N, K), and of the validation images if there are any
     inputs: of record_run
-    say: is told the scores, and where nearly all images are taken for one class
 
-    Without test images that are byte for byte in training there are scores too, and of the paper's
-    datasets the notebook's.
+    The scores are printed, and where nearly all images are taken for one class. Without test images
+    that are byte for byte in training there are scores too, and of the paper's datasets the
+    notebook's.
     """
     classes, copies, test = chosen.classes, chosen.copies, found[0].numpy()
 
@@ -74,7 +73,7 @@ def write_run(
         answers = [classes.index(record.plane) for record in chosen.validation]
         warmth = temperature(held_out, torch.tensor(answers))
         description |= {"temperature": warmth, "validation": len(answers)}
-        say(f"confidence has temperature {warmth:.3g}, set on {len(answers)} validation images")
+        print(f"confidence has temperature {warmth:.3g}, set on {len(answers)} validation images")
     if levels := next((r.levels for r in (*chosen.test, *chosen.training) if r.levels), ()):
         description["levels"] = levels
     distinct = [n for n, record in enumerate(chosen.test) if record not in copies]
@@ -85,7 +84,7 @@ def write_run(
     said, most = matrix.sum(axis=0), ONE_CLASS * len(test)
     if said.max() >= most > matrix.sum(axis=1).max():
         name = classes[said.argmax()]
-        say(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
+        print(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
     rows = [
         {
             "image": record.name,
@@ -109,7 +108,7 @@ def write_run(
     record_run(args.out, args, inputs)
     main = next(iter(result["scores"].values()))
     line = "  ".join(f"{key} {100 * value:.2f}" for key, value in main.items())
-    say(f"{line}  on {len(test)} images of {args.target or args.african}")
+    print(f"{line}  on {len(test)} images of {args.target or args.african}")
     return result
 
 
@@ -153,25 +152,22 @@ def _confidence(probabilities: Tensor, description: dict) -> Tensor:
     return tempered.amax(dim=1).float()
 
 
-def use(args: Namespace, say: Callable[[str], object]) -> None:
+def use(args: Namespace) -> None:
     """--predict and --export of classify.py. Raises ClassifyError, DatasetError, OSError."""
-    refuse_to_replace(args)
     if args.predict and args.out.resolve() == args.predict.resolve():
         raise ClassifyError(f"--out {args.out}: is the folder that --predict reads; give another")
     model, description = load(args.classifier)
     if args.predict is not None:
         # as it was tested: another order has other last bits
         model.to(args.device, memory_format=torch.channels_last)
-        predict_folder(model, description, args, say)
+        predict_folder(model, description, args)
     if args.export:
         export(model.cpu(), description, args.out)
-        say(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
+        print(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
     record_run(args.out, args, {str(args.classifier): sha256(args.classifier)})
 
 
-def predict_folder(
-    model: nn.Module, description: dict, args: Namespace, say: Callable[[str], object]
-) -> None:
+def predict_folder(model: nn.Module, description: dict, args: Namespace) -> None:
     """Writes predictions.csv, a row for each image in a folder and below it, in the order of their
     paths, and least_sure.png.
 
@@ -184,14 +180,12 @@ def predict_folder(
     if not paths:
         raise ClassifyError(f"--predict {folder}: no folder with images ({', '.join(TYPES)}) in it")
     if line := left_out(folder, others):
-        say(line)
+        print(line)
     if levels := description.get("levels", ()):
-        ends = f"{levels[0]:g}..{levels[1]:g}"
-        say(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
-    sure = "how sure it is was never checked: the run had no validation images"
-    if count := description.get("validation"):
-        sure = f"how sure it is was set on {count} images of its own site; elsewhere it may be off"
-    say(sure)
+        ends = "{:g}..{:g}".format(*levels)
+        print(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
+    count = description.get("validation", 0)
+    print(f"how sure it is was set on {count} images of its own site; elsewhere it may be off")
     classes = description["classes"]
     # of no class that is known
     about = classes[0], "", False, "target", "", levels
@@ -215,7 +209,7 @@ def predict_folder(
     with whole_files(args.out) as part:
         write_table(part / "predictions.csv", rows)
         save_figure(labelled_sheet(cells, titles), part / "least_sure.png")
-    say(f"{len(rows)} images of {folder}: {args.out / 'predictions.csv'}, least_sure.png")
+    print(f"{len(rows)} images of {folder}: {args.out / 'predictions.csv'}, least_sure.png")
 
 
 class _Exported(nn.Module):

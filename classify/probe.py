@@ -24,16 +24,10 @@ from torch import Tensor, nn
 from classify import ClassifyError
 from classify.features import BATCH, Extractor, features, of_network
 from classify.images import choose_records
-from classify.models import MODELS, build, load_strict, one_line
+from classify.models import MODELS, PROBE, build, load_strict, one_line
 from classify.predict import write_run
 from harness.files import sha256_of_all, whole_file
 from planes.datasets import Record
-
-
-def probe_name(model: str) -> str | None:
-    """What follows "probe:" in owner/name or a path; None of what is no probe."""
-    head, _, name = model.partition(":")
-    return name if head == "probe" and name else None
 
 
 class Frozen(nn.Module):
@@ -100,8 +94,6 @@ def _of_transformers(name: str) -> Extractor:
     logging.set_verbosity_error()  # of weights that are missing it is told here
     model, loading = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     vision = getattr(model, "vision_model", model).eval()
-    if vision.main_input_name != "pixel_values":
-        raise ValueError("it is no vision model; give DINOv2, BEiT, CLIP, ..")
     missing = {key for key in loading["missing_keys"] if vision is model or "vision_model" in key}
     if pooler := {key for key in missing if "pooler" in key}:
         vision.pooler = None  # which would be random
@@ -110,7 +102,9 @@ def _of_transformers(name: str) -> Extractor:
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except OSError:
-        raise ValueError("it has no preprocessor_config.json, which says what it is fed") from None
+        raise ValueError(
+            "it has no preprocessor_config.json, as vision models have: give DINOv2, .."
+        ) from None
     side = getattr(processor, "crop_size", None) or processor.size
     size = side.get("height") or side.get("shortest_edge")
     frozen = Frozen(vision, processor, size).eval()
@@ -174,7 +168,7 @@ def fit(train: np.ndarray, targets: np.ndarray, classes: int) -> Probe:
 def reopen(path: Path, description: dict) -> nn.Module:
     """The network of a probe's file, images to logits. Raises ClassifyError where the frozen model
     is no longer to be had, or is another one."""
-    name = probe_name(description["model"])
+    name = description["model"].removeprefix(PROBE)
     torch.manual_seed(description["seed"])  # of --weights none
     frozen, digest = open_frozen(name, description["weights"], description["size"], "cpu")
     if digest != description["digest"]:
@@ -185,16 +179,18 @@ def reopen(path: Path, description: dict) -> nn.Module:
     return nn.Sequential(frozen.model, probe).eval()
 
 
-def run_probe(args: Namespace, say: Callable[[str], object]) -> dict:
+def run_probe(args: Namespace) -> dict:
     """classify.py with such a --model: the same files and scores, with a regression for training.
     Raises ClassifyError."""
     if args.augment or args.contrast or args.balanced_sampling:
         raise ClassifyError(
             f"--model {args.model}: is frozen; leave --augment, --contrast, --balanced-sampling out"
         )
-    chosen = choose_records(args, say)
+    chosen = choose_records(args)
     torch.manual_seed(args.seed)
-    frozen, digest = open_frozen(probe_name(args.model), args.weights, args.size, args.device)
+    frozen, digest = open_frozen(
+        args.model.removeprefix(PROBE), args.weights, args.size, args.device
+    )
     folder = args.features or args.out / "features"
 
     def of(records: Sequence[Record]) -> np.ndarray:
@@ -210,4 +206,4 @@ def run_probe(args: Namespace, say: Callable[[str], object]) -> dict:
     description |= {"digest": digest, "size": frozen.size, "input_range": frozen.input_range}
     description |= {"batch_size": BATCH}
     found = [probabilities(records) for records in (chosen.test, chosen.validation) if records]
-    return write_run(args, chosen, probe, description, found, {args.model: digest}, say)
+    return write_run(args, chosen, probe, description, found, {args.model: digest})

@@ -26,7 +26,7 @@ from sklearn.preprocessing import minmax_scale
 
 # Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as
 # well.
-SOURCES: dict[str, tuple[str, str]] = {
+SOURCES = {
     "spain": ("#0072B2", "o"),
     "africa": ("#D55E00", "s"),
     "synthetic": ("#009E73", "^"),
@@ -254,7 +254,7 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str) 
     return figure
 
 
-MARKS: dict[str, tuple[str, str, str]] = {
+MARKS = {
     "synthetic": (LINES[0], "o", "synthetic images"),
     "real": (LINES[1], "s", "real images alone"),
     "both": (LINES[2], "^", "synthetic against real"),

@@ -30,7 +30,7 @@ class Scores:
     auc: float
 
 
-METRICS: tuple[str, ...] = tuple(field.name for field in fields(Scores))
+METRICS = tuple(field.name for field in fields(Scores))
 
 
 # --- the five metrics ---

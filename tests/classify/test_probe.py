@@ -19,7 +19,7 @@ from classify import ClassifyError
 from classify.data import PlaneImages, prepare
 from classify.features import classifier, features, inception, of_network
 from classify.models import build, load, save
-from classify.probe import fit, kept_features, open_frozen, probe_name
+from classify.probe import fit, kept_features, open_frozen
 from planes import PLANES
 from planes.datasets import read_african, read_manifest, read_spanish
 
@@ -45,7 +45,6 @@ def family(name: str, folder: Path) -> str:
         "clip": lambda: t.CLIPModel(t.CLIPConfig(text_config=TEXT, vision_config=vision)),
         "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config=TEXT, vision_config=vision)),
         "mae": lambda: t.ViTMAEModel(t.ViTMAEConfig(**vision)),
-        "bert": lambda: t.BertModel(t.BertConfig(**TEXT)),
     }
     models[name]().save_pretrained(folder)
     processor = t.ViTImageProcessor(size=size, image_std=STD)
@@ -90,12 +89,6 @@ def test_inception_gives_logits_or_pooled_features(tmp_path):
 
 
 # --- the probe ---
-
-
-def test_a_probe_is_told_from_a_network():
-    assert probe_name("probe:facebook/dinov2-base") == "facebook/dinov2-base"
-    assert probe_name("probe:C:\\models\\x") == "C:\\models\\x"
-    assert not any(map(probe_name, ("resnet18", "probe:", "knn:x")))
 
 
 def test_the_probe_is_scikit_learns_logistic_regression_on_standardised_features():
@@ -167,7 +160,6 @@ def test_what_is_no_vision_model_is_refused_in_one_line(tmp_path, monkeypatch):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"shortest_edge": 40}}))
     (Path(bare) / file.name).unlink()
     for name, words in (
-        (family("bert", tmp_path / "bert"), "no vision model"),
         (family("mae", tmp_path / "mae"), "two answers"),
         (edge, "40\\*40"),
         (bare, r"no preprocessor_config\.json"),
