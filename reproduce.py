@@ -308,13 +308,11 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
         " and ".join(names) if args.spanish or args.source else "phantoms of two sites",
-        args.spanish is None,
-        args.recipe,
-        args.seeds,
         f"python {shlex.join(sys.argv)}",
         scale.left_out,
         own=names if args.source else None,
         tests=selections.target(train=False),
+        compared=args.spanish is not None,
     )
     files = [*selections.tables(), args.model, args.vae, args.synthetic, args.lora, args.weights]
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}

@@ -104,12 +104,8 @@ def main(args):
 
     context = Context(
         material="the embedded miniature model",
-        sites=f"{args.spanish.name} and {args.african.name}",
-        phantoms=True,  # the paper's numbers are of 60 times as many images
-        recipe="notebook",
-        seeds=args.seeds,
+        sites=f"a hundred images of {args.spanish.name}, and {args.african.name}",
         command=f"python {shlex.join(sys.argv)}",
-        title="FU-LoRA on a hundred real images",
     )
     build(args.out, results, context)
     kept = ~results[0].copies

@@ -9,7 +9,6 @@ what it says there.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import numpy as np
 
 from classify import ClassifyError
 from harness.files import sha256, told_apart
+from harness.record import arguments_of
 from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, ROWS
 from paper.report import Context, build
@@ -84,16 +84,11 @@ def main(args):
         retest(result, folder / "model.safetensors", records)
         for folder, result in progress(found.items(), desc="rows", unit="row")
     ]
-    settings = json.loads((next(iter(found)) / "args.json").read_text(encoding="utf-8"))
-    source = settings["arguments"].get("source")
+    source = arguments_of(next(iter(found))).get("source")
     context = Context(
         material=f"as in {args.run}",
         sites=f"{site}, of which nothing was trained on",
-        phantoms=True,  # or another dataset: the paper's numbers are of neither
-        recipe=settings["arguments"]["recipe"],
-        seeds=sorted({result.seed for result in results}),
         command=shlex.join(["python", "-m", "paper.elsewhere", *sys.argv[1:]]),
-        title="FU-LoRA at one more site",
         own=told_apart(Path(source), site) if source and args.target else None,
         tests=records,
     )

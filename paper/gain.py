@@ -23,6 +23,9 @@ Row = tuple[str, str]
 Cells = Mapping[Row, Sequence[Result]]
 """The finished runs of each row, one for each seed."""
 
+Named = Mapping[tuple[str, str], Sequence[Result]]
+"""The same, by what a report calls them."""
+
 Recognised = Mapping[tuple[str, str], Mapping[str, float]]
 """(the data model of a judge, which synthetic images it judges) -> sampler -> fraction of them that
 are taken for the class of their prompt."""
@@ -44,8 +47,7 @@ class Step:
 
     def against(self, own: Own) -> str:
         """The other data model, of own sites, where `what` says enough of this one; else both."""
-        baseline = data_name(self.baseline, own)
-        return baseline if own else f"{self.data} less {baseline}"
+        return f"{'' if own else self.data} against {data_name(self.baseline, own)}".lstrip()
 
 
 STEPS: tuple[Step, ...] = (
@@ -66,28 +68,20 @@ STEPS: tuple[Step, ...] = (
     Step("not augmented: all real images and synthetic ones", "ES", "HB-all"),
 )
 AUGMENTED = tuple(step for step in STEPS if step.baseline.endswith("+DA"))
-CLAIMS = (("ES+DA", "HB+DA"), ("ES", "HB"), ("ES", "HB-all"))
-"""(baseline, data model that the paper says is better)."""
-SYNTHETIC = ("HB+DA", "HB-styles+DA")
-HELPED = {
-    "one seed cannot tell": "One seed cannot tell whether synthetic images{} help; for these"
-    " trained networks alone",
-    "better": "Synthetic images{} helped",
-    "worse": "Synthetic images{} did harm",
-    "not shown": "Synthetic images{} are not shown to help",
-}
-WITH_LORA, JUDGE = "with LoRA", "resnet18"
-CONTROLS = ("BAL+DA", "ES+DA+balanced", "ES+DA+contrast")  # without synthetic images
+CLAIMS = ("ES+DA", "HB+DA"), ("ES+DA", "HB-styles+DA"), ("ES", "HB"), ("ES", "HB-all")
+"""(baseline, data model): what the paper says of hybrid sets, and the same with prompts that name
+the style."""
 ISOLATED = ("BAL+DA", "HB+DA"), ("BAL+DA", "HB-styles+DA"), ("BAL", "HB"), ("ES", "HB-all")
 """(baseline, data model) that differ in nothing but synthetic images."""
-ONE_CLASS = 0.9  # share of the predictions, from which on a network has learned little
 VERDICTS = {
-    "one seed cannot tell": "One seed cannot tell whether {} is better than {}",
-    "better": "{} is better than {}",
-    "worse": "{} is worse than {}",
-    "not shown": "{} is not shown to differ from {}",
+    "one seed cannot tell": "may or may not help, as one seed cannot tell; these networks alone",
+    "better": "helped",
+    "worse": "did harm",
+    "not shown": "are not shown to help",
 }
-"""Of a difference in accuracy, in a word and in a sentence."""
+SITES = "the first site", "the second site"  # where a user has not named them
+WITH_LORA, JUDGE = "with LoRA", "resnet18"
+ONE_CLASS = 0.9  # share of the predictions, from which on a network has learned little
 
 
 @dataclass(frozen=True)
@@ -136,21 +130,6 @@ def measure(
     return list(found.values())
 
 
-def headline(cells: Cells, classifiers: Collection[str], sites: str, compared: bool) -> str:
-    """What was found and how sure it is, in a few sentences, for the report's first lines.
-
-    classifiers: those that are averaged
-    sites: where the real images come from
-    compared: name the published difference too
-    """
-    gains = measure([Step("", "ES+DA", data) for data in SYNTHETIC], cells, classifiers)
-    gains = gains or measure([Step("", *pair) for pair in CLAIMS], cells, classifiers)[:1]
-    said = [_sentence(gain, compared) for gain in gains] + _controls(cells, classifiers)
-    if not gains:
-        said = ["no data model was run both with synthetic images and without: nothing is claimed."]
-    return f"On {sites}: {' '.join(said)}"
-
-
 def zero_shot(cells: Cells) -> dict[Row, float]:
     """Mean accuracy of the rows that no image of the second site was trained on, best first."""
     scores = {
@@ -163,33 +142,40 @@ def zero_shot(cells: Cells) -> dict[Row, float]:
 
 def at_home(runs: Sequence[Result]) -> float:
     """Mean accuracy of a row's runs on held-out images of the source; nan without any."""
-    return float(np.mean([run.held_out for run in runs])) if runs else np.nan
+    return float(np.mean([run.held_out for run in runs]))
 
 
-def answer(cells: Cells, own: tuple[str, str], classifiers: Collection[str]) -> list[str]:
-    """Three paragraphs: the best model for the target, and where it is; whether synthetic images
-    helped; what did as well without them."""
-    scores, (source, target) = zero_shot(cells), own
+def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool) -> list[str]:
+    """Three paragraphs: the best model for the target; whether synthetic images helped; what did as
+    well without them. The first two lines of a report.
+
+    classifiers: those that are averaged
+    compared: name the published difference too
+    """
+    scores, (source, target) = zero_shot(cells), own or SITES
     best = next(iter(scores))
-    runs, found = cells[best], estimate(cells[best], plain=True)["accuracy"]
+    runs, found = cells[best], estimate(cells[best])["accuracy"]
     over = ", of this network alone" if found.seeds == 1 else " and seeds"
+    home = at_home(runs)
+    held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
     first = (
         f"Best at {target}, of whose labels it saw none: {_called(best, own)}. It is right on"
         f" {100 * found.mean:.1f} % of {len(runs[0].targets)} images (95 % interval"
         f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {runs[0].units}{over}; somewhat"
-        " flattered, as these images chose it), and lies in"
-        f" {runs[0].folder / 'model.safetensors'}."
+        f" flattered, as these images chose it){held_out}."
     )
-    top = max(scores, key=lambda row: np.nan_to_num(at_home(cells[row])))
-    if (home := at_home(cells[top])) > 0:
-        name = _called(top, own)
-        first += f" At {source}, on images held out, {name} is best: {100 * home:.1f} %."
-    second = [
-        f"{HELPED[gain.verdict].format(MADE[DATA[gain.step.data].synthetic])}:"
-        f" {100 * gain.accuracy.value:+.1f} points of accuracy (95 % interval"
-        f" {points_between(gain.accuracy)}) against {data_name(gain.step.baseline, own)}."
-        for gain in measure([Step("", *pair) for pair in ISOLATED], cells, classifiers)[:2]
-    ]
+    what, pairs = ("Synthetic images", ISOLATED) if own else ("Hybrid sets", CLAIMS)
+    second = []
+    for gain in measure([Step("", *pair) for pair in pairs], cells, classifiers)[:2]:
+        step, found = gain.step, gain.accuracy
+        numbers = f"{points_between(found)}; classifiers: {len(gain.classifiers)}"
+        if compared and not np.isnan(gain.published):
+            numbers += f"; published {100 * gain.published:+.2f}"
+        second.append(
+            f"{what}{MADE[DATA[step.data].synthetic]} {VERDICTS[gain.verdict]}:"
+            f" {100 * found.value:+.1f} points of accuracy {step.against(own)} (95 % interval"
+            f" {numbers}; seeds: {gain.seeds})."
+        )
     second = second or ["Whether synthetic images help is not told by these models."]
     bar = max((scores[row] for row in scores if DATA[row[0]].synthetic), default=2)
     ahead = [row for row in scores if scores[row] >= bar and not DATA[row[0]].synthetic][:3]
@@ -198,35 +184,35 @@ def answer(cells: Cells, own: tuple[str, str], classifiers: Collection[str]) -> 
     return [first, " ".join(second), *[f"{third}{named or 'none'}."] * (bar <= 1)]
 
 
-def doubts(cells: Cells, own: tuple[str, str], recognised: Recognised) -> list[str]:
+def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
     """What makes an answer worth little: networks that say one class for nearly all images, and
     synthetic images that do not show their classes."""
 
     def most(numbers: np.ndarray) -> float:
         return np.bincount(numbers).max() / len(numbers)
 
-    one_class = [
+    one_class = "; ".join(
         _called(row, own)
         for row, runs in cells.items()
         if any(most(run.predictions) >= ONE_CLASS > most(run.targets) for run in runs)
-    ]
-    said = [f"One class is said of nearly all images by {'; '.join(one_class)}."] * bool(one_class)
-    shown = [
-        (np.mean([*shares.values()]), data)
+    )
+    said = [f"One class is said of nearly all images by {one_class}."] * bool(one_class)
+    shown = {
+        data: float(np.mean([*shares.values()]))
         for (data, images), shares in recognised.items()
         if images == WITH_LORA
-    ]
-    share, judge = max(shown, default=(1, ""))
-    home = at_home(cells.get((judge, JUDGE), []))
-    chance = 1 / len(next(iter(cells.values()))[0].classes)
-    if share < max(1.25 * chance, np.nan_to_num(home) / 2):
-        real = f", and {100 * home:.0f} % of held-out real ones" * (home >= 0)
-        said.append(
-            "The synthetic images do not show their classes: a network of real images takes"
-            f" {100 * share:.0f} % of them for what they shall be{real}; chance is"
-            f" {100 * chance:.0f} %. Train the LoRA for longer, or with a better model, before what"
-            " is said of them counts."
-        )
+    }
+    for judge in sorted(shown, key=shown.get)[-1:]:
+        runs = cells[judge, JUDGE]
+        share, home, chance = shown[judge], at_home(runs), 1 / len(runs[0].classes)
+        if share < max(1.25 * chance, np.nan_to_num(home) / 2):
+            real = f", and {100 * home:.0f} % of held-out real ones" * (home >= 0)
+            said.append(
+                "The synthetic images do not show their classes: a network of real images takes"
+                f" {100 * share:.0f} % of them for what they shall be{real}; chance is"
+                f" {100 * chance:.0f} %. Train the LoRA for longer, or with a better model, before"
+                " what is said of them counts."
+            )
     return said
 
 
@@ -237,34 +223,3 @@ def _called(row: Row, own: Own) -> str:
 def points_between(found: Difference) -> str:
     """The ends of an interval, in points."""
     return f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"
-
-
-def _sentence(gain: Gain, compared: bool) -> str:
-    found, step = gain.accuracy, gain.step
-    pair = f"{step.data}, with synthetic images,", f"{step.baseline}, without"
-    of = "for these trained networks" if found.over == "patients" else "95 % interval"
-    numbers = f"{of} {points_between(found)}"
-    numbers += f"; classifiers: {len(gain.classifiers)}; seeds: {gain.seeds}"
-    if compared and not np.isnan(gain.published):
-        numbers += f"; published {100 * gain.published:+.2f}"
-    said = VERDICTS[gain.verdict].format(*pair)
-    return f"{said}: {100 * found.value:+.1f} points of accuracy ({numbers})."
-
-
-def _controls(cells: Cells, classifiers: Collection[str]) -> list[str]:
-    """Names the controls that are ahead of synthetic images: first those that are so beyond
-    chance."""
-    pairs = [Step("", synthetic, control) for synthetic in SYNTHETIC for control in CONTROLS]
-    ahead: dict[bool, list[str]] = {True: [], False: []}
-    for gain in measure(pairs, cells, classifiers):
-        step, found = gain.step, gain.accuracy
-        if found.value > 0:
-            points = f"{100 * found.value:+.1f} ({points_between(found)})"
-            surely = gain.verdict == "better"
-            ahead[surely].append(f"{step.data} against {step.baseline} {points}")
-    words = "do better than synthetic ones", "are ahead of synthetic ones, which may be chance"
-    return [
-        f"Controls without synthetic images {way}: {', '.join(found)}."
-        for way, found in zip(words, ahead.values())
-        if found
-    ]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import confusion_matrix
 
 from eval.figures import Point, confusion_figure, forest_figure, labelled_sheet
 from harness.files import whole_file, write_table, write_text
@@ -20,13 +19,12 @@ from paper.document import FIGURES, command, draw, plural, to_html
 from paper.gain import (
     AUGMENTED,
     STEPS,
-    Cells,
     Gain,
+    Named,
     Row,
     Step,
     answer,
     doubts,
-    headline,
     measure,
     zero_shot,
 )
@@ -42,27 +40,21 @@ class Context:
     """What a reader must know beside the numbers.
 
     material: what drew the synthetic images; sites: where the real ones come from
-    phantoms: whether the test images are phantoms, or others of which the paper says nothing
-    recipe: "paper" or "notebook"
-    seeds: those that every row was asked for
     command: the line that made it all
     left_out: classifier -> why it is in no average; its rows stand in the tables all the same
-    title: of the report, if the usual one is not right
     own: names of source and target where they are a user's own: the report then speaks to somebody
         who has not read the paper
     tests: the test images, in the order in which they were tested, for pictures of errors
+    compared: are the published numbers of such images?
     """
 
     material: str
     sites: str
-    phantoms: bool
-    recipe: str
-    seeds: Sequence[int]
     command: str
     left_out: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
     own: Own = None
     tests: Sequence[Record] = ()
+    compared: bool = False
 
 
 LEGEND = (
@@ -73,43 +65,33 @@ LEGEND = (
     " synthetic ones. AF: the second site's training images, which is no longer zero-shot and may"
     " know test images by their copies. HB-prompts, HB-token, HB-dreambooth: synthetic images by"
     " detailed prompts, Textual Inversion, DreamBooth. A linear probe is logistic regression on the"
-    " features of a frozen model. Tables 1 and 2 are the paper's; ES with ViT b16 is in both."
+    " features of a frozen model."
 )
 OWN_LEGEND = (
     "Balanced: as many real images of each class. Augmented: rotated, flipped, cropped at random."
     " Brightness and contrast varied: gamma too, at random. Synthetic images are drawn by Stable"
     " Diffusion with a LoRA that learned images of {0}. A linear probe is logistic regression on"
-    " the features of a frozen model. Accuracy at {0} is of images that no model was trained on:"
-    " where it is low too, little was learned; where it is high and that at {1} is low, what was"
-    " learned does not transfer. What was trained on images of {1} may know test images by their"
-    " copies."
+    " the features of a frozen model. Where accuracy at {0}, on images that no model was trained"
+    " on, is low too, little was learned; where it is high and that at {1} is low, what was learned"
+    " does not transfer. What was trained on images of {1} may know test images by their copies."
 )
 PUBLISHED = (
     " In brackets: the published number (docs/paper_and_code.md says what it was trained on)."
 )
 READING = (
     "Intervals hold 95 %: how far a mean or a difference would move with other test {0} and"
-    " other seeds of the training. Of three seeds that is wide, and rightly so. * marks a single"
-    " seed: the interval is over {0} alone and speaks of these trained networks, not of the"
-    " data that trained them. The classifiers are taken as they are, and so are the LoRA and"
-    " the synthetic images, made once: what making them anew would change is in no interval. Of"
+    " other seeds of the training. * marks a single seed: the interval is over {0} alone and speaks"
+    " of these trained networks. The classifiers are taken as they are, and so are the LoRA and"
+    " the synthetic images: what making them anew would change is in no interval. Of"
     " twenty intervals one misses the truth by chance. Recall, precision, F-score and AUC are macro"
     " averages over the classes that occur in the test."
 )
 GAIN = (
     "Differences between data models, averaged over the classifiers that both have; the verdict is"
-    " on accuracy. HB+DA differs from ES+DA in two ways, balanced real images and synthetic ones;"
-    " BAL+DA stands between them, so that over the same classifiers the two parts add up. What"
-    " begins with 'instead' needs no synthetic image. AUC is the notebook's."
-)
-OWN_GAIN = (
-    "Differences in accuracy, averaged over the classifiers that both have. Balanced real images"
-    " and synthetic ones differ from all real images in two ways; the two parts, told after 'of"
-    " it', add up over the same classifiers. What begins with 'instead' needs no synthetic image."
-)
-MCNEMAR = (
-    "Both classifiers see the same images. McNemar's exact test counts those that only one of them"
-    " gets right, for two trained networks of one seed; the differences are over all seeds of both."
+    " on accuracy. Balanced real images and synthetic ones differ from all real images in two ways;"
+    " the two parts, told after 'of it', add up over the same classifiers. What begins with"
+    " 'instead' needs no synthetic image. Of one classifier, McNemar's exact test counts the images"
+    " that only one of two trained networks gets right; the differences are over all seeds."
 )
 CONFUSION = (
     "Each row of a matrix is a true class: percent of its images by prediction, over all seeds."
@@ -119,9 +101,9 @@ COPIES = (
     " training images."
 )
 VARIANTS = (
-    "The notebook's AUC takes predicted labels, and a prediction of a class that no test image has,"
-    " as Other in the paper's, counts as positive for every class. The plain one ranks the images"
-    f" by predicted probability, one class against the rest. {COPIES}"
+    "The notebook's AUC, above, takes predicted labels, and a prediction of a class that no test"
+    " image has, as Other in the paper's, counts as positive for every class. The ranked one ranks"
+    " the images by predicted probability, one class against the rest. "
 )
 GROUPS = "Percent of images classified rightly, over all seeds."
 WORST_ERRORS = 20
@@ -156,59 +138,54 @@ def build(
         if result.seed not in [run.seed for run in runs]:  # a row of two tables is one run
             runs.append(result)
     classifiers = dict.fromkeys(result.classifier for result in results)
+    seeds = sorted({result.seed for result in results})
     left_out = {name: why for name, why in context.left_out.items() if name in classifiers}
-    averaged, own = [c for c in CLASSIFIERS if c not in left_out], context.own
-    compared, best = not context.phantoms, next(iter(zero_shot(cells)), None)
-    named = {(data_name(data, own), name): runs for (data, name), runs in cells.items()}
+    averaged = [name for name in CLASSIFIERS if name not in left_out]
+    own, compared, best = context.own, context.compared, next(iter(zero_shot(cells)), None)
+    called = {row: (data_name(row[0], own), classifier_name(row[1])) for row in cells}
+    named: Named = {called[row]: runs for row, runs in cells.items()}
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
 
-    # the first screen: what was found, and two pictures
-    title = f"FU-LoRA{' on phantoms' if context.phantoms else ', reproduced'}"
-    title = f"FU-LoRA from {' to '.join(own)}" if own else title
-    blocks = [f"# {context.title or title}"]
-    if own and best:
+    # the first screen: what was found, how to use it, and two pictures
+    blocks = [f"# FU-LoRA on {context.sites}"]
+    if best:
+        blocks += answer(cells, own, averaged, compared) + doubts(cells, own, found.recognised)
         file = cells[best][0].folder / "model.safetensors"
         use = ["--classifier", str(file), "--predict", "FOLDER", "--out", "runs/new"]
-        blocks += [*answer(cells, own, averaged), *doubts(cells, own, found.recognised)]
-        blocks += ["To let that model say what each image of a folder is:"]
+        blocks += [f"The best one is {file}. To let it say what each image of a folder is:"]
         blocks += [command(shlex.join(["python", "classify.py", *use]))]
-    else:
-        blocks.append(headline(cells, averaged, context.sites, compared))
     if shown := measure(AUGMENTED, cells, averaged):
         blocks.append(_gain_picture(out, shown, own))
     blocks += list(found.figures.values())[:1]
 
     # all rows, the best one, what they differ by, and how they were made
     blocks += ["## All rows", OWN_LEGEND.format(*own) if own else LEGEND + PUBLISHED * compared]
-    blocks.append(tables.overview(named, context.seeds, compared, own))
+    blocks.append(tables.overview(named, compared, own))
     reasons = "; ".join(f"{CLASSIFIERS[name]}: {why}" for name, why in left_out.items())
     blocks += [f"Left out of averages: {reasons}."] * bool(left_out)
     if best:
         blocks += ["## The best model, class by class"]
-        blocks += [tables.class_table({(data_name(best[0], own), best[1]): cells[best]})]
+        blocks += [tables.class_table({called[best]: cells[best]})]
         blocks += _errors_picture(out, cells[best][0], context.tests)
     steps = [*STEPS, *(Step("other synthetic images", "HB+DA", data.name) for data in BEYOND)]
-    details = cells if len(classifiers) == 1 else None
-    if gains := measure(steps, cells, averaged if not details else classifiers):
-        blocks += ["## Where the gain comes from", OWN_GAIN if own else GAIN]
-        blocks += [*[MCNEMAR] * bool(details), tables.gain_table(gains, compared, details, own)]
-    units = results[0].units
-    blocks += ["## How this was made", _how(results[0], context), command(context.command)]
-    blocks += [READING.format(units), *found.notes]
+    if gains := measure(steps, cells, averaged):
+        blocks += ["## Where the gain comes from", GAIN]
+        blocks += [tables.gain_table(gains, cells, compared, own)]
+    blocks += ["## How this was made", _how(results[0], context, seeds), command(context.command)]
+    blocks += [READING.format(results[0].units), *found.notes]
 
     # details, folded away
     blocks += ["## In detail", "What the figures above are made of."]
+    told = [(gain.step, gain.classifiers) for gain in gains]
     single = [gain for name in classifiers for gain in measure(steps, cells, [name])]
-    if single and not details:
-        blocks += ["### Differences by classifier", MCNEMAR]
-        blocks.append(tables.gain_table(single, compared, cells, own))
+    if single := [gain for gain in single if (gain.step, gain.classifiers) not in told]:
+        blocks += ["### Differences by classifier"]
+        blocks.append(tables.gain_table(single, cells, compared, own))
     blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, named)]
-    if not own:
-        blocks += ["### Two definitions of AUC; without copies", VARIANTS]
-        blocks.append(tables.variants_table(named))
-    elif results[0].copies.any():
-        blocks += ["### Without copies", COPIES, tables.variants_table(named, own)]
-    if others := {row: runs for row, runs in named.items() if runs is not cells.get(best)}:
+    both = len(results[0].definitions) > 1
+    if both or results[0].copies.any():
+        blocks += ["### Counted otherwise", VARIANTS * both + COPIES, tables.variants_table(named)]
+    if others := {names: runs for names, runs in named.items() if runs is not cells.get(best)}:
         blocks += ["### The other models, class by class", tables.class_table(others)]
     if len({*results[0].centers}) > 1:
         blocks += ["### By center", GROUPS, tables.center_table(named)]
@@ -220,11 +197,10 @@ def build(
         blocks.append(tables.recognised_table(found.recognised, own))
     for title, figure in list(found.figures.items())[1:]:
         blocks += [f"### {title}", figure]
-    if own:
-        blocks += ["### Where each model lies", tables.folders_table(named)]
+    blocks += ["### Where each model lies", tables.folders_table(named)]
 
     with whole_file(out / "results.csv") as part:
-        write_table(part, tables.csv_rows(results, own))
+        write_table(part, tables.csv_rows(results))
     write_text(out / "report.md", "\n\n".join(blocks) + "\n")
     write_text(out / "report.html", to_html(blocks, out))
 
@@ -234,8 +210,7 @@ def _gain_picture(out: Path, gains: Sequence[Gain], own: Own) -> str:
     for gain in gains:
         step, found = gain.step, gain.accuracy
         percent = (100 * number for number in (found.value, found.low, found.high))
-        pair = f"against {step.against(own)}" if own else f"{step.data} − {step.baseline}"
-        points.append(Point(f"{step.what}\n{pair}", *percent, step.kind))
+        points.append(Point(f"{step.what}\n{step.against(own)}", *percent, step.kind))
     caption = "Where the gain comes from: accuracy of one data model less another's."
     return draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
 
@@ -256,28 +231,21 @@ def _errors_picture(out: Path, run: Result, tests: Sequence[Record]) -> list[str
     return [draw(out, "errors.png", labelled_sheet(images, labels), caption)]
 
 
-def _confusion_matrices(out: Path, cells: Cells) -> str:
+def _confusion_matrices(out: Path, cells: Named) -> str:
+    matrices = {names: sum(run.confusion for run in runs) for names, runs in cells.items()}
     classes = next(iter(cells.values()))[0].classes
-    matrices = {
-        (data, classifier_name(classifier)): sum(
-            confusion_matrix(run.targets, run.predictions, labels=range(len(classes)))
-            for run in runs
-        )
-        for (data, classifier), runs in cells.items()
-    }
     figure = confusion_figure(matrices, classes, percent=True)
     return draw(out, "confusion.png", figure, "Confusion matrices of every row.")
 
 
-def _how(test: Result, context: Context) -> str:
+def _how(test: Result, context: Context, seeds: Sequence[int]) -> str:
     counts = [plural(len(test.targets), "image")]
     counts += [plural(len({*test.patients}), "patient")] * (test.units == "patients")
     centers, copies = len({*test.centers}), int(test.copies.sum())
-    recipe = f" Recipe of the classifiers: {context.recipe}."
     nobody = " No patient is named, so nothing is claimed of patients, only of images."
     return (
-        f"Synthetic images: {context.material}. Real images: {context.sites}."
-        f"{recipe * (not context.own)} Seeds: {', '.join(map(str, context.seeds))}. Test:"
-        f" {' of '.join(counts)} at {plural(centers, 'site')}, {copies or 'none'} of them identical"
-        f" copies of others.{nobody * (test.units == 'images')} The command:"
+        f"Synthetic images: {context.material}. Real images: {context.sites}. Seeds:"
+        f" {', '.join(map(str, seeds))}. Test: {' of '.join(counts)} at {plural(centers, 'site')},"
+        f" {copies or 'none'} of them identical copies of others."
+        f"{nobody * (test.units == 'images')} The command:"
     )

@@ -50,6 +50,7 @@ class Result:
     classes: their names, by index
     held_out: accuracy on images of the source that were not trained on; nan without any
     folder: of the run
+    definitions: of the AUC, the main one first: "notebook" and "ranked", of own sites the latter
     """
 
     table: str
@@ -67,6 +68,12 @@ class Result:
     classes: tuple[str, ...] = PLANES
     held_out: float = nan
     folder: Path = Path()
+    definitions: tuple[str, ...] = ("notebook", "ranked")
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(K, K) counts, row = target, column = prediction."""
+        return confusion_matrix(self.targets, self.predictions, labels=range(len(self.classes)))
 
     @property
     def name(self) -> str:
@@ -106,20 +113,19 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         images, patients, centers, *named, copied = cells[:, :6].T
         targets, predictions = (np.array([*map(classes.index, names)]) for names in named)
         probabilities = cells[:, 6:].astype(float)
-        training, counts = metrics["training"], metrics["confusion"]
+        definitions = tuple(metrics["scores"])
         scores = metrics.get("validation", {}).get("scores", {})
-        held_out = next((score["accuracy"] for score in scores.values()), nan)
+        held_out = scores.get(definitions[0], {}).get("accuracy", nan)
+        about = table, data, classifier, seed, metrics["training"]
+        found = targets, predictions, probabilities, patients, centers, images, copied == "1"
+        result = Result(*about, *found, classes, held_out, folder, definitions)
+        if result.confusion.tolist() != metrics["confusion"]:
+            raise ValueError("metrics.json and predictions.csv are of different runs")
+        return result
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ResultError(
             f"{folder}: not a finished row ({type(error).__name__}: {error}); run it again"
         ) from None
-    if confusion_matrix(targets, predictions, labels=range(len(classes))).tolist() != counts:
-        raise ResultError(
-            f"{folder}: metrics.json and predictions.csv are of different runs; run the row again"
-        )
-    about = table, data, classifier, seed, training
-    found = targets, predictions, probabilities, patients, centers, images, copied == "1", classes
-    return Result(*about, *found, held_out, folder)
 
 
 def read_by(classifier: Path, records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
@@ -143,12 +149,12 @@ def require_same_test(results: Sequence[Result]) -> None:
 
 
 def estimate(
-    seeds: Sequence[Result], plain: bool = False, distinct: bool = False
+    seeds: Sequence[Result], definition: str = "", distinct: bool = False
 ) -> dict[str, Estimate]:
     """Scores of one row over its seeds: metric's name -> Estimate.
 
     seeds: the row's results, all of the same test images
-    plain: by the plain AUC, not the notebook's
+    definition: of the AUC; else the main one
     distinct: leave out the test images that are copies
     Each of 1000 replicates draws the same patients for all seeds. Ends of intervals are fractions:
     none beyond 0 and 1.
@@ -156,10 +162,11 @@ def estimate(
     kept = ~(seeds[0].copies & distinct)
     if not kept.any():
         return dict.fromkeys(METRICS, Estimate(nan, nan, nan, len(seeds)))
+    ranked = (definition or seeds[0].definitions[0]) == "ranked"
     # row 0 of the weights: the test set itself
     weights, clusters = draw_patients(seeds[0].patients[kept], 1000, seed=0)
     runs = (
-        (r.targets[kept], r.predictions[kept], r.probabilities[kept] if plain else None)
+        (r.targets[kept], r.predictions[kept], r.probabilities[kept] if ranked else None)
         for r in seeds
     )
     scores = np.stack([weighted_scores(weights, *run) for run in runs])
