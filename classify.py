@@ -126,10 +126,10 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     recipe = RECIPES[args.recipe]
-    args.size = recipe.size if args.size is None else args.size
+    require_at_least(parser, args, 1, "epochs", "passes", "batch_size", "per_plane", "size")
+    args.size = args.size or recipe.size
     args.input_range = args.input_range or recipe.input_range
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    require_at_least(parser, args, 1, "epochs", "passes", "batch_size", "per_plane")
     require_at_least(parser, args, 0, "validation", "workers")
     require_at_least(parser, args, 1e-12, "lr")
     if args.model not in MODELS and not args.model.startswith(PROBE):
@@ -160,12 +160,12 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.dtype == "tf32"
     refuse_to_replace(args)
     if args.classifier:
-        return use(args)
+        return use(args, print)
     if args.model.startswith(PROBE):
-        return run_probe(args)
+        return run_probe(args, print)
 
     # data and model: whatever can be refused is refused before any work
-    chosen = choose_records(args)
+    chosen = choose_records(args, print)
     torch.manual_seed(args.seed)
     model = build(args.model, args.weights, args.size, len(chosen.classes))
     # up to twice as fast, on the CPU too
@@ -206,26 +206,24 @@ def main(args):
         args.lr * rate_share(args.schedule, step, steps)
         for step in range(len(history) * len(loader), steps)
     )
-    answers = torch.tensor(validation.targets)
     for epoch in range(len(history), epochs):
-        augmentation = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch)
-        contrast = partial(draw_contrast, args.seed, epoch)
+        turn = partial(draw_augmentation, RECIPES[args.recipe], args.seed, epoch)
         try:
             loss = train_epoch(
                 model,
                 progress(loader, desc=f"epoch {epoch + 1}/{epochs}", leave=False),
                 optimizer,
                 args.input_range,
-                augmentation if args.augment else None,
+                turn if args.augment else None,
                 dtype,
-                contrast if args.contrast else None,
+                partial(draw_contrast, args.seed, epoch) if args.contrast else None,
                 rates,
             )
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ClassifyError(f"--compile: {str(error).splitlines()[0]}; leave it out") from None
         history.append({"epoch": epoch + 1, "loss": loss})
         if validation:
-            hits = probabilities(validation).argmax(dim=1) == answers
+            hits = probabilities(validation).argmax(dim=1) == torch.tensor(validation.targets)
             history[-1]["validation_accuracy"] = hits.float().mean().item()
         print("  ".join(f"{key} {value:.4g}" for key, value in history[-1].items()), flush=True)
         if saves.due(epoch + 1):
@@ -244,7 +242,7 @@ def main(args):
         if file and file.is_file()
     }
     found = [probabilities(images) for images in (test, validation) if images]
-    result = write_run(args, chosen, model, description, found, hashes, history)
+    result = write_run(args, chosen, model, description, found, hashes, print, history)
     checkpoint.unlink(missing_ok=True)
     return result
 

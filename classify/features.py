@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import torchvision.models as tv
 from torch import nn
 
-from classify.data import PlaneImages, batches, prepare
+from classify.data import PlaneImages, batches
 from classify.models import find_head, load, load_strict, read_weights
+from classify.train import outputs
 from planes.datasets import Record
 from planes.sites import classes_of
 
@@ -69,13 +69,8 @@ def classifier(path: str | Path) -> Extractor:
     return of_network(model, description["size"], description["input_range"], name=name)
 
 
-@torch.no_grad()
 def features(extractor: Extractor, records: Sequence[Record], workers: int = 0) -> np.ndarray:
     """Features of the records' images, (N, D) float32."""
     images = PlaneImages(records, extractor.size, classes_of(records))
-    device = next(extractor.model.parameters()).device
-    found = [
-        extractor.model(prepare(pixels.to(device), extractor.input_range)).float().cpu()
-        for pixels, _, _ in batches(images, BATCH, workers)
-    ]
-    return torch.cat(found).numpy()
+    loader = batches(images, BATCH, workers)
+    return outputs(extractor.model, loader, extractor.input_range).cpu().numpy()

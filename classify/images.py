@@ -3,6 +3,7 @@ them."""
 
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from classify import ClassifyError
@@ -21,6 +22,9 @@ from planes.datasets import (
 from planes.leaks import describe_leaks, leaks, repeated
 from planes.sites import classes_of, read_site
 from planes.survey import survey
+
+Say = Callable[[str], object]
+"""What is told lines for the user, such as print."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Chosen:
         }
 
 
-def choose_records(args: Namespace) -> Chosen:
+def choose_records(args: Namespace, say: Say) -> Chosen:
     """The paper's datasets where --spanish and --african name them, or any two sites by --source
     and --target.
 
-    What `planes.survey` warns of is printed, and which images that are tested on or held out are
-    copies of training.
+    say: is told what `planes.survey` warns of, and which images that are tested on or held out are
+        copies of training
 
     Raises ClassifyError, also where a patient is in training and in test, DatasetError.
     """
@@ -64,7 +68,7 @@ def choose_records(args: Namespace) -> Chosen:
     )
     classes = PLANES if args.african else classes_of(first or second)
     if own := [site for site in ((args.source, first), (args.target, second)) if site[0]]:
-        survey(own, say=print)
+        survey(own, say=say)
 
     training, validation = [record for record in first if record.train], []
     if args.manifest:
@@ -98,11 +102,11 @@ def choose_records(args: Namespace) -> Chosen:
     found = leaks(training, test)
     if shared := [leak.test.patient for leak in found if leak.kind == "patient"]:
         raise ClassifyError(f"{shared[0]} is in training and in test, on {len(shared)} test images")
-    print(f"leak check: {describe_leaks(found)}")
+    say(f"leak check: {describe_leaks(found)}")
     copies = {leak.test for leak in found}
     if copies:
         without = "none is left for" if len(copies) == len(test) else "metrics.json has"
-        print(f"warning: {len(copies)} test images are in training; {without} scores without")
+        say(f"warning: {len(copies)} test images are in training; {without} scores without")
     if held := {leak.test for leak in leaks(training, validation)}:
-        print(f"warning: {len(held)} held-out images share a patient or file with training")
+        say(f"warning: {len(held)} held-out images share a patient or file with training")
     return Chosen(training, validation, test, repeated(second), copies, classes)

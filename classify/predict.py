@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.data import PlaneImages, batches, normalise
-from classify.images import Chosen
+from classify.images import Chosen, Say
 from classify.models import load, save
 from classify.train import predict
 from eval.figures import confusion_figure, labelled_sheet
@@ -44,6 +44,7 @@ def write_run(
     description: dict,
     found: Sequence[Tensor],
     inputs: dict[str, str],
+    say: Say,
     history: Sequence[dict] = (),
 ) -> dict:
     """Writes what a run leaves, whole files or none: model.safetensors, metrics.json, which it
@@ -53,10 +54,10 @@ def write_run(
         not trained on, is added (`temperature`)
     found: probabilities of the test images, (N, K), and of the validation images if there are any
     inputs: of record_run
+    say: is told the scores, and where nearly all images are taken for one class
 
-    The scores are printed, and where nearly all images are taken for one class. Without test images
-    that are byte for byte in training there are scores too, and of the paper's datasets the
-    notebook's.
+    Without test images that are byte for byte in training there are scores too, and of the paper's
+    datasets the notebook's.
     """
     classes, copies, test = chosen.classes, chosen.copies, found[0].numpy()
 
@@ -73,7 +74,7 @@ def write_run(
         answers = [classes.index(record.plane) for record in chosen.validation]
         warmth = temperature(held_out, torch.tensor(answers))
         description |= {"temperature": warmth, "validation": len(answers)}
-        print(f"confidence has temperature {warmth:.3g}, set on {len(answers)} validation images")
+        say(f"confidence has temperature {warmth:.3g}, set on {len(answers)} validation images")
     if levels := next((r.levels for r in (*chosen.test, *chosen.training) if r.levels), ()):
         description["levels"] = levels
     distinct = [n for n, record in enumerate(chosen.test) if record not in copies]
@@ -84,7 +85,7 @@ def write_run(
     said, most = matrix.sum(axis=0), ONE_CLASS * len(test)
     if said.max() >= most > matrix.sum(axis=1).max():
         name = classes[said.argmax()]
-        print(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
+        say(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
     rows = [
         {
             "image": record.name,
@@ -108,7 +109,7 @@ def write_run(
     record_run(args.out, args, inputs)
     main = next(iter(result["scores"].values()))
     line = "  ".join(f"{key} {100 * value:.2f}" for key, value in main.items())
-    print(f"{line}  on {len(test)} images of {args.target or args.african}")
+    say(f"{line}  on {len(test)} images of {args.target or args.african}")
     return result
 
 
@@ -152,7 +153,7 @@ def _confidence(probabilities: Tensor, description: dict) -> Tensor:
     return tempered.amax(dim=1).float()
 
 
-def use(args: Namespace) -> None:
+def use(args: Namespace, say: Say) -> None:
     """--predict and --export of classify.py. Raises ClassifyError, DatasetError, OSError."""
     if args.predict and args.out.resolve() == args.predict.resolve():
         raise ClassifyError(f"--out {args.out}: is the folder that --predict reads; give another")
@@ -160,14 +161,14 @@ def use(args: Namespace) -> None:
     if args.predict is not None:
         # as it was tested: another order has other last bits
         model.to(args.device, memory_format=torch.channels_last)
-        predict_folder(model, description, args)
+        predict_folder(model, description, args, say)
     if args.export:
         export(model.cpu(), description, args.out)
-        print(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
+        say(f"{args.out / ONNX}: says what --predict says, within {CLOSE}")
     record_run(args.out, args, {str(args.classifier): sha256(args.classifier)})
 
 
-def predict_folder(model: nn.Module, description: dict, args: Namespace) -> None:
+def predict_folder(model: nn.Module, description: dict, args: Namespace, say: Say) -> None:
     """Writes predictions.csv, a row for each image in a folder and below it, in the order of their
     paths, and least_sure.png.
 
@@ -180,12 +181,12 @@ def predict_folder(model: nn.Module, description: dict, args: Namespace) -> None
     if not paths:
         raise ClassifyError(f"--predict {folder}: no folder with images ({', '.join(TYPES)}) in it")
     if line := left_out(folder, others):
-        print(line)
+        say(line)
     if levels := description.get("levels", ()):
         ends = "{:g}..{:g}".format(*levels)
-        print(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
+        say(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
     count = description.get("validation", 0)
-    print(f"how sure it is was set on {count} images of its own site; elsewhere it may be off")
+    say(f"how sure it is was set on {count} images of its own site; elsewhere it may be off")
     classes = description["classes"]
     # of no class that is known
     about = classes[0], "", False, "target", "", levels
@@ -209,7 +210,7 @@ def predict_folder(model: nn.Module, description: dict, args: Namespace) -> None
     with whole_files(args.out) as part:
         write_table(part / "predictions.csv", rows)
         save_figure(labelled_sheet(cells, titles), part / "least_sure.png")
-    print(f"{len(rows)} images of {folder}: {args.out / 'predictions.csv'}, least_sure.png")
+    say(f"{len(rows)} images of {folder}: {args.out / 'predictions.csv'}, least_sure.png")
 
 
 class _Exported(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from classify import ClassifyError
 from classify.features import BATCH, Extractor, features, of_network
-from classify.images import choose_records
+from classify.images import Say, choose_records
 from classify.models import MODELS, PROBE, build, load_strict, one_line
 from classify.predict import write_run
 from harness.files import sha256_of_all, whole_file
@@ -128,8 +128,6 @@ def kept_features(
     if file.is_file():
         return np.load(file)
     found = features(extractor, records, workers)
-    if not np.isfinite(found).all():
-        raise ClassifyError("the model's features are not finite; give another")
     with whole_file(file) as part, part.open("wb") as stream:
         np.save(stream, found)
     return found
@@ -159,7 +157,7 @@ def fit(train: np.ndarray, targets: np.ndarray, classes: int) -> Probe:
     rows = np.pad(np.column_stack([weight, bias]), ((1, 0), (0, 0)))[-len(present) :]
     probe = Probe(train.shape[1], classes, dtype=torch.float64)
     probe.weight.zero_()
-    probe.bias.fill_(-torch.inf)
+    probe.bias.fill_(-1e9)
     probe.weight[present] = torch.tensor(rows[:, :-1])
     probe.bias[present] = torch.tensor(rows[:, -1])
     return probe
@@ -179,14 +177,14 @@ def reopen(path: Path, description: dict) -> nn.Module:
     return nn.Sequential(frozen.model, probe).eval()
 
 
-def run_probe(args: Namespace) -> dict:
+def run_probe(args: Namespace, say: Say) -> dict:
     """classify.py with such a --model: the same files and scores, with a regression for training.
     Raises ClassifyError."""
     if args.augment or args.contrast or args.balanced_sampling:
         raise ClassifyError(
             f"--model {args.model}: is frozen; leave --augment, --contrast, --balanced-sampling out"
         )
-    chosen = choose_records(args)
+    chosen = choose_records(args, say)
     torch.manual_seed(args.seed)
     frozen, digest = open_frozen(
         args.model.removeprefix(PROBE), args.weights, args.size, args.device
@@ -206,4 +204,4 @@ def run_probe(args: Namespace) -> dict:
     description |= {"digest": digest, "size": frozen.size, "input_range": frozen.input_range}
     description |= {"batch_size": BATCH}
     found = [probabilities(records) for records in (chosen.test, chosen.validation) if records]
-    return write_run(args, chosen, probe, description, found, {args.model: digest})
+    return write_run(args, chosen, probe, description, found, {args.model: digest}, say)

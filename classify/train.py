@@ -59,23 +59,28 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predict(
+def outputs(
     model: nn.Module, loader: Batches, input_range: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Class probabilities (N, K), float32 on the CPU, in the loader's order. ClassifyError where
-    one is not finite."""
+    """What a network gives for the images of a loader, in its order: (N, ..) float32.
+    ClassifyError where it is not finite."""
     model.eval()
-    device = next(model.parameters()).device
-    probabilities = []
+    device, found = next(model.parameters()).device, []
     for images, _, _ in loader:
         inputs = prepare(images.to(device, non_blocking=True), input_range)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(inputs)
-        probabilities.append(logits.float().softmax(dim=1))
-    found = torch.cat(probabilities).cpu()
+            found.append(model(inputs).float())
+    found = torch.cat(found)
     if not found.isfinite().all():
-        raise ClassifyError("the network's output is not finite; lower the learning rate")
+        raise ClassifyError(
+            "the network's output is not finite; lower the learning rate, or take another network"
+        )
     return found
+
+
+def predict(*arguments: Any) -> Tensor:
+    """Class probabilities (N, K) on the CPU; arguments and errors of `outputs`."""
+    return outputs(*arguments).softmax(dim=1).cpu()
 
 
 def training_state(

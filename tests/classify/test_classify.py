@@ -152,7 +152,7 @@ def test_a_sources_own_test_images_are_held_out_and_told_where_they_are_trained_
 
     def chosen(*flags):
         line = "--source", tmp_path / "a", "--target", sites / "target", "--out", "x", *flags
-        return choose_records(args([*map(str, line)]))
+        return choose_records(args([*map(str, line)]), print)
 
     assert [record.name for record in chosen().validation] == ["8", "9", "10", "11"]
     said = capsys.readouterr().out

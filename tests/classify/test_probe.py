@@ -129,7 +129,7 @@ def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
 
     broken = tiny(2)
     broken[0].weight.data.fill_(torch.nan)
-    with refused(ClassifyError, "features are not finite"):
+    with refused(ClassifyError, "output is not finite"):
         kept_features(of_network(broken, 64, "imagenet"), "x", records, tmp_path / "kept", 0)
 
 
