@@ -10,7 +10,13 @@ import numpy as np
 from classify import ClassifyError
 from classify.features import Extractor, classifier, features, inception
 from eval.figures import contact_sheet, tsne, tsne_grid
-from eval.quality import closest_pairs_figure, memorisation, pixel_features, quality_table
+from eval.quality import (
+    Memorisation,
+    closest_pairs_figure,
+    memorisation,
+    pixel_features,
+    quality_table,
+)
 from paper.document import FIGURES, draw
 from paper.gain import JUDGE, WITH_LORA, Recognised
 from paper.material import Selections
@@ -69,13 +75,10 @@ def describe(
     without: a folder of images made without LoRA, to see what it does
     seed: of the rows in `out` whose classifiers, of real images alone, judge them
     """
-    found, classes, own = Findings({}, [], {}, []), selections.classes, selections.own
+    found, classes = Findings({}, [], {}, []), selections.classes
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
     real, unseen = selections.source("all"), selections.target(train=False)
-    lora_images = selections.source("lora")
-    keys = [records[0].source for records in (real, unseen)]
-    names = dict(zip(keys, selections.names if own else map(str.capitalize, keys)))
-    sites = dict(zip(names.values(), (real, unseen)))
+    lora_images, sites = selections.source("lora"), dict(zip(selections.names, (real, unseen)))
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
     synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
 
@@ -89,27 +92,23 @@ def describe(
 
     caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
     if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
-        caption += f" {[*sites][1]} has no {' and no '.join(lacking)}."
-    title, figure = "Samples" + " (figure 2)" * (not own), figure_2(sites, synthetic, classes)
-    found.figures[title] = draw(out, "samples.png", figure, caption)
+        caption += f" {selections.names[1]} has no {' and no '.join(lacking)}."
+    figure = figure_2(sites, synthetic, classes)
+    found.figures["Samples"] = draw(out, "samples.png", figure, caption)
 
     if network := extractor("logits", 224, judges):
         caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
-        figure = figure_3(sites, images, network, selections.seed, classes, names)
-        title = "Where the sources lie" + " (figure 3)" * (not own)
-        found.figures[title] = draw(out, "sources.png", figure, caption)
-    if network := extractor("penultimate", 299, judges):
-        sets = real, synthetic
-        planes = ([str(record.plane) for record in records] for records in sets)
-        samplers = [record.center for record in synthetic]
-        vectors = [features(network, records) for records in sets]
-        found.quality = quality_table(*vectors, *planes, samplers, seed=selections.seed)
-        found.notes = [
-            f"Distances to the first site's real images are between features of {network.name}.",
-            near_copies(network.name, features(network, lora_images), vectors[1]),
-        ]
-
+        figure = figure_3(sites, images, network, selections.seed, classes)
+        found.figures["Where the sources lie"] = draw(out, "sources.png", figure, caption)
     try:
+        if network := extractor("penultimate", 299, judges):
+            sets = real, synthetic
+            planes = ([str(record.plane) for record in records] for records in sets)
+            samplers = [record.center for record in synthetic]
+            vectors = [features(network, records) for records in sets]
+            found.quality = quality_table(*vectors, *planes, samplers, seed=selections.seed)
+            near = memorisation(features(network, lora_images), vectors[1])
+            found.notes.append(near_copies(network.name, near, len(lora_images)))
         copies = memorisation(pixel_features(lora_images), pixel_features(synthetic))
     except ValueError as error:
         found.notes.append(f"Copies of training images: not measured, since {error}.")
@@ -122,28 +121,22 @@ def describe(
     )
     figure = closest_pairs_figure(copies, lora_images, synthetic)
     caption = "Above each pair its distance, as a share of the usual one of training images."
-    title = "Closest to a training image"
-    found.figures[title] = draw(out, "closest_pairs.png", figure, caption)
+    found.figures["Closest to a training image"] = draw(out, "closest_pairs.png", figure, caption)
     return found
 
 
-def near_copies(network: str, train: np.ndarray, synthetic: np.ndarray) -> str:
-    """How many training images have a near copy among the synthetic ones in a network's features,
-    (N, D) and (M, D); what that says."""
-    try:
-        copies = memorisation(train, synthetic)
-    except ValueError as error:
-        return f"Copies in features of {network}: not measured, since {error}."
+def near_copies(network: str, copies: Memorisation, train: int) -> str:
+    """How many of so many training images have a near copy among the synthetic ones in a network's
+    features; what that says."""
     owners = len({*copies.index[copies.copied]})
     return (
-        f"In features of {network}, {owners} of the {len(train)} images that the LoRA was"
-        f" trained on ({100 * owners / len(train):.0f} %) have a near copy among the synthetic"
-        " ones: one at less than a third of the usual distance between neighbouring training"
-        " images. What this can exclude: that an image was given back as it was, shifted, or in"
-        " other grey levels. What it cannot: that a detail of a patient was learned and stands in"
-        " an image that is otherwise new, that somebody who holds the LoRA's file gets out more"
-        " than these samples show, or that a near copy is one by chance, as views of one kind are"
-        " alike. A share of 0 is no proof of privacy."
+        f"In features of {network}, {owners} of the {train} images that the LoRA was trained on"
+        f" ({100 * owners / train:.0f} %) have a near copy among the synthetic ones: one at less"
+        " than a third of the usual distance between neighbouring training images. This can exclude"
+        " that an image was given back as it was, shifted, or in other grey levels. It cannot"
+        " exclude that a detail of a patient was learned and stands in an image that is otherwise"
+        " new, nor that the LoRA's file gives away more than these samples show; and views of one"
+        " kind may be near by chance. A share of 0 is no proof of privacy."
     )
 
 
@@ -169,19 +162,18 @@ def figure_3(
     network: Extractor,
     seed: int,
     classes: Sequence[str],
-    names: Mapping[str, str],
 ):
     """For each rank and class that all sites have, t-SNE of equally many images of each source;
-    real ones are the same in every row. names: of the sites in the legend."""
+    real ones are the same in every row."""
     shared = set.intersection(*({record.plane for record in site} for site in sites.values()))
     rows: dict[str, dict] = {}
     for rank, synthetic in panels.items():
         rng, row = np.random.default_rng(seed), rows.setdefault(f"r = {rank}", {})
         for plane in [name for name in classes if name in shared]:
-            groups = [
-                [r for r in site if r.plane == plane] for site in (*sites.values(), synthetic)
-            ]
-            chosen = [g[n] for g in groups for n in rng.permutation(len(g))[:PER_SOURCE]]
+            chosen = []
+            for images in (*sites.values(), synthetic):
+                group = [record for record in images if record.plane == plane]
+                chosen += [group[n] for n in rng.permutation(len(group))[:PER_SOURCE]]
             points = tsne(features(network, chosen), seed=seed)
             row[str(plane)] = points, [record.source for record in chosen]
-    return tsne_grid(rows, names)
+    return tsne_grid(rows, {site[0].source: name for name, site in sites.items()})
