@@ -294,16 +294,14 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     if left_out := [row.name for row in args.rows if row not in rows]:
         print(f"left out, as the second site has no training images: {', '.join(left_out)}")
     runs = [(row, seed) for row in rows for seed in args.seeds]
-    folders = [experiment.classify(*run, by=n % processes.size()) for n, run in enumerate(runs)]
+    for n, (row, seed) in enumerate(runs):
+        experiment.classify(row, seed, by=n % processes.size())
     processes.barrier()
     if not processes.is_first():
         return
 
     # report.html, report.md, results.csv, figures/ and environment.json
-    results = [
-        read_result(folder, row.table, row.data.name, row.classifier, seed)
-        for folder, (row, seed) in zip(folders, runs)
-    ]
+    results = [read_result(args.out, *run) for run in runs]
     names = selections.names
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
@@ -314,8 +312,9 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         tests=selections.target(train=False),
         compared=args.spanish is not None,
     )
-    files = [*selections.tables(), args.model, args.vae, args.synthetic, args.lora, args.weights]
+    files = args.model, args.vae, args.synthetic, args.lora, args.weights
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}
+    hashes |= {site: selections.digest(kind) for site, kind in zip(names, ("all", "target"))}
     record_environment(args.out, args, hashes)
     about = selections, panels, scale.rank, without, args.seeds[0]
     build(args.out, results, context, describe(args.out, *about) if panels else None)

@@ -100,7 +100,7 @@ def main(args):
         for seed in args.seeds:
             out = row_folder(args.out, data.name, CLASSIFIER, seed)
             run("classify", out, *flags, *more, "--seed", seed)
-            results.append(read_result(out, row.table, data.name, CLASSIFIER, seed))
+            results.append(read_result(args.out, row, seed))
 
     context = Context(
         material="the embedded miniature model",

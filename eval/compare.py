@@ -1,15 +1,15 @@
 """Two classifiers, or two data models, on the same test images: is the difference more than chance?
 
-McNemar's test counts images as if they were independent. The bootstrap draws patients, as
-`eval.metrics.evaluate` does, and reckons with the seeds of the training; so it serves averages
-over classifiers, the F-score and the AUC too.
+The bootstrap draws patients, as `eval.metrics.evaluate` does, since images of one resemble each
+other, and reckons with the seeds of the training; it serves averages over classifiers, the F-score
+and the AUC too.
 """
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, ndtri, stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from eval.metrics import LEVEL, METRICS, draw_patients, expanded_interval, weighted_scores
 
@@ -29,20 +29,6 @@ class Difference:
     high: float
     p_value: float
     over: str = "patients"
-
-
-def mcnemar(targets: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Exact two-sided test that two classifiers are right equally often (McNemar 1947, with
-    binomial probabilities): how many images only the first and only the second reads right, and
-    the p-value.
-
-    targets, first, second: (N,) class indices
-    Given n discordant images, each is the first's or the second's with probability 1/2 if the two
-    are equally good.
-    """
-    right_first, right_second = targets == first, targets == second
-    b, c = int((right_first & ~right_second).sum()), int((right_second & ~right_first).sum())
-    return b, c, min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
 
 
 def paired_bootstrap(

@@ -11,20 +11,21 @@ what it says there.
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from classify import ClassifyError
-from harness.files import sha256, told_apart
+from harness.files import told_apart
 from harness.record import arguments_of
 from harness.script import alone, progress, run
 from paper.plan import BEYOND_ROWS, ROWS
 from paper.report import Context, build
-from paper.results import Result, ResultError, read_by, read_result, row_folder
+from paper.results import Result, ResultError, read_by, read_result
 from planes.datasets import DatasetError, Record, read_african, require_images
+from planes.leaks import repeated
 from planes.sites import classes_of, read_site
 
 
@@ -41,11 +42,10 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Result:
-    """What a row's classifier, a file of classify.py, says of other images."""
-    targets, probabilities = read_by(classifier, records)
+def retest(result: Result, records: Sequence[Record], twice: Collection[Record]) -> Result:
+    """What a row's classifier says of other images. twice: those of them that are copies."""
+    targets, probabilities = read_by(result.folder / "model.safetensors", records)
     patients, centers, images = np.array([(r.patient, r.center, r.name) for r in records]).T
-    digests = [sha256(record.path) for record in records]
     return replace(
         result,
         targets=targets,
@@ -54,19 +54,18 @@ def retest(result: Result, classifier: Path, records: Sequence[Record]) -> Resul
         patients=patients,
         centers=centers,
         images=images,
-        copies=np.array([digest in digests[:n] for n, digest in enumerate(digests)]),
+        copies=np.array([record in twice for record in records]),
     )
 
 
 @alone
 def main(args):
-    found = {}  # a row of two tables is one run
-    for row in (*ROWS, *BEYOND_ROWS):
-        about = row.table, row.data.name, row.classifier
-        place = row_folder(args.run, *about[1:], seed=0).parent
-        for file in sorted(place.glob("seed*/args.json")):
-            folder, seed = file.parent, int(file.parent.name.removeprefix("seed"))
-            found.setdefault(folder, read_result(folder, *about, seed))
+    rows = {row.name: row for row in (*ROWS, *BEYOND_ROWS)}  # some in two tables
+    found = [
+        read_result(args.run, row, int(file.parent.name.removeprefix("seed")))
+        for row in rows.values()
+        for file in sorted(args.run.glob(f"rows/{row.data.name}/{row.classifier}/seed*/args.json"))
+    ]
     if not found:
         raise ResultError(f"{args.run}: no finished row; give the --out of reproduce.py")
     site = args.target or args.african
@@ -75,16 +74,14 @@ def main(args):
     if not records:
         raise ResultError(f"{site}: has no test images")
     require_images(records)
-    known = next(iter(found.values())).classes
+    known = found[0].classes
     if unknown := [name for name in classes_of(records) if name not in known]:
         has = f"the rows of {args.run} know {', '.join(known)} alone"
         raise ResultError(f"{site}: has {', '.join(unknown)}, and {has}; take these images out")
 
-    results = [
-        retest(result, folder / "model.safetensors", records)
-        for folder, result in progress(found.items(), desc="rows", unit="row")
-    ]
-    source = arguments_of(next(iter(found))).get("source")
+    twice = repeated(every)
+    results = [retest(row, records, twice) for row in progress(found, desc="rows", unit="row")]
+    source = arguments_of(found[0].folder).get("source")
     context = Context(
         material=f"as in {args.run}",
         sites=f"{site}, of which nothing was trained on",

@@ -154,7 +154,7 @@ def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool)
     """
     scores, (source, target) = zero_shot(cells), own or SITES
     best = next(iter(scores))
-    runs, found = cells[best], estimate(cells[best])["accuracy"]
+    runs, found = cells[best], estimate(cells[best], "ranked")["accuracy"]
     over = ", of this network alone" if found.seeds == 1 else " and seeds"
     home = at_home(runs)
     held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)

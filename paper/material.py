@@ -28,7 +28,6 @@ MANIFESTS = {  # the authors' lists of the Spanish images
     "balanced": "spain_train_1150_balanced.csv",
     "lora": "lora_train_data.csv",
 }
-TABLES = ("images.csv", "FETAL_PLANES_DB_data.csv", "African_planes_database.csv")
 
 
 def make_phantoms(out: Path, seed: int, phantoms: Mapping[str, object]) -> tuple[Path, Path]:
@@ -140,8 +139,3 @@ class Selections:
             for r in records
         )
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def tables(self) -> list[Path]:
-        """Where tables and lists that say what the images are may be."""
-        lists = [self.lists / name for name in MANIFESTS.values()] if self.lists else []
-        return [root / name for root in self.roots for name in TABLES] + lists

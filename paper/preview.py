@@ -1,14 +1,15 @@
 """What a reproduction would run, and what is missing for it on this machine."""
 
 from collections.abc import Iterable, Mapping
+from itertools import product
 
 from classify.models import MODELS, imagenet_file
 from ldm.cli import describe_models
 from paper.material import PHANTOMS, Selections
 from paper.plan import PAPER, RANKS, Row, Scale
-from paper.results import is_run
+from paper.results import row_folder
 from planes import PLANES
-from planes.datasets import DatasetError, Record
+from planes.datasets import DatasetError, Record, require_images
 
 # Seconds on two CPU cores, measured: an image in a classifier's training at 64 px; in a LoRA's, and
 # sampled, at 96.
@@ -36,11 +37,10 @@ def missing_weights(names: Iterable[str]) -> list[str]:
 def missing_images(name: str, records: Iterable[Record]) -> str:
     """Are all images there?"""
     try:
-        lost = [record.path for record in dict.fromkeys(records) if not record.path.is_file()]
+        require_images([*dict.fromkeys(records)])
     except DatasetError as error:
         return f"{name}: {error}"
-    such = f", such as {lost[0]}" if lost else ""
-    return f"{name}: {len(lost):,} images are missing{such}"
+    return f"{name}: all images are there"
 
 
 def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[object, object]:
@@ -79,7 +79,10 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
     selections: None for phantoms
     """
     rows = {(row.data, row.classifier): row for row in args.rows}.values()  # some in two tables
-    left = {row: sum(not is_run(args.out, row, seed) for seed in args.seeds) for row in rows}
+    left = dict.fromkeys(rows, 0)
+    for row, seed in product(rows, args.seeds):
+        folder = row_folder(args.out, row.data.name, row.classifier, seed)
+        left[row] += not (folder / "args.json").exists()
     drawn = 2 * len(selections.classes if selections else PLANES) * scale.count
     lines = [("Row", "# source", "# synthetic", "# target", "runs left")]
     for row in rows:
@@ -93,7 +96,6 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
     state = describe_models(args)
     if selections and not selections.own:
         state += map(missing_images, ("source", "target"), selections.needed(rows))
-        state.append("both datasets: python -m planes.download --to DIR")
     if args.weights == "imagenet":
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)

@@ -65,7 +65,9 @@ LEGEND = (
     " synthetic ones. AF: the second site's training images, which is no longer zero-shot and may"
     " know test images by their copies. HB-prompts, HB-token, HB-dreambooth: synthetic images by"
     " detailed prompts, Textual Inversion, DreamBooth. A linear probe is logistic regression on the"
-    " features of a frozen model."
+    " features of a frozen model. The notebook's AUC takes predicted labels, and a prediction of a"
+    " class that no test image has counts as positive for every class; the ranked one ranks the"
+    " images by predicted probability, one class against the rest."
 )
 OWN_LEGEND = (
     "Balanced: as many real images of each class. Augmented: rotated, flipped, cropped at random."
@@ -90,8 +92,7 @@ GAIN = (
     "Differences between data models, averaged over the classifiers that both have; the verdict is"
     " on accuracy. Balanced real images and synthetic ones differ from all real images in two ways;"
     " the two parts, told after 'of it', add up over the same classifiers. What begins with"
-    " 'instead' needs no synthetic image. Of one classifier, McNemar's exact test counts the images"
-    " that only one of two trained networks gets right; the differences are over all seeds."
+    " 'instead' needs no synthetic image."
 )
 CONFUSION = (
     "Each row of a matrix is a true class: percent of its images by prediction, over all seeds."
@@ -100,15 +101,10 @@ COPIES = (
     "Copies are test images whose bytes occur earlier in the test list or among their site's"
     " training images."
 )
-VARIANTS = (
-    "The notebook's AUC, above, takes predicted labels, and a prediction of a class that no test"
-    " image has, as Other in the paper's, counts as positive for every class. The ranked one ranks"
-    " the images by predicted probability, one class against the rest. "
-)
 GROUPS = "Percent of images classified rightly, over all seeds."
 WORST_ERRORS = 20
 QUALITY = (
-    "Features of synthetic images against those of real ones. FID and KID: lower is closer."
+    "Features of synthetic images against those of the first site's. FID and KID: lower is closer."
     " Precision and density: how many synthetic images lie among the real ones; recall and"
     " coverage: how much of the real set they reach. Two-sample: how often a classifier tells a"
     " synthetic image from a real one, 50 % being chance."
@@ -170,7 +166,7 @@ def build(
     steps = [*STEPS, *(Step("other synthetic images", "HB+DA", data.name) for data in BEYOND)]
     if gains := measure(steps, cells, averaged):
         blocks += ["## Where the gain comes from", GAIN]
-        blocks += [tables.gain_table(gains, cells, compared, own)]
+        blocks += [tables.gain_table(gains, compared, own)]
     blocks += ["## How this was made", _how(results[0], context, seeds), command(context.command)]
     blocks += [READING.format(results[0].units), *found.notes]
 
@@ -180,11 +176,10 @@ def build(
     single = [gain for name in classifiers for gain in measure(steps, cells, [name])]
     if single := [gain for gain in single if (gain.step, gain.classifiers) not in told]:
         blocks += ["### Differences by classifier"]
-        blocks.append(tables.gain_table(single, cells, compared, own))
+        blocks.append(tables.gain_table(single, compared, own))
     blocks += ["### Confusion matrices", CONFUSION, _confusion_matrices(out, named)]
-    both = len(results[0].definitions) > 1
-    if both or results[0].copies.any():
-        blocks += ["### Counted otherwise", VARIANTS * both + COPIES, tables.variants_table(named)]
+    if results[0].copies.any():
+        blocks += ["### Without copies", COPIES, tables.overview(named, False, own, distinct=True)]
     if others := {names: runs for names, runs in named.items() if runs is not cells.get(best)}:
         blocks += ["### The other models, class by class", tables.class_table(others)]
     if len({*results[0].centers}) > 1:

@@ -28,10 +28,6 @@ def row_folder(out: Path, data: str, classifier: str, seed: int) -> Path:
     return out / "rows" / data / name / f"seed{seed}"
 
 
-def is_run(out: Path, row: Row, seed: int) -> bool:
-    return (row_folder(out, row.data.name, row.classifier, seed) / "args.json").exists()
-
-
 class ResultError(Exception):
     """A row that cannot be read or does not belong with the others; one line that says which."""
 
@@ -100,11 +96,13 @@ class Estimate:
     seeds: int
 
 
-def read_result(folder: Path, table: str, data: str, classifier: str, seed: int) -> Result:
-    """The row that classify.py wrote into `folder`.
+def read_result(out: Path, row: Row, seed: int) -> Result:
+    """A row that classify.py wrote into its `row_folder`.
 
     Raises ResultError for files that are missing, broken, or of two different runs.
     """
+    about = row.table, row.data.name, row.classifier, seed
+    folder = row_folder(out, *about[1:])
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
@@ -116,8 +114,16 @@ def read_result(folder: Path, table: str, data: str, classifier: str, seed: int)
         definitions = tuple(metrics["scores"])
         scores = metrics.get("validation", {}).get("scores", {})
         held_out = scores.get(definitions[0], {}).get("accuracy", nan)
-        about = table, data, classifier, seed, metrics["training"]
-        found = targets, predictions, probabilities, patients, centers, images, copied == "1"
+        found = (
+            metrics["training"],
+            targets,
+            predictions,
+            probabilities,
+            patients,
+            centers,
+            images,
+            copied == "1",
+        )
         result = Result(*about, *found, classes, held_out, folder, definitions)
         if result.confusion.tolist() != metrics["confusion"]:
             raise ValueError("metrics.json and predictions.csv are of different runs")
@@ -149,12 +155,12 @@ def require_same_test(results: Sequence[Result]) -> None:
 
 
 def estimate(
-    seeds: Sequence[Result], definition: str = "", distinct: bool = False
+    seeds: Sequence[Result], definition: str, distinct: bool = False
 ) -> dict[str, Estimate]:
     """Scores of one row over its seeds: metric's name -> Estimate.
 
     seeds: the row's results, all of the same test images
-    definition: of the AUC; else the main one
+    definition: of the AUC, "notebook" or "ranked"
     distinct: leave out the test images that are copies
     Each of 1000 replicates draws the same patients for all seeds. Ends of intervals are fractions:
     none beyond 0 and 1.
@@ -162,16 +168,16 @@ def estimate(
     kept = ~(seeds[0].copies & distinct)
     if not kept.any():
         return dict.fromkeys(METRICS, Estimate(nan, nan, nan, len(seeds)))
-    ranked = (definition or seeds[0].definitions[0]) == "ranked"
     # row 0 of the weights: the test set itself
     weights, clusters = draw_patients(seeds[0].patients[kept], 1000, seed=0)
-    runs = (
-        (r.targets[kept], r.predictions[kept], r.probabilities[kept] if ranked else None)
-        for r in seeds
-    )
-    scores = np.stack([weighted_scores(weights, *run) for run in runs])
-    single = len(seeds) == 1
-    found = over_patients(scores[0], clusters) if single else over_both([scores], [1], clusters)
+    scores = []
+    for r in seeds:
+        run = (r.targets, r.predictions, r.probabilities)[: 3 if definition == "ranked" else 2]
+        scores.append(weighted_scores(weights, *(values[kept] for values in run)))
+    if len(seeds) == 1:
+        found = over_patients(scores[0], clusters)
+    else:
+        found = over_both([np.stack(scores)], [1], clusters)
     numbers = np.clip(found[:3], 0, 1).T.tolist()  # a metric's mean and ends
     return {name: Estimate(*three, len(seeds)) for name, three in zip(METRICS, numbers)}
 

@@ -5,10 +5,10 @@ from dataclasses import astuple
 
 import numpy as np
 
-from eval.compare import Difference, mcnemar
+from eval.compare import Difference
 from eval.metrics import METRICS, class_scores
 from paper.document import table
-from paper.gain import SITES, Cells, Gain, Named, Recognised, at_home, points_between
+from paper.gain import SITES, Gain, Named, Recognised, at_home, points_between
 from paper.plan import Own, classifier_name, data_name
 from paper.published import PUBLISHED
 from paper.results import Estimate, Result, estimate
@@ -45,70 +45,51 @@ def difference(found: Difference) -> str:
     return text + ONE_SEED if found.over == "patients" else f"{text}, {p_value(found.p_value)}"
 
 
-def overview(cells: Named, compared: bool, own: Own) -> str:
+def overview(cells: Named, compared: bool, own: Own, distinct: bool = False) -> str:
     """All metrics of all rows, and how many images of each kind they were trained on.
 
     compared: with the published number of each in brackets
+    distinct: of the test images that are no copies
     """
+    definitions = next(iter(cells.values()))[0].definitions
     known = any(at_home(runs) >= 0 for runs in cells.values())  # not nan
     source, target = own or SITES
     header = [*LABELS, "Seeds", "# real", "# synthetic", f"# of {target}"]
     header += [f"Accuracy at {source}, held out"] * known
-    header += [f"Accuracy at {target}", "95 % interval", *[*NAMES.values()][1:]]
+    header += [f"Accuracy at {target}", "95 % interval", *[*NAMES.values()][1:4]]
+    header += [f"AUC, {definition}" for definition in definitions]
     body = []
     for names, runs in cells.items():
-        found, row = estimate(runs), (runs[0].data, runs[0].classifier)
+        found, *others = (estimate(runs, definition, distinct) for definition in definitions)
+        row = runs[0].data, runs[0].classifier
         values = [percent(found[metric].mean) for metric in METRICS]
         if compared and row in PUBLISHED:
             theirs = map(percent, astuple(PUBLISHED[row]))
             values = [f"{ours} ({number})" for ours, number in zip(values, theirs)]
         values.insert(1, interval(found["accuracy"]))
         home = [percent(at_home(runs))] * known
+        values += [percent(other["auc"].mean) for other in others]
         body.append([*names, len(runs), *_counts(runs[0]), *home, *values])
     return table(header, body)
 
 
-def gain_table(gains: Sequence[Gain], cells: Cells, compared: bool, own: Own) -> str:
-    """Differences between data models, over the classifiers that both have; where it is one, with
-    McNemar's test of each seed.
+def gain_table(gains: Sequence[Gain], compared: bool, own: Own) -> str:
+    """Differences between data models, over the classifiers that both have.
 
     compared: with the paper's difference in accuracy over the same classifiers
     """
     header = ["What is changed", "Difference", "Classifiers", "Seeds", "Verdict"]
     header += [f"{NAMES[metric]}, points" for metric in COMPARED]
     header += ["Published accuracy"] * compared
-    header += ["Right only before : only after, by seed"]
     body = []
     for gain in gains:
-        step, (name, *others) = gain.step, gain.classifiers
-        count = len(gain.classifiers) if others else classifier_name(name)
-        line = [step.what, step.against(own), count, gain.seeds, gain.verdict]
+        step, names = gain.step, gain.classifiers
+        name = len(names) if len(names) > 1 else classifier_name(names[0])
+        line = [step.what, step.against(own), name, gain.seeds, gain.verdict]
         line += [difference(gain.differences[metric]) for metric in COMPARED]
         published = NONE if np.isnan(gain.published) else f"{100 * gain.published:+.2f}"
-        tests = [
-            f"{before} : {after}, {p_value(p)}"
-            for one in cells[step.baseline, name]
-            for other in cells[step.data, name]
-            if one.seed == other.seed and not others
-            for before, after, p in [mcnemar(one.targets, one.predictions, other.predictions)]
-        ]
-        body.append([*line, *[published] * compared, "; ".join(tests) or NONE])
+        body.append(line + [published] * compared)
     return table(header, body, labels=3)
-
-
-def variants_table(cells: Named) -> str:
-    """AUC by other definitions than the main one, and scores on the test images that are no copies,
-    with intervals."""
-    others = next(iter(cells.values()))[0].definitions[1:]
-    header = [f"AUC, {name}" for name in others]
-    header += [f"{NAMES[metric]}, no copies" for metric in COMPARED]
-    body = []
-    for names, runs in cells.items():
-        found = [estimate(runs, name)["auc"] for name in others]
-        distinct = estimate(runs, distinct=True)
-        found += [distinct[metric] for metric in COMPARED]
-        body.append([*names, *(f"{percent(e.mean)} ({interval(e)})" for e in found)])
-    return table([*LABELS, *header], body)
 
 
 def class_table(cells: Named) -> str:

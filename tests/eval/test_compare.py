@@ -1,17 +1,10 @@
-"""Paired comparisons: McNemar against SciPy, and intervals and p-values against simulations whose
-truth is known."""
+"""Paired comparisons: intervals and p-values against simulations whose truth is known."""
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest, t, ttest_ind
+from scipy.stats import t, ttest_ind
 
-from eval.compare import (
-    Difference,
-    mcnemar,
-    over_both,
-    over_patients,
-    paired_bootstrap,
-)
+from eval.compare import Difference, over_both, over_patients, paired_bootstrap
 from eval.metrics import METRICS, draw_patients, expanded_interval, weighted_scores
 
 
@@ -50,24 +43,6 @@ def single(targets, first, second, owner, **settings):
 def numbers(difference, sign=1):
     ends = sorted((sign * difference.low, sign * difference.high))
     return (sign * difference.value, *ends, difference.p_value)
-
-
-# --- McNemar ---
-
-
-@pytest.mark.parametrize(
-    "b, c", [(0, 0), (0, 3), (5, 5), (4, 9), (3, 19), (200, 150), (2400, 2600)]
-)
-def test_mcnemar_is_scipys_exact_binomial_test_of_the_discordant_images(b, c):
-    """3 images that both read right, 2 that both read wrong, by different answers."""
-    kinds = np.repeat([0, 1, 2, 3], [b, c, 3, 2])
-    targets = np.arange(len(kinds)) % 4
-    first = np.where((kinds == 0) | (kinds == 2), targets, 4)
-    second = np.where((kinds == 1) | (kinds == 2), targets, 5)
-    expected = binomtest(b, b + c).pvalue if b + c else 1.0
-    *counts, p_value = mcnemar(targets, first, second)
-    assert counts == [b, c]
-    assert p_value == pytest.approx(expected, rel=1e-9) and p_value <= 1
 
 
 # --- paired bootstrap ---
