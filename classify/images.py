@@ -105,8 +105,8 @@ def choose_records(args: Namespace, say: Say) -> Chosen:
     say(f"leak check: {describe_leaks(found)}")
     copies = {leak.test for leak in found}
     if copies:
-        without = "none is left for" if len(copies) == len(test) else "metrics.json has"
-        say(f"warning: {len(copies)} test images are in training; {without} scores without")
+        of = f"{len(copies)} of {len(test)} test images"
+        say(f"warning: {of} are in training; metrics.json has scores of the others too")
     if held := {leak.test for leak in leaks(training, validation)}:
         say(f"warning: {len(held)} held-out images share a patient or file with training")
     return Chosen(training, validation, test, repeated(second), copies, classes)

@@ -11,6 +11,7 @@ the regression, and names the model, whose weights are opened again.
 import hashlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def _of_transformers(name: str) -> Extractor:
 
 
 def kept_features(
-    extractor: Extractor, digest: str, records: Sequence[Record], folder: Path, workers: int
+    extractor: Extractor, digest: str, folder: Path, workers: int, records: Sequence[Record]
 ) -> np.ndarray:
     """(N, D) float32 features of the records' images, read from `folder` where they are there
     already."""
@@ -177,6 +178,7 @@ def reopen(path: Path, description: dict) -> nn.Module:
     return nn.Sequential(frozen.model, probe).eval()
 
 
+@torch.no_grad()
 def run_probe(args: Namespace, say: Say) -> dict:
     """classify.py with such a --model: the same files and scores, with a regression for training.
     Raises ClassifyError."""
@@ -190,18 +192,12 @@ def run_probe(args: Namespace, say: Say) -> dict:
         args.model.removeprefix(PROBE), args.weights, args.size, args.device
     )
     folder = args.features or args.out / "features"
-
-    def of(records: Sequence[Record]) -> np.ndarray:
-        return kept_features(frozen, digest, records, folder, args.workers)
-
+    of = partial(kept_features, frozen, digest, folder, args.workers)
     targets = np.array([chosen.classes.index(record.plane) for record in chosen.training])
     probe = fit(of(chosen.training), targets, len(chosen.classes))
-
-    def probabilities(records: Sequence[Record]) -> Tensor:
-        return probe(torch.tensor(of(records))).detach().float().softmax(dim=1)
-
     description = {key: getattr(args, key) for key in ("model", "weights", "seed")}
     description |= {"digest": digest, "size": frozen.size, "input_range": frozen.input_range}
     description |= {"batch_size": BATCH}
-    found = [probabilities(records) for records in (chosen.test, chosen.validation) if records]
+    groups = filter(None, (chosen.test, chosen.validation))
+    found = [probe(torch.tensor(of(records))).float().softmax(dim=1) for records in groups]
     return write_run(args, chosen, probe, description, found, {args.model: digest}, say)

@@ -222,18 +222,18 @@ def tsne_grid(rows: Mapping[str, Mapping[str, Points]], names: Mapping[str, str]
             ends, ticks = (-0.04, 1.04), (0, 0.5, 1)
             axes.set(xlim=ends, ylim=ends, xticks=ticks, yticks=ticks, box_aspect=1)
             axes.label_outer()
-    _legend(figure, fontsize=10)
+    _legend(figure)
     return figure
 
 
-def _legend(figure: Figure, **look: object) -> None:
+def _legend(figure: Figure) -> None:
     """Above the axes, each label once."""
     labels = {}
     for axes in figure.axes:
         labels |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-    place = {"loc": "outside upper center", "ncols": 3, "frameon": False}
     texts = _lines(labels, figure.get_figwidth() / 4)
-    figure.legend(labels.values(), texts, **place, **look)
+    place = {"loc": "outside upper center", "ncols": 3, "frameon": False, "fontsize": 9}
+    figure.legend(labels.values(), texts, **place)
 
 
 def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str) -> Figure:
@@ -301,7 +301,7 @@ def forest_figure(points: Sequence[Point], xlabel: str) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="0.9")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    _legend(figure, fontsize=8)
+    _legend(figure)
     return figure
 
 

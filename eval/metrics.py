@@ -124,8 +124,12 @@ def evaluate(
     rows = zip(*(column.tolist() for column in columns))
     names = *METRICS[1:4], "support"
     by_class = {name: dict(zip(names, row)) for name, row in zip(classes, rows) if row[-1]}
-    found = {"scores": scores, "intervals": intervals, "confusion": matrix.tolist()}
-    return found | {"by_class": by_class}
+    return {
+        "scores": scores,
+        "intervals": intervals,
+        "confusion": matrix.tolist(),
+        "by_class": by_class,
+    }
 
 
 def draw_patients(

@@ -125,7 +125,10 @@ def test_copies_are_marked_and_scores_without_them_are_given(classify, sites, tm
     shutil.copy(target / "5.png", target / "7.png")  # of an earlier test image
     places = ("--source", sites / "source", "--target", target)
     metrics = classify(tmp_path / "out", "--target-train", places=places)
-    assert "warning: 1 test image" in capsys.readouterr().out
+    assert (
+        "warning: 1 of 8 test images are in training; metrics.json has scores of the others"
+        in capsys.readouterr().out
+    )
     assert metrics["test"]["copies_of_training"] == 1
     assert np.sum(metrics["confusion"]) == 8 and np.sum(metrics["without_copies"]["confusion"]) == 7
     assert metrics["training"]["sources"] == {"source": 16, "target": 4}
@@ -138,7 +141,7 @@ def test_copies_are_marked_and_scores_without_them_are_given(classify, sites, tm
     )
     metrics = classify(tmp_path / "b", places=("--source", tmp_path / "same", *places[2:]))
     assert metrics["test"]["copies_of_training"] == 8 and "without_copies" not in metrics
-    assert "8 test images are in training; none is left for scores" in capsys.readouterr().out
+    assert "warning: 8 of 8 test images are in training" in capsys.readouterr().out
 
 
 def test_a_sources_own_test_images_are_held_out_and_told_where_they_are_trained_on(

@@ -112,25 +112,25 @@ def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
     records = noise_records(tmp_path / "images", 9)
     extractor, digest = open_frozen("tiny", "none", 64, "cpu")
     assert extractor.size == 64
-    found = kept_features(extractor, digest, records, tmp_path / "kept", 0)
+    found = kept_features(extractor, digest, tmp_path / "kept", 0, records)
     expected = features(of_network(extractor.model, 64, "imagenet", "as it is"), records)
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (9, 128)
     (file,) = (tmp_path / "kept").iterdir()
     np.save(file, found + 1)
     # read, not computed
-    again = kept_features(extractor, digest, records, tmp_path / "kept", 0)
+    again = kept_features(extractor, digest, tmp_path / "kept", 0, records)
     assert np.array_equal(again, found + 1)
-    kept_features(extractor, digest, records[:7], tmp_path / "kept", 0)
+    kept_features(extractor, digest, tmp_path / "kept", 0, records[:7])
     other, another = open_frozen("tiny", "none", 64, "cpu")  # of other random weights
     assert another != digest
-    kept_features(other, another, records, tmp_path / "kept", 0)
+    kept_features(other, another, tmp_path / "kept", 0, records)
     assert len([*(tmp_path / "kept").iterdir()]) == 3
 
     broken = tiny(2)
     broken[0].weight.data.fill_(torch.nan)
     with refused(ClassifyError, "output is not finite"):
-        kept_features(of_network(broken, 64, "imagenet"), "x", records, tmp_path / "kept", 0)
+        kept_features(of_network(broken, 64, "imagenet"), "x", tmp_path / "kept", 0, records)
 
 
 @pytest.mark.slow
