@@ -31,17 +31,10 @@ class Extractor:
     name: str
 
 
-def of_network(
-    model: nn.Module, size: int, input_range: str, layer: str = "penultimate", name: str = ""
-) -> Extractor:
-    """A network that ends in a Linear.
-
-    layer: "logits" (the output), or "penultimate" (what enters the last Linear: 2048 pooled
-        features in Inception v3)
-    """
-    if layer == "penultimate":
-        model.set_submodule(find_head(model)[0], nn.Identity())
-    return Extractor(model.eval(), size, input_range, name)
+def without_head(model: nn.Module) -> nn.Module:
+    """A network that ends in a Linear, up to what enters it."""
+    model.set_submodule(find_head(model)[0], nn.Identity())
+    return model.eval()
 
 
 def inception(
@@ -50,6 +43,7 @@ def inception(
     """Inception v3 (Szegedy et al. 2015); the authors' figure takes the 1000 logits of 224-pixel
     images.
 
+    layer: "logits", or "penultimate": the 2048 pooled features that enter the last Linear
     weights: "imagenet" (torchvision's, downloaded once) or a state dict file of torchvision's
         inception_v3. Raises ClassifyError in one line where neither can be had.
     """
@@ -57,8 +51,9 @@ def inception(
     # transform_input undoes ImageNet's normalisation: the network itself was trained on [-1, 1].
     model = tv.inception_v3(weights=None, transform_input=True, init_weights=False)
     load_strict(model, state, source)
-    width = "1000 logits" if layer == "logits" else "2048 pooled features"
-    return of_network(model, size, "imagenet", layer, f"Inception v3, {width}")
+    if layer == "logits":
+        return Extractor(model.eval(), size, "imagenet", "Inception v3, 1000 logits")
+    return Extractor(without_head(model), size, "imagenet", "Inception v3, 2048 pooled features")
 
 
 def classifier(path: str | Path) -> Extractor:
@@ -66,7 +61,7 @@ def classifier(path: str | Path) -> Extractor:
     if `path` is not one."""
     model, description = load(path)
     name = f"{description['model']} trained here, penultimate layer"
-    return of_network(model, description["size"], description["input_range"], name=name)
+    return Extractor(without_head(model), description["size"], description["input_range"], name)
 
 
 def features(extractor: Extractor, records: Sequence[Record], workers: int = 0) -> np.ndarray:

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from classify import ClassifyError
-from classify.features import BATCH, Extractor, features, of_network
+from classify.features import BATCH, Extractor, features, without_head
 from classify.images import Say, choose_records
 from classify.models import MODELS, PROBE, build, load_strict, one_line
 from classify.predict import write_run
@@ -72,7 +72,7 @@ def open_frozen(name: str, weights: str, size: int, device: str) -> tuple[Extrac
     gives one image two answers.
     """
     if name in MODELS:
-        own = of_network(build(name, weights, size), size, "imagenet")
+        own = Extractor(without_head(build(name, weights, size)), size, "imagenet", name)
     else:
         try:
             own = _of_transformers(name)

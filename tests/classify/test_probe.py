@@ -17,7 +17,7 @@ from small import noise_records, tiny
 
 from classify import ClassifyError
 from classify.data import PlaneImages, prepare
-from classify.features import classifier, features, inception, of_network
+from classify.features import Extractor, classifier, features, inception
 from classify.models import build, load, save
 from classify.probe import fit, kept_features, open_frozen
 from planes import PLANES
@@ -113,7 +113,7 @@ def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
     extractor, digest = open_frozen("tiny", "none", 64, "cpu")
     assert extractor.size == 64
     found = kept_features(extractor, digest, tmp_path / "kept", 0, records)
-    expected = features(of_network(extractor.model, 64, "imagenet", "as it is"), records)
+    expected = features(Extractor(extractor.model, 64, "imagenet", "as it is"), records)
     np.testing.assert_array_equal(found, expected)
     assert found.shape == (9, 128)
     (file,) = (tmp_path / "kept").iterdir()
@@ -130,7 +130,7 @@ def test_features_are_kept_for_these_images_and_this_network_alone(tmp_path):
     broken = tiny(2)
     broken[0].weight.data.fill_(torch.nan)
     with refused(ClassifyError, "output is not finite"):
-        kept_features(of_network(broken, 64, "imagenet"), "x", tmp_path / "kept", 0, records)
+        kept_features(Extractor(broken, 64, "imagenet", ""), "x", tmp_path / "kept", 0, records)
 
 
 @pytest.mark.slow
