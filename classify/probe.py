@@ -103,9 +103,7 @@ def _of_transformers(name: str) -> Extractor:
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except OSError:
-        raise ValueError(
-            "it has no preprocessor_config.json, as vision models have: give DINOv2, .."
-        ) from None
+        raise ValueError("it has no preprocessor_config.json, as vision models have") from None
     side = getattr(processor, "crop_size", None) or processor.size
     size = side.get("height") or side.get("shortest_edge")
     frozen = Frozen(vision, processor, size).eval()

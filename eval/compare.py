@@ -68,7 +68,7 @@ def paired_bootstrap(
     return {name: Difference(*numbers, over) for name, *numbers in columns}
 
 
-Found = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Found = tuple[np.ndarray, ...]
 """Value, low and high end of its interval, two-sided p-value of its being zero; nan where it is
 undefined."""
 

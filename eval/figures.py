@@ -60,7 +60,9 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     figure.savefig(path, dpi=dpi, format="png", **look)
     legend = ", ".join(f"{mark} is {word}" for word, mark in numbers.items())
     if legend:
-        warn(f"no installed font has the letters of some names: {legend}", stacklevel=1)
+        warn(
+            f"no installed font has the letters of some names, so in figures {legend}", stacklevel=1
+        )
     return legend
 
 

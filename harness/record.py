@@ -89,14 +89,14 @@ def record_environment(folder: Path, args: argparse.Namespace, inputs: dict[str,
     code."""
     gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
     machine = {"system": platform.platform(), "cpus": os.cpu_count(), "gpus": gpus}
-    code = code_version(Path(__file__).resolve().parents[1])
-    record_run(folder, args, inputs, "environment.json", machine=machine, code=code)
+    record_run(folder, args, inputs, "environment.json", machine=machine, code=code_version())
 
 
-def code_version(checkout: Path) -> str | None:
-    """The commit of a git checkout, "-dirty" behind it where tracked files differ; None where it is
-    none."""
-    # its own, and not that of a folder around it
+def code_version() -> str | None:
+    """The commit of this code's git checkout, "-dirty" behind it where tracked files differ; None
+    where it is none."""
+    # and not one of a folder around it
+    checkout = Path(__file__).resolve().parents[1]
     command = ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=40"]
     command += ["--exclude=*"]
     try:

@@ -118,7 +118,7 @@ def test_letters_are_drawn_by_another_font_or_are_numbers_with_a_legend(
     figure = confusion_figure({("", "of ᶁᶄ"): MATRIX[:2, :2]}, ["ᶁᶄ", "кость"])
     with warnings.catch_warnings(record=True, action="always") as said:  # of glyphs, none
         assert save(figure, tmp_path / "a.png") == legend
-    line = "no installed font has the letters of some names: [1] is ᶁᶄ"
+    line = "no installed font has the letters of some names, so in figures [1] is ᶁᶄ"
     assert [str(warning.message) for warning in said] == [line] * bool(legend)
     axes, name = figure.axes[0], "[1]" if legend else "ᶁᶄ"
     ticks = [text.get_text() for text in axes.get_xticklabels()]
