@@ -42,6 +42,7 @@ from paper.plan import (
     Row,
     Scale,
     choose,
+    image_kinds,
     probe_rows,
 )
 from paper.preview import preview
@@ -278,8 +279,8 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     """LoRAs, images, rows, report: whatever of it is not done yet."""
     # hours before something would be missed
     look(args, scale, selections, partial(print, flush=True))
-    for images in selections.needed(args.rows):
-        require_images(images)
+    for kind in image_kinds(args.rows):
+        require_images(selections.images(kind))
 
     # LoRAs of three ranks and their images; then every row, tested on the second site
     experiment, panels, without = Experiment(args, scale, selections), {}, None

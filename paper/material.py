@@ -6,10 +6,9 @@ Read from tables and folders alone, so that --plan works where only some of the 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain
 from pathlib import Path
 
 from harness.files import sha256, told_apart, write_text
@@ -105,9 +104,11 @@ class Selections:
         return min(count, *(train.count(name) for name in self.classes))
 
     @cache  # noqa: B019 (one Selections a run)
-    def source(self, kind: str) -> list[Record]:
+    def images(self, kind: str) -> list[Record]:
         """The source's images of this kind ("all", "balanced", "lora"): by the list, or drawn by
-        the same rule."""
+        the same rule; or all of the "target"."""
+        if kind == "target":
+            return self.target(train=True) + self.target(train=False)
         if self.lists:
             return read_manifest(self.lists / MANIFESTS[kind], self.first)
         train, count = [record for record in self.first if record.train], self.count(kind)
@@ -123,19 +124,11 @@ class Selections:
         """The target's images for training or for the test."""
         return [record for record in self.second if record.train is train]
 
-    def needed(self, rows: Iterable[Row]) -> tuple[Iterable[Record], Iterable[Record]]:
-        """Of the source and the target, what rows and LoRAs take; read when it is looked at."""
-        kinds = dict.fromkeys([row.data.source for row in rows if row.data.source] + ["lora"])
-        splits = map(self.target, (True, False))
-        return chain.from_iterable(map(self.source, kinds)), chain.from_iterable(splits)
-
     @cache  # noqa: B019
     def digest(self, kind: str) -> str:
-        """One hash of the source's images of a kind, or of all of the "target", and of what the
-        tables say of them."""
-        records = self.needed([])[1] if kind == "target" else self.source(kind)
+        """One hash of the images of a kind and of what the tables say of them."""
         lines = (
             f"{r.plane} {r.patient} {r.center} {r.train} {r.name} {sha256(r.path)}\n"
-            for r in records
+            for r in self.images(kind)
         )
         return hashlib.sha256("".join(lines).encode()).hexdigest()

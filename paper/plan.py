@@ -6,7 +6,7 @@ classify.py.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 CLASSIFIERS = {  # as classify.py calls them, and as the paper does
@@ -152,10 +152,15 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
         data, classifier = row.data.name, row.classifier
         called[row] = plain(row.name, data, classifier, f"{data}/{classifier}", row.table)
     for name in names:
-        if not any(plain(name) & known for known in called.values()):
+        if not plain(name) & set().union(*called.values()):
             known = ", ".join(dict.fromkeys(row.name for row in rows))
             raise ValueError(f"no row is called {name!r}; there are {known}")
     return tuple(row for row in rows if not names or plain(*names) & called[row])
+
+
+def image_kinds(rows: Iterable[Row]) -> list[str]:
+    """Which images rows and LoRAs take: `DataModel.source`, "lora", "target"."""
+    return [*dict.fromkeys(row.data.source for row in rows if row.data.source), "lora", "target"]
 
 
 # --- how large each stage is ---
@@ -163,7 +168,8 @@ def choose(rows: Sequence[Row], names: Sequence[str]) -> tuple[Row, ...]:
 
 @dataclass(frozen=True)
 class Scale:
-    """The flags of each stage's script; what is not named stands at the paper's setting there.
+    """The flags of each stage's script; what is not named stands at the paper's setting, here and
+    there.
 
     per_plane: source images of each class, by kind (`DataModel.source`, and "lora"); None: all
     repeats: of each of the LoRA's images; rank: of the LoRA whose images classifiers are trained on
@@ -175,27 +181,19 @@ class Scale:
     """
 
     per_plane: Mapping[str, int | None]
-    train_lora: str
-    repeats: int
-    rank: int
-    sample: str
-    count: int
-    classify: str
+    train_lora: str = ""
+    repeats: int = 100
+    rank: int = 128
+    sample: str = ""
+    count: int = 500
+    classify: str = ""
     beyond: str = ""
     rates: Mapping[int, float] = field(default_factory=dict)
     passes: Mapping[str, int] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-PAPER = Scale(
-    {"all": None, "balanced": 230, "lora": 20},
-    train_lora="",
-    repeats=100,
-    rank=128,
-    sample="",
-    count=500,
-    classify="",
-)
+PAPER = Scale({"all": None, "balanced": 230, "lora": 20})
 EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA's
     per_plane={"all": None, "balanced": 23, "lora": 20},
     train_lora=(

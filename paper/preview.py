@@ -6,10 +6,10 @@ from itertools import product
 from classify.models import MODELS, imagenet_file
 from ldm.cli import describe_models
 from paper.material import PHANTOMS, Selections
-from paper.plan import PAPER, RANKS, Row, Scale
+from paper.plan import PAPER, RANKS, Row, Scale, image_kinds
 from paper.results import row_folder
 from planes import PLANES
-from planes.datasets import DatasetError, Record, require_images
+from planes.datasets import DatasetError, require_images
 
 # Seconds on two CPU cores, measured: an image in a classifier's training at 64 px; in a LoRA's, and
 # sampled, at 96.
@@ -34,13 +34,13 @@ def missing_weights(names: Iterable[str]) -> list[str]:
     return lines
 
 
-def missing_images(name: str, records: Iterable[Record]) -> str:
-    """Are all images there?"""
+def missing_images(selections: Selections, kind: str) -> str:
+    """Are all images of a kind there?"""
     try:
-        require_images([*dict.fromkeys(records)])
+        require_images(selections.images(kind))
     except DatasetError as error:
-        return f"{name}: {error}"
-    return f"{name}: all images are there"
+        return f"{kind}: {error}"
+    return f"{kind}: all images are there"
 
 
 def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[object, object]:
@@ -51,7 +51,7 @@ def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[
         source = sum(PHANTOMS["train"].values()) if each is None else len(PLANES) * each
         return source, (PHANTOMS["patients"] + 1) // 2 * (3 * 4 + 2 * 3) * target
     try:
-        source = selections.source(kind) if kind else []
+        source = selections.images(kind) if kind else []
         return len(source), len(selections.target(train=True)) if target else 0
     except DatasetError:
         return "?", "?"
@@ -95,7 +95,7 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
 
     state = describe_models(args)
     if selections and not selections.own:
-        state += map(missing_images, ("source", "target"), selections.needed(rows))
+        state += (missing_images(selections, kind) for kind in image_kinds(rows))
     if args.weights == "imagenet":
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)

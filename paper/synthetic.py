@@ -77,8 +77,8 @@ def describe(
     """
     found, classes = Findings({}, [], {}, []), selections.classes
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
-    real, unseen = selections.source("all"), selections.target(train=False)
-    lora_images, sites = selections.source("lora"), dict(zip(selections.names, (real, unseen)))
+    real, unseen = selections.images("all"), selections.target(train=False)
+    lora_images, sites = selections.images("lora"), dict(zip(selections.names, (real, unseen)))
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
     synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
 

@@ -188,8 +188,8 @@ def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
 @real_data
 def test_selections_follow_the_authors_lists_or_the_same_rule():
     roots = DATA / "FETAL_PLANES_ZENODO", DATA / "Zenodo_dataset"
-    theirs = Selections(roots, DATA / "manifests", {"balanced": 230}, seed=0).source("balanced")
-    ours = Selections(roots, None, {"balanced": 230}, seed=0).source("balanced")
+    theirs = Selections(roots, DATA / "manifests", {"balanced": 230}, seed=0).images("balanced")
+    ours = Selections(roots, None, {"balanced": 230}, seed=0).images("balanced")
     assert theirs != ours
     for records in (theirs, ours):
         assert set(Counter(record.plane for record in records).values()) == {230}
