@@ -36,14 +36,12 @@ class Step:
     """What is changed from one data model to the other.
 
     kind: whether synthetic or real images do it, a key of eval.figures.MARKS
-    also: a third data model; only classifiers that it has too count
     """
 
     what: str
     baseline: str
     data: str
     kind: str = "synthetic"
-    also: str = ""
 
     def against(self, own: Own) -> str:
         """The other data model, of own sites, where `what` says enough of this one; else both."""
@@ -52,8 +50,6 @@ class Step:
 
 STEPS: tuple[Step, ...] = (
     Step("balanced real images and synthetic ones", "ES+DA", "HB+DA"),
-    # for the parts to add up
-    Step("the same over its parts' classifiers", "ES+DA", "HB+DA", also="BAL+DA"),
     Step("of it: balanced real images alone", "ES+DA", "BAL+DA", "real"),
     Step("of it: synthetic images", "BAL+DA", "HB+DA"),
     Step("prompts that name the style", "HB+DA", "HB-styles+DA"),
@@ -89,14 +85,14 @@ class Gain:
     """A step as it was found: the differences by metric, over which classifiers and how many seeds
     of each.
 
-    seeds: how many a classifier has with either data model, such as "3" or "1 to 3"
+    seeds: how many every classifier has, at least, with either data model
     published: the paper's mean difference over the same classifiers, nan if it has not all of them
     """
 
     step: Step
     differences: Mapping[str, Difference]
     classifiers: tuple[str, ...]
-    seeds: str
+    seeds: int
     published: float
 
     @property
@@ -114,30 +110,27 @@ class Gain:
 def measure(
     steps: Iterable[Step], cells: Cells, classifiers: Collection[str] = CLASSIFIERS
 ) -> list[Gain]:
-    """The steps that can be taken, each once: over those of the classifiers that both data models
-    have."""
-    found: dict[tuple, Gain] = {}
+    """The steps that can be taken: over those of the classifiers that both data models have."""
+    found = []
     for step in steps:
         pair = step.baseline, step.data
-        needed = {*pair, step.also or step.data}
-        both = tuple(c for c in classifiers if all((data, c) in cells for data in needed))
-        if both and (pair, both) not in found:
+        if both := tuple(c for c in classifiers if all((data, c) in cells for data in pair)):
             sides = [[cells[data, c] for c in both] for data in pair]
-            counts = sorted({len(runs) for side in sides for runs in side})
-            seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+            seeds = min(len(runs) for side in sides for runs in side)
             published = published_difference(*pair, both)
-            found[pair, both] = Gain(step, compare(*sides), both, seeds, published)
-    return list(found.values())
+            found.append(Gain(step, compare(*sides), both, seeds, published))
+    return found
 
 
 def zero_shot(cells: Cells) -> dict[Row, float]:
-    """Mean accuracy of the rows that no image of the second site was trained on, best first."""
+    """Mean accuracy of the rows that no image of the second site was trained on, best first; of
+    equal ones those without synthetic images."""
     scores = {
         row: float(np.mean([run.targets == run.predictions for run in runs]))
         for row, runs in cells.items()
         if not DATA[row[0]].target
     }
-    return dict(sorted(scores.items(), key=lambda score: -score[1]))
+    return dict(sorted(scores.items(), key=lambda s: (-s[1], DATA[s[0][0]].synthetic)))
 
 
 def at_home(runs: Sequence[Result]) -> float:
@@ -177,26 +170,26 @@ def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool)
             f" {numbers}; seeds: {gain.seeds})."
         )
     second = second or ["Whether synthetic images help is not told by these models."]
-    bar = max((scores[row] for row in scores if DATA[row[0]].synthetic), default=2)
-    ahead = [row for row in scores if scores[row] >= bar and not DATA[row[0]].synthetic][:3]
-    named = "; ".join(f"{_called(row, own)}, {100 * scores[row]:.1f} %" for row in ahead)
-    third = f"As good without them as the best with them ({100 * bar:.1f} %), or better: "
-    return [first, " ".join(second), *[f"{third}{named or 'none'}."] * (bar <= 1)]
+    blocks, ahead = [first, " ".join(second)], []
+    for row, score in scores.items():  # best first
+        if DATA[row[0]].synthetic:
+            named = "; ".join(ahead[:3]) or "none"
+            with_them = f"the best with them ({100 * score:.1f} %)"
+            return [*blocks, f"As good without them as {with_them}, or better: {named}."]
+        ahead.append(f"{_called(row, own)}, {100 * score:.1f} %")
+    return blocks
 
 
 def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
     """What makes an answer worth little: networks that say one class for nearly all images, and
     synthetic images that do not show their classes."""
-
-    def most(numbers: np.ndarray) -> float:
-        return np.bincount(numbers).max() / len(numbers)
-
-    one_class = "; ".join(
-        _called(row, own)
-        for row, runs in cells.items()
-        if any(most(run.predictions) >= ONE_CLASS > most(run.targets) for run in runs)
-    )
-    said = [f"One class is said of nearly all images by {one_class}."] * bool(one_class)
+    one_class = []
+    for row, runs in cells.items():
+        # how often the commonest class is said, and right
+        most = [[run.confusion.sum(axis=n).max() for n in (0, 1)] for run in runs]
+        if any(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
+            one_class.append(_called(row, own))
+    said = [f"One class is said of nearly all images by {'; '.join(one_class)}."] * bool(one_class)
     shown = {
         data: float(np.mean([*shares.values()]))
         for (data, images), shares in recognised.items()

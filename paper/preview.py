@@ -6,7 +6,7 @@ from itertools import product
 from classify.models import MODELS, imagenet_file
 from ldm.cli import describe_models
 from paper.material import PHANTOMS, Selections
-from paper.plan import PAPER, RANKS, Row, Scale, image_kinds
+from paper.plan import PAPER, Row, Scale, image_kinds
 from paper.results import row_folder
 from planes import PLANES
 from planes.datasets import DatasetError, require_images
@@ -58,14 +58,12 @@ def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[
 
 
 def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> float:
-    """Of the trainings and the drawing that are left, on two cores. drawn: images of a kind."""
+    """Of the trainings and the drawing that are left, on two cores, but for the ranks that
+    figure 3 alone shows. drawn: images of a kind."""
     given = {"", "lora"} if args.synthetic else {""}
     kinds = {row.data.synthetic for row, runs in left.items() if runs} - given
-    # of figure 3
-    others = 0 if args.quick or args.only or args.synthetic or args.lora else len(RANKS) - 1
-    trained = len(kinds - ({"lora", "styles", "prompts"} if args.lora else set())) + others
-    seconds = 100 * scale.repeats * trained * CPU_LORA
-    seconds += drawn * len(kinds) * CPU_SAMPLE
+    loras = 0 if args.lora else len(kinds)
+    seconds = 100 * scale.repeats * loras * CPU_LORA + drawn * len(kinds) * CPU_SAMPLE
     for row, runs in left.items():
         if row.classifier in scale.passes:
             seconds += runs * scale.passes[row.classifier] * CPU_PASS[row.classifier]

@@ -101,7 +101,6 @@ COPIES = (
     "Copies are test images whose bytes occur earlier in the test list or among their site's"
     " training images."
 )
-GROUPS = "Percent of images classified rightly, over all seeds."
 WORST_ERRORS = 20
 QUALITY = (
     "Features of synthetic images against those of the first site's. FID and KID: lower is closer."
@@ -182,8 +181,6 @@ def build(
         blocks += ["### Without copies", COPIES, tables.overview(named, False, own, distinct=True)]
     if others := {names: runs for names, runs in named.items() if runs is not cells.get(best)}:
         blocks += ["### The other models, class by class", tables.class_table(others)]
-    if len({*results[0].centers}) > 1:
-        blocks += ["### By center", GROUPS, tables.center_table(named)]
     if found.quality:
         blocks += ["### How close the synthetic images are to real ones", QUALITY]
         blocks.append(tables.quality_table(found.quality))
@@ -239,7 +236,7 @@ def _how(test: Result, context: Context, seeds: Sequence[int]) -> str:
     centers, copies = len({*test.centers}), int(test.copies.sum())
     nobody = " No patient is named, so nothing is claimed of patients, only of images."
     return (
-        f"Synthetic images: {context.material}. Real images: {context.sites}. Seeds:"
+        f"Synthetic images: {context.material}. Seeds:"
         f" {', '.join(map(str, seeds))}. Test: {' of '.join(counts)} at {plural(centers, 'site')},"
         f" {copies or 'none'} of them identical copies of others."
         f"{nobody * (test.units == 'images')} The command:"

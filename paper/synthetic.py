@@ -144,14 +144,12 @@ def figure_2(
     sites: Mapping[str, Sequence[Record]], synthetic: Sequence[Record], classes: Sequence[str]
 ):
     """The first image of each class: a row for each sampler and site."""
-    groups: dict[str, list[Record]] = {}
-    for record in synthetic:
-        groups.setdefault(record.center, []).append(record)
-    groups |= sites
+    samplers = dict.fromkeys(record.center for record in synthetic)
+    groups = {name: [r for r in synthetic if r.center == name] for name in samplers} | sites
     cells = []
     for records in groups.values():
         first = {record.plane: record for record in reversed(records)}
-        shown = [first.get(name) for name in classes]
+        shown = map(first.get, classes)
         cells.append([record and open_image(record.path, record.levels) for record in shown])
     return contact_sheet(cells, list(groups), classes)
 

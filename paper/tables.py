@@ -27,11 +27,6 @@ def percent(value: float) -> str:
     return NONE if np.isnan(value) else f"{100 * value:.2f}"
 
 
-def p_value(p: float) -> str:
-    """A p-value to three decimals."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def interval(found: Estimate) -> str:
     """Bounds of an interval in percent; NONE for nan."""
     if np.isnan(found.low):
@@ -42,7 +37,8 @@ def interval(found: Estimate) -> str:
 def difference(found: Difference) -> str:
     """In points, with its interval and p-value."""
     text = f"{100 * found.value:+.2f} ({points_between(found)})"
-    return text + ONE_SEED if found.over == "patients" else f"{text}, {p_value(found.p_value)}"
+    p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
+    return text + ONE_SEED if found.over == "patients" else f"{text}, {p}"
 
 
 def overview(cells: Named, compared: bool, own: Own, distinct: bool = False) -> str:
@@ -94,30 +90,24 @@ def gain_table(gains: Sequence[Gain], compared: bool, own: Own) -> str:
 
 def class_table(cells: Named) -> str:
     """Of each class that the test has: how many images, and recall, precision and F-score in
-    percent, means over all seeds."""
+    percent, means over all seeds. Then, where there are several centers, how many images of each,
+    and the share of these that is classified rightly."""
     body = []
     for names, runs in cells.items():
         counts = np.stack([run.confusion for run in runs])
-        scores = np.mean(class_scores(counts), axis=1).T
-        for name, images, line in zip(runs[0].classes, counts[0].sum(axis=1), scores):
-            if images:
-                body.append([*names, name, images, *map(percent, line)])
-                names = "", ""
-    header = [*LABELS, "Class", "# images", "Recall", "Precision", "F-score"]
-    return table(header, body, labels=3)
-
-
-def center_table(cells: Named) -> str:
-    """Share of the images of each center that are classified rightly, over all seeds, in
-    percent."""
-    centers = next(iter(cells.values()))[0].centers
-    names, numbers = np.unique(centers, return_counts=True)
-    body = []
-    for row, runs in cells.items():
+        scores = np.mean(class_scores(counts), axis=1)
+        lines = [*zip(runs[0].classes, counts[0].sum(axis=1), *scores)]
         right = np.mean([run.targets == run.predictions for run in runs], axis=0)
-        body.append([*row, *(percent(right[centers == name].mean()) for name in names)])
-    header = (f"{name} ({number})" for name, number in zip(names, numbers))
-    return table([*LABELS, *header], body)
+        centers = np.unique(runs[0].centers)
+        for center in centers[len(centers) == 1 :]:
+            there = runs[0].centers == center
+            lines.append((center, there.sum(), right[there].mean(), np.nan, np.nan))
+        for name, images, *values in lines:
+            if images:
+                body.append([*names, name, images, *map(percent, values)])
+                names = "", ""
+    header = [*LABELS, "Class or center", "# images", "Recall", "Precision", "F-score"]
+    return table(header, body, labels=3)
 
 
 def folders_table(cells: Named) -> str:

@@ -50,16 +50,15 @@ def test_a_step_is_over_the_classifiers_that_both_have_and_its_parts_add_up():
     gains = measure(STEPS, cells_of(*rows))
     assert [(g.step.data, g.step.baseline, g.classifiers) for g in gains] == [
         ("HB+DA", "ES+DA", ("resnet18", "vit_b_16")),
-        ("HB+DA", "ES+DA", ("resnet18",)),
         ("BAL+DA", "ES+DA", ("resnet18",)),
         ("HB+DA", "BAL+DA", ("resnet18",)),
     ]
-    assert [gain.accuracy.value for gain in gains] == pytest.approx([0.2, 0.2, 0.05, 0.15])
+    assert [gain.accuracy.value for gain in gains] == pytest.approx([0.2, 0.05, 0.15])
     both = [
         PUBLISHED["HB+DA", c].accuracy - PUBLISHED["ES+DA", c].accuracy
         for c in ("resnet18", "vit_b_16")
     ]
-    assert gains[0].published == pytest.approx(np.mean(both)) and np.isnan(gains[2].published)
+    assert gains[0].published == pytest.approx(np.mean(both)) and np.isnan(gains[1].published)
     assert measure(STEPS, cells_of(*rows), ["densenet169"]) == []
 
 
@@ -73,10 +72,10 @@ def test_a_classifier_left_out_counts_in_no_average():
 def test_one_seed_cannot_tell_however_large_the_difference():
     single = runs("HB+DA", right=0.99, seeds=[0])
     (gain,) = measure(STEPS, cells_of(runs("ES+DA"), single))
-    assert gain.verdict == "one seed cannot tell" and gain.seeds == "1 to 3"
+    assert gain.verdict == "one seed cannot tell" and gain.seeds == 1
     best, helped, _ = said(runs("ES+DA"), single)
     words = "Hybrid sets may or may not help, as one seed cannot tell; these networks alone: +49"
-    assert helped.startswith(words) and gain.accuracy.low > 0.3 and "seeds: 1 to 3" in helped
+    assert helped.startswith(words) and gain.accuracy.low > 0.3 and "seeds: 1)" in helped
     assert "over images, of this network alone; somewhat flattered" in best
 
 
