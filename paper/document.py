@@ -108,8 +108,9 @@ def _html_table(block: str) -> str:
     lines = []
     for tag, row in (("th", header), *(("td", row) for row in rows)):
         kinds = (' class="label"' * (mark == "---") for mark in rule)
-        # an interval on one line, if it can be
+        # an interval on one line, if it can be, and a long name on several
         row = (html.escape(cell).replace(" to ", "&nbsp;to&nbsp;") for cell in row)
+        row = (cell.replace("_", "_<wbr>") for cell in row)
         cells = (f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return '<div class="wide"><table>\n' + "\n".join(lines) + "\n</table></div>"

@@ -250,7 +250,7 @@ def pictures(page):
     for end, tag in re.findall(r"<(/?)(\w+)", page):
         if end:
             assert left.pop() == tag
-        elif tag not in ("meta", "img"):
+        elif tag not in ("meta", "img", "wbr"):
             left.append(tag)
     assert not left
     return re.findall(r'(?:src|href)="([^"]*)"', page)
