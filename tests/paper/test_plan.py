@@ -19,7 +19,7 @@ from paper.results import row_folder
 from paper.stages import Stages, is_done
 from planes import PLANES
 from planes.datasets import DatasetError, read_african
-from planes.phantoms.phantom import write_african_layout
+from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
 
 def test_no_two_classifiers_share_a_folder_and_no_two_sites_a_name():
@@ -183,6 +183,18 @@ def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
     (shop / "a/0.png").write_bytes(b"x")
     with refused(DatasetError, "not a readable image", shop / "a/0.png"):
         plan(capsys, *given, *words)
+
+
+def test_a_missing_image_ends_a_run_before_its_first_stage_in_one_line(tmp_path):
+    spain, africa = tmp_path / "spain", tmp_path / "africa"
+    write_spanish_layout(spain, train=1, test=0, seed=0)
+    write_african_layout(africa, patients=1, seed=0)
+    lost = min(spain.rglob("*.png"))
+    lost.unlink()
+    flags = "--only", "ES/ResNet18", "--spanish", spain, "--african", africa
+    selections = Selections((spain, africa), None, {"all": None}, seed=0)
+    with refused(DatasetError, "1 of 5 images are missing", lost):
+        reproduce.reproduce(reproduce.parse_args([*map(str, flags)]), EMBEDDED, selections)
 
 
 @real_data
