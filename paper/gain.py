@@ -149,13 +149,14 @@ def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool)
     best = next(iter(scores))
     runs, found = cells[best], estimate(cells[best], "ranked")["accuracy"]
     over = ", of this network alone" if found.seeds == 1 else " and seeds"
-    home = at_home(runs)
+    home, constant = at_home(runs), np.bincount(runs[0].targets).max() / len(runs[0].targets)
     held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
     first = (
         f"Best at {target}, of whose labels it saw none: {_called(best, own)}. It is right on"
         f" {100 * found.mean:.1f} % of {len(runs[0].targets)} images (95 % interval"
         f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {runs[0].units}{over}; somewhat"
-        f" flattered, as these images chose it){held_out}."
+        f" flattered, as these images chose it; one class said of all: {100 * constant:.1f} %)"
+        f"{held_out}."
     )
     what, pairs = ("Synthetic images", ISOLATED) if own else ("Hybrid sets", CLAIMS)
     second = []
@@ -189,7 +190,8 @@ def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
         most = [[run.confusion.sum(axis=n).max() for n in (0, 1)] for run in runs]
         if any(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
             one_class.append(_called(row, own))
-    said = [f"One class is said of nearly all images by {'; '.join(one_class)}."] * bool(one_class)
+    by = "; ".join(one_class) if len(one_class) < len(cells) else "every model"
+    said = [f"One class is said of nearly all images by {by}."] * bool(one_class)
     shown = {
         data: float(np.mean([*shares.values()]))
         for (data, images), shares in recognised.items()
