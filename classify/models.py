@@ -162,6 +162,8 @@ def load(path: str | Path) -> tuple[nn.Module, dict]:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})["classifier"])
         name, size, classes = (description[key] for key in ("model", "size", "classes"))
+    except FileNotFoundError:
+        raise ClassifyError(f"{path}: no such file") from None
     except (OSError, KeyError, ValueError, safetensors.SafetensorError):
         raise ClassifyError(f"{path}: not a classifier written by classify.py") from None
     if name.startswith(PROBE):

@@ -180,7 +180,7 @@ def predict_folder(model: nn.Module, description: dict, args: Namespace, say: Sa
         ends = "{:g}..{:g}".format(*levels)
         say(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
     count = description.get("validation", 0)
-    say(f"how sure it is was set on {count} images of its own site; elsewhere it may be off")
+    say(f"its confidence was set on {count} images of its own site; elsewhere it may be off")
     classes = description["classes"]
     # of no class that is known
     about = classes[0], "", False, "target", "", levels

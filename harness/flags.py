@@ -19,7 +19,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     one and does not tell it in words, as "(else: the model's own)"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default is False or action.default in (None, [])
+        none = action.default is False or action.default in (None, [], "")
         told = none or "(else: " in action.help
         return action.help if told else super()._get_help_string(action)
 

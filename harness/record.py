@@ -54,8 +54,11 @@ def record_run(
 
 def refuse_to_replace(args: argparse.Namespace) -> None:
     """Raises FileExistsError, one line, where args.out holds a finished run of other settings,
-    unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own."""
+    unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own; and
+    where a trained classifier's own folder would get what it is used for."""
     before = arguments_of(args.out)
+    if before and vars(args).get("classifier") and not before.get("classifier"):
+        raise FileExistsError(f"--out {args.out}: holds a run, whose record would go; give another")
     resumes = vars(args).get("resume") and (args.out / "checkpoint.pt").exists()
     if args.overwrite or resumes or not before:
         return

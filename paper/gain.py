@@ -182,8 +182,8 @@ def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool)
 
 
 def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
-    """What makes an answer worth little: networks that say one class for nearly all images, and
-    synthetic images that do not show their classes."""
+    """What makes an answer worth little: networks that say one class for nearly all images, test
+    images that were trained on, and synthetic images that do not show their classes."""
     one_class = []
     for row, runs in cells.items():
         # how often the commonest class is said, and right
@@ -191,7 +191,13 @@ def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
         if any(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
             one_class.append(_called(row, own))
     by = "; ".join(one_class) if len(one_class) < len(cells) else "every model"
-    said = [f"One class is said of nearly all images by {by}."] * bool(one_class)
+    said = [f"Nearly all images are taken for one class by {by}."] * bool(one_class)
+    leaked = max(run.leaked for row in zero_shot(cells) for run in cells[row])
+    if leaked:
+        said.append(
+            f"Test images that are copies of training images: {leaked}. Each row's metrics.json has"
+            " scores without them."
+        )
     shown = {
         data: float(np.mean([*shares.values()]))
         for (data, images), shares in recognised.items()
@@ -204,9 +210,9 @@ def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
             real = f", and {100 * home:.0f} % of held-out real ones" * (home >= 0)
             said.append(
                 "The synthetic images do not show their classes: a network of real images takes"
-                f" {100 * share:.0f} % of them for what they shall be{real}; chance is"
+                f" {100 * share:.0f} % of them for what they are meant to be{real}; chance is"
                 f" {100 * chance:.0f} %. Train the LoRA for longer, or with a better model, before"
-                " what is said of them counts."
+                " you conclude anything about them."
             )
     return said
 

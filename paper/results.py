@@ -46,6 +46,7 @@ class Result:
     classes: their names, by index
     held_out: accuracy on images of the source that were not trained on; nan without any
     folder: of the run
+    leaked: how many test images are byte for byte in training
     definitions: of the AUC, the main one first: "notebook" and "ranked", of own sites the latter
     """
 
@@ -64,6 +65,7 @@ class Result:
     classes: tuple[str, ...] = PLANES
     held_out: float = nan
     folder: Path = Path()
+    leaked: int = 0
     definitions: tuple[str, ...] = ("notebook", "ranked")
 
     @property
@@ -124,7 +126,8 @@ def read_result(out: Path, row: Row, seed: int) -> Result:
             images,
             copied == "1",
         )
-        result = Result(*about, *found, classes, held_out, folder, definitions)
+        leaked = metrics.get("test", {}).get("copies_of_training", 0)
+        result = Result(*about, *found, classes, held_out, folder, leaked, definitions)
         if result.confusion.tolist() != metrics["confusion"]:
             raise ValueError("metrics.json and predictions.csv are of different runs")
         return result

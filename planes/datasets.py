@@ -168,8 +168,8 @@ def balanced(
 def validation_split(
     records: Iterable[Record], count: int = 200, *, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """(train, validation): exactly `count` images of random whole patients are set aside, the
-    others train."""
+    """(train, validation): `count` images of random whole patients are set aside, or as many as
+    these add up to below it; the others train."""
     records = _sorted(records)
     if not 0 < count < len(records):
         raise DatasetError(f"cannot set {count} of {len(records)} images aside for validation")
@@ -178,11 +178,8 @@ def validation_split(
         if images[patient] <= left:  # a patient with more images than still fit trains
             held.add(patient)
             left -= images[patient]
-    if left:
-        raise DatasetError(
-            f"whole patients add up to {count - left} validation images, not {count}; ask for"
-            " another number"
-        )
+    if not held:
+        raise DatasetError(f"no patient has {count} images or fewer; set more aside for validation")
     return [r for r in records if r.patient not in held], [r for r in records if r.patient in held]
 
 

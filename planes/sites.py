@@ -10,6 +10,7 @@ everybody else's.
 """
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from hashlib import sha256
@@ -89,12 +90,18 @@ def read_site(root: str | Path, source: str, train: bool, held_out: float = 0.0)
 
 
 def _held_out(records: Iterable[Record], share: float) -> set[str]:
-    """So many of the patients, by the hashes of their names; none of a class that would lose its
-    last image."""
-    ranked = sorted({r.patient for r in records}, key=lambda n: sha256(n.encode()).digest())
-    drawn = {*ranked[: round(share * len(ranked))]}
-    kept = {record.plane for record in records if record.patient not in drawn}
-    return drawn - {record.patient for record in records if record.plane not in kept}
+    """Patients in the order of their names' hashes, until each class has given its share of images;
+    none gives its last."""
+    of, total = defaultdict(Counter), Counter(record.plane for record in records)
+    for record in records:
+        of[record.patient][record.plane] += 1
+    taken, held = Counter(), set()
+    for patient in sorted(of, key=lambda name: sha256(name.encode()).digest()):
+        after = taken + of[patient]
+        wanted = any(taken[name] < round(share * total[name]) for name in of[patient])
+        if wanted and all(after[name] < total[name] for name in of[patient]):
+            taken, held = after, {*held, patient}
+    return held
 
 
 def require_class_name(name: str, where: str | Path) -> None:
@@ -123,8 +130,8 @@ def prompts_of(classes: Iterable[str], template: str | None) -> dict[str, str]:
     """
     if not template or template.count("{class}") != 1:
         raise DatasetError(
-            f"--prompt-template {template or ''!r}: a template says once where the class goes, as"
-            " in 'an X-ray of {class}'"
+            f"--prompt-template {template or ''!r}: give one that says once where the class goes, such as"
+            " 'an X-ray of {class}'"
         )
     return {name: template.replace("{class}", name) for name in classes}
 

@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.files import left_out, some, walk, whole_file
 from harness.flags import HelpFormatter
@@ -152,13 +153,15 @@ def sheet(sites: Sites) -> Image.Image:
     """Up to SHOWN images of each class, a numbered line each, the sites side by side."""
     classes = classes_of(record for _, site in sites for record in site)
     width, height = SHOWN * SIDE + 16, SIDE + 24
+    font = ImageFont.truetype(findfont("DejaVu Sans"), 14)  # which has more letters than Pillow's
     picture = Image.new("RGB", (width * len(sites), height * len(classes)), "white")
     for row, column in np.ndindex(len(classes), len(sites)):
         site, x, y = sites[column][1], width * column, height * row
         of = [record for record in site if record.plane == classes[row]]
         words = f"{row + 1} {classes[row]}, {site[0].source} {site[0].center}: {len(of)}"
-        ImageDraw.Draw(picture).text((x, y), words, "black", font_size=14)
-        for n, record in enumerate(of[:: -(-len(of) // SHOWN) or 1]):
+        ImageDraw.Draw(picture).text((x, y), words, "black", font)
+        shown = range(min(SHOWN, len(of)))
+        for n, record in ((n, of[n * len(of) // len(shown)]) for n in shown):
             small = ImageOps.contain(open_image(record.path, record.levels), (SIDE - 2, SIDE - 2))
             picture.paste(small, (x + SIDE * n, y + 20))
     return picture

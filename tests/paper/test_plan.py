@@ -174,11 +174,11 @@ def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
         ((), "a list of prompts for each of a, b"),
         (("--prompt-template", "x"), ""),
     ):
-        with refused(DatasetError, line or "--prompt-template 'x': a template says once"):
+        with refused(DatasetError, line or "--prompt-template 'x': give one that says once"):
             plan(capsys, *given, *flags, *more)
     for more in ((), flags):
         (tmp_path / "prompts.json").unlink(missing_ok=True)
-        with refused(DatasetError, "--prompt-template '': a template says once"):
+        with refused(DatasetError, "--prompt-template '': give one that says once"):
             plan(capsys, *given, *more)
     (shop / "a/0.png").write_bytes(b"x")
     with refused(DatasetError, "not a readable image", shop / "a/0.png"):

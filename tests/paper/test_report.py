@@ -376,9 +376,12 @@ def test_own_sites_have_their_answer_in_plain_words_and_no_word_of_the_paper(rep
     assert helped == "Whether synthetic images help is not told by these models."
     words = "As good without them as the best with them (89.6 %), or better:"
     assert without == f"{words} {contrast}, 95.8 %."
-    words = "One class is said of nearly all images by"
+    words = "Nearly all images are taken for one class by"
     assert one_class == f"{words} ResNet18 trained on real images of clinic_a."
-    assert "takes 30 % of them for what they shall be, and 75 % of held-out real ones;" in unlike
+    assert (
+        "takes 30 % of them for what they are meant to be, and 75 % of held-out real ones;"
+        in unlike
+    )
     assert file in command and command.endswith("--predict FOLDER --out runs/new\n```")
     abbreviations = r"\b(ES|HB|BAL|DA|AF|Africa\w*)\b|[Ff]igure \d|notebook|paper's"
     assert not re.search(abbreviations, re.sub(r"\S*/\S*|python reproduce.*", "", text))

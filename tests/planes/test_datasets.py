@@ -204,10 +204,11 @@ def test_a_validation_split_has_exactly_the_asked_images_and_no_patient_of_train
     assert validation_split(records, 200, seed=4)[1] != validation
 
 
-def test_a_validation_split_that_whole_patients_cannot_make_is_refused():
+def test_a_validation_split_has_no_more_than_asked_for_and_at_least_a_patient():
     records = records_of({f"p{n}": 3 for n in range(10)})
-    with refused(DatasetError, "whole patients add up to 6 validation images, not 7"):
-        validation_split(records, 7, seed=0)
+    assert len(validation_split(records, 7, seed=0)[1]) == 6
+    with refused(DatasetError, "no patient has 2 images or fewer"):
+        validation_split(records, 2, seed=0)
     with refused(DatasetError, "cannot set 30 of 30 images aside"):
         validation_split(records, 30, seed=0)
 

@@ -67,7 +67,10 @@ def test_patients_are_held_out_by_their_names_and_no_class_loses_all(tmp_path):
     assert held == {f"source/{n}" for n in (1, 4, 7)}
     assert all(record.train for record in read(0.3, "train"))
     kept = [record for record in read(0.3, more="x.png,c,1,") if record.train]
-    assert len({r.patient for r in kept}) == 8 and classes_of(kept) == ("a", "b", "c")
+    assert len({r.patient for r in kept}) == 7 and classes_of(kept) == ("a", "b", "c")
+    # each class gives its share
+    more = "\n".join(f"r{n}.png,rare,r{n}," for n in range(5))
+    assert classes_of(r for r in read(0.2, more=more) if not r.train) == ("a", "b", "rare")
 
 
 @pytest.mark.parametrize(

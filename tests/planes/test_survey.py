@@ -71,7 +71,7 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
         "": "0.png: not a readable image .*; replace or remove it .unreadable in .*a: 2 of 6",
         "b/rivet/0.png": "a: nobody can learn rivet, as no images are there to train on",
         "a/images.csv": "a: nobody can learn bar, as no images are there to train on",
-        "template": "'no place': a template says once where the class goes",
+        "template": "'no place': give one that says once where the class goes",
         "per_class": "images of bar: 3, 4 of each are asked for",
     }.items(),
 )
