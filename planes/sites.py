@@ -130,8 +130,8 @@ def prompts_of(classes: Iterable[str], template: str | None) -> dict[str, str]:
     """
     if not template or template.count("{class}") != 1:
         raise DatasetError(
-            f"--prompt-template {template or ''!r}: give one that says once where the class goes, such as"
-            " 'an X-ray of {class}'"
+            f"--prompt-template {template or ''!r}: give one that says once where the class goes,"
+            " such as 'an X-ray of {class}'"
         )
     return {name: template.replace("{class}", name) for name in classes}
 

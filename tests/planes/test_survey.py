@@ -36,7 +36,8 @@ def sites(tmp_path):
     return look
 
 
-def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, capsys):
+def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("planes.survey._told", set())  # by other tests of this process
     said, root = [], str(tmp_path)
     found = sites(template="a {class}", per_class=20, fewer=True, say=said.append)
     rows = [line.split() for line in found.splitlines()]
