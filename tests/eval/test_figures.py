@@ -148,6 +148,7 @@ def test_sheets_put_images_and_labels_where_they_belong():
     assert [a.get_title() for a in axes] == [*"abcdef", *[""] * 4]
 
 
+@pytest.mark.slow
 def test_a_source_has_its_colour_and_shape_whatever_else_is_drawn():
     axes = ranks().axes
     assert len(axes) == 12 and [a.get_title() for a in axes[:4]] == CLASSES[:4]

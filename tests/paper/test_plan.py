@@ -197,6 +197,7 @@ def test_a_missing_image_ends_a_run_before_its_first_stage_in_one_line(tmp_path)
         reproduce.reproduce(reproduce.parse_args([*map(str, flags)]), EMBEDDED, selections)
 
 
+@pytest.mark.slow
 @real_data
 def test_selections_follow_the_authors_lists_or_the_same_rule():
     roots = DATA / "FETAL_PLANES_ZENODO", DATA / "Zenodo_dataset"

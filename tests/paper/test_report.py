@@ -327,6 +327,7 @@ def reports(tmp_path_factory):
     return texts
 
 
+@pytest.mark.slow
 def test_the_first_screen_is_what_was_found_the_gains_and_the_samples(reports):
     title, best, helped, without, use, _, gains, *after = reports[0].split("\n\n")
     assert title == "# FU-LoRA on two sites" and best.startswith("Best at the second site, of")
@@ -336,6 +337,7 @@ def test_the_first_screen_is_what_was_found_the_gains_and_the_samples(reports):
     assert after[:2] == ["![Samples.](figures/figure.png)", "## All rows"]
 
 
+@pytest.mark.slow
 def test_all_rows_stand_in_one_table_with_the_published_numbers_beside_them(reports):
     text = section(reports[0], "All rows")
     rows = {line[0]: line[1:] for line in lines(text)[2:]}
@@ -345,6 +347,7 @@ def test_all_rows_stand_in_one_table_with_the_published_numbers_beside_them(repo
     assert rows["ES+DA+contrast"][5] == "95.83"
 
 
+@pytest.mark.slow
 def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
     text = reports[0]
     gains = section(text, "Where the gain comes from")
@@ -361,6 +364,7 @@ def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
     assert "\n\nA note.\n\n## In detail" in text and "48 images of 12 patients at 3 sites" in text
 
 
+@pytest.mark.slow
 def test_own_sites_have_their_answer_in_plain_words_and_no_word_of_the_paper(reports):
     text = reports[1]
     title, best, helped, without, one_class, unlike, use, command, *_ = text.split("\n\n")
@@ -390,6 +394,7 @@ def test_own_sites_have_their_answer_in_plain_words_and_no_word_of_the_paper(rep
     assert "surest errors, with seed 0: 2 of 2." in text
 
 
+@pytest.mark.slow
 def test_beside_phantoms_stands_no_published_number(reports):
     text = reports[2]
     assert all(word not in text for word in ("(82.40)", "ublished", "+19.31"))

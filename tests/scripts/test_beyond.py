@@ -62,6 +62,7 @@ def first_loss(tiny_model, pairs, seed):
         return F.mse_loss(base.unet(x_t, batch.t, context), batch.noise).item()
 
 
+@pytest.mark.slow
 def test_inversion_moves_the_embedding_of_its_token_alone_and_sampling_names_it(
     tiny_model, folder, prior, tmp_path, changed_by
 ):

@@ -36,6 +36,7 @@ def drawn(out, *words):
     return Image.open(out / "prompt" / "euler_1.png").tobytes()
 
 
+@pytest.mark.slow
 def test_a_merged_folder_draws_what_the_model_draws_with_its_loras(
     tiny_model, loras, tmp_path, capsys
 ):
