@@ -127,7 +127,7 @@ def kept_features(
     if file.is_file():
         return np.load(file)
     found = features(extractor, records, workers)
-    with whole_file(file) as part, part.open("wb") as stream:
+    with whole_file(file, shared=True) as part, part.open("wb") as stream:
         np.save(stream, found)
     return found
 

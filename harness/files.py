@@ -97,11 +97,14 @@ def folder_hash(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, shared: bool = False) -> Iterator[Path]:
     """Where to write a file that then appears at `path`, whole or not at all: whoever reads it
-    meanwhile, and a run that is killed, finds the one before. Its folder is made."""
+    meanwhile, and a run that is killed, finds the one before. Its folder is made.
+
+    shared: several processes may write it at a time, each a part of its own
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may write it too
+    part = path.with_name(f".{path.name}{f'.{os.getpid()}' * shared}.part")
     try:
         yield part
         part.replace(path)
