@@ -179,8 +179,10 @@ def predict_folder(model: nn.Module, description: dict, args: Namespace, say: Sa
     if levels := description.get("levels", ()):
         ends = "{:g}..{:g}".format(*levels)
         say(f"images of more than 8 bits are scaled from {ends} to 0..255, as in the test")
-    count = description.get("validation", 0)
-    say(f"its confidence was set on {count} images of its own site; elsewhere it may be off")
+    sure = "its confidence was never checked: the run had no validation images"
+    if count := description.get("validation"):
+        sure = f"its confidence was set on {count} images of its own site; elsewhere it may be off"
+    say(sure)
     classes = description["classes"]
     # of no class that is known
     about = classes[0], "", False, "target", "", levels
