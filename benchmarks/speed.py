@@ -2,7 +2,6 @@
 
     python benchmarks/speed.py sampling      # text embeddings to pixels, beside diffusers
     python benchmarks/speed.py lora          # LoRA steps, beside diffusers + PEFT
-    python benchmarks/speed.py classifier    # an epoch, beside ImageFolder and DataLoader
 
 All work in one process, in turn, from the same random weights. Outcomes are compared before
 anything is timed: the images, or the first loss. Prints a Markdown table, whose last row is what
@@ -13,23 +12,17 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import time
-from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 # before this folder, which is no package
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from classify.data import RECIPES, PlaneImages, batches, draw_augmentation
-from classify.models import build
-from classify.train import MOMENTUM, train_epoch
 from harness.flags import HelpFormatter
 from ldm.cli import DTYPES
 from ldm.generate import generate, seeded_noise
@@ -38,7 +31,6 @@ from ldm.unet import UNet, UNetConfig
 from ldm.vae import AutoencoderKL, VAEConfig
 from lora.model import inject, lora_parameters
 from lora.training import Draws, make_optimizer
-from planes.sites import classes_of, read_site
 from sample import arrange
 from samplers.schedule import NoiseSchedule
 from train_lora import mixed_precision
@@ -52,16 +44,15 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("task", choices=TASKS)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, help="(else: fp16 on CUDA, bf16 of a classifier; fp32)")
+    add("--dtype", choices=DTYPES, help="(else: fp16 on CUDA, else fp32)")
     add("--size", type=int, default=512, help="px")
-    add("--batch-size", type=int, help="(else: 16, of LoRA 2, of a classifier 24)")
+    add("--batch-size", type=int, help="(else: 16, of LoRA 2)")
     add("--steps", type=int, default=20, help="of the sampler; of training, in a reading")
     add("--rounds", type=int, default=5, help="readings of each")
     add("--compile", action="store_true", help="ours, compiled")
     args = parser.parse_args(argv)
-    _, batch_size, half, _ = TASKS[args.task]
-    args.batch_size = args.batch_size or batch_size
-    args.dtype = args.dtype or (half if args.device.startswith("cuda") else "fp32")
+    args.batch_size = args.batch_size or TASKS[args.task][1]
+    args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     return args
 
 
@@ -69,7 +60,7 @@ def parse_args(argv=None):
 # are. Either prepares all, and returns a function that works once and gives back what is compared.
 
 
-def sampling(args, folder: Path):
+def sampling(args):
     """Euler at guidance 7 and the decoder, from the same noise."""
     unet, vae = UNet(CONFIGS[0]), AutoencoderKL(CONFIGS[1])
     side, seeds = args.size // 8, range(args.batch_size)
@@ -130,7 +121,7 @@ def sampling(args, folder: Path):
     return ours, theirs, args.batch_size
 
 
-def lora(args, folder: Path):
+def lora(args):
     """Steps of train_lora.py on the same images, noise and times; B is 0 in the first, so that its
     loss is that of the base."""
     unet, side = UNet(CONFIGS[0]), args.size // 8
@@ -181,79 +172,9 @@ def lora(args, folder: Path):
     return ours, theirs, args.steps
 
 
-def classifier(args, folder: Path):
-    """An epoch of a ResNet18 on noisy grey PNGs, rotated and flipped as in the paper. Ours are
-    decoded once, before the first epoch; the peer's in each, by a worker process for each core."""
-    from torchvision import datasets, transforms
-
-    dtype, workers, recipe = DTYPES[args.dtype], torch.get_num_threads(), RECIPES["paper"]
-    for n in range(args.batch_size * args.steps):
-        path = folder / f"class {n % 5}" / f"{n}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.effect_noise((3 * args.size // 2, 3 * args.size // 2), 50).save(path)
-
-    def learner():
-        torch.manual_seed(0)
-        model = build("resnet18", "none", args.size).to(args.device)
-        return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=MOMENTUM)
-
-    def ours():
-        records = read_site(folder, "source", True)
-        images = PlaneImages(records, args.size, classes_of(records))
-        list(images.preload(threads=workers))
-        model, optimizer = learner()
-        model.to(memory_format=torch.channels_last)
-        if args.compile:
-            model.compile(fullgraph=True, dynamic=False)
-        loader, epochs = batches(images, args.batch_size, shuffle_seed=0), count()
-
-        def work():
-            augment = partial(draw_augmentation, recipe, 0, next(epochs))
-            loss = train_epoch(model, loader, optimizer, "minus-one-one", augment, dtype)
-            return torch.tensor([loss])
-
-        return work
-
-    def theirs():
-        steps = [
-            transforms.Resize((args.size, args.size)),
-            transforms.RandomRotation(recipe.rotation, transforms.InterpolationMode.BILINEAR),
-            transforms.RandomHorizontalFlip(recipe.horizontal_flip),
-            transforms.RandomVerticalFlip(recipe.vertical_flip),
-            transforms.ToTensor(),
-            transforms.Normalize(0.5, 0.5),
-        ]
-        model, optimizer = learner()
-        loader = torch.utils.data.DataLoader(
-            datasets.ImageFolder(folder, transforms.Compose(steps)),
-            args.batch_size,
-            shuffle=True,
-            num_workers=workers,
-            pin_memory=args.device != "cpu",
-            persistent_workers=True,
-        )
-
-        def work():
-            losses = []
-            for images, targets in loader:
-                images, targets = images.to(args.device), targets.to(args.device)
-                with torch.autocast(args.device, dtype, enabled=dtype != torch.float32):
-                    loss = F.cross_entropy(model(images), targets)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses.append(loss.item())
-            return torch.tensor([statistics.mean(losses)])
-
-        return work
-
-    return ours, theirs, args.batch_size * args.steps
-
-
-TASKS = {  # and batch size, precision on a GPU, what the peer needs
-    "sampling": (sampling, 16, "fp16", ["diffusers"]),
-    "lora": (lora, 2, "fp16", ["diffusers", "peft"]),
-    "classifier": (classifier, 24, "bf16", ["torchvision"]),
+TASKS = {  # and batch size, what the peer needs
+    "sampling": (sampling, 16, ["diffusers"]),
+    "lora": (lora, 2, ["diffusers", "peft"]),
 }
 
 
@@ -299,14 +220,13 @@ def side_by_side(args, makers: dict, items: int) -> dict[str, tuple[list[float],
 
 
 def main(args):
-    task, *_, peers = TASKS[args.task]
+    task, _, peers = TASKS[args.task]
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs, items = task(args, Path(folder))
-        makers = {"ours": ours}
-        if all(map(find_spec, peers)):
-            makers[" + ".join(peers)] = theirs
-        rows = side_by_side(args, makers, items)
+    ours, theirs, items = task(args)
+    makers = {"ours": ours}
+    if all(map(find_spec, peers)):
+        makers[" + ".join(peers)] = theirs
+    rows = side_by_side(args, makers, items)
     print(f"{args}\n\n| who | s each | speed | peak, GiB | differs by |\n|" + " --- |" * 5)
     *_, last = (statistics.median(seconds) for seconds, _ in rows.values())
     for name, (seconds, facts) in rows.items():

@@ -19,8 +19,6 @@ pytestmark = pytest.mark.slow
 SPEED = {  # of each task: flags, the peer, and how far outcomes may be apart
     "sampling": ("--size 32 --batch-size 1 --steps 2", "diffusers", 1e-2),
     "lora": ("--size 32 --steps 1", "diffusers + peft", 1e-5),
-    # each augments by draws of its own
-    "classifier": ("--size 64 --batch-size 10 --steps 2", "torchvision", 0.5),
 }
 
 
