@@ -7,17 +7,15 @@ there is room, and where matplotlib's own font lacks a letter, another installed
 """
 
 import logging
-import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from textwrap import wrap
-from warnings import warn
 
 import numpy as np
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
@@ -40,36 +38,27 @@ LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000
 def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     """Write a PNG without matplotlib's version in it.
 
-    A word for which no installed font has the letters is drawn as a number in brackets. Returns
-    what these stand for, "" mostly, and says it.
+    Letters that no installed font has are drawn as boxes. Returns the sentence that says so, ""
+    mostly, and says it.
     """
     labels = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     fonts, lacking = _fonts(frozenset("".join(label.get_text() for label in labels)))
-    numbers: dict[str, str] = {}
-
-    def drawable(text: str) -> str:
-        return re.sub(lacking, lambda w: numbers.setdefault(w[0], f"[{len(numbers) + 1}]"), text)
-
     for label in labels:
-        label.set(fontfamily=fonts, text=drawable(label.get_text()))
-    for axis in figure.findobj(Axis):
-        ticks = [label.get_text() for label in axis.get_majorticklabels()]
-        if (shown := [*map(drawable, ticks)]) != ticks:  # else they are written anew
-            axis.set_ticklabels(shown)
+        label.set(fontfamily=fonts)
+    if lacking:
+        lacking = f"boxes in figures are letters that no installed font has: {lacking}"
+        warnings.warn(lacking, stacklevel=1)
     look = {"bbox_inches": "tight", "pad_inches": 0.05, "metadata": {"Software": None}}
-    figure.savefig(path, dpi=dpi, format="png", **look)
-    legend = ", ".join(f"{mark} is {word}" for word, mark in numbers.items())
-    if legend:
-        warn(
-            f"no installed font has the letters of some names, so in figures {legend}", stacklevel=1
-        )
-    return legend
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # matplotlib's own line for each letter
+        figure.savefig(path, dpi=dpi, format="png", **look)
+    return lacking
 
 
 @cache
 def _fonts(letters: frozenset[str]) -> tuple[list[str], str]:
-    """Font families that together draw these letters, matplotlib's own first, and a regular
-    expression that fits words of those that none has."""
+    """Font families that together draw these letters, matplotlib's own first, and the letters that
+    none has."""
     families, left = ["DejaVu Sans"], {*filter(str.isprintable, letters)}
     for path in [fontManager.findfont(families[0]), *sorted(findSystemFonts())]:
         try:
@@ -84,7 +73,7 @@ def _fonts(letters: frozenset[str]) -> tuple[list[str], str]:
             families.append(font.family_name)
         if not left:
             break
-    return families, f"[\0{re.escape(''.join(sorted(left)))}]+"
+    return families, "".join(sorted(left))
 
 
 def _lines(labels: Iterable[str], inches: float, size: float = 9) -> list[str]:
