@@ -8,7 +8,7 @@ Equal versions give equal files: every draw has its own seed, and torch runs on 
 
 import math
 import sys
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -181,67 +181,18 @@ def lora_rank() -> Figure:
     return contact_sheet([images], column_labels=titles, cell=2)
 
 
-# Data sum_i w_i N(mu_i, s^2), whose denoiser and whose flow are known exactly.
-W, MU = torch.tensor([[0.3, 0.45, 0.25], [-1.2, 0.4, 1.6]]).double()
-S = 0.35
-
-
-def mixture_denoise(x: Tensor, sigma: float) -> Tensor:
-    """The mean of x0 given x."""
-    variance = S**2 + sigma**2
-    share = torch.softmax(W.log() - (x[:, None] - MU) ** 2 / (2 * variance), dim=1)
-    return (share * (S**2 * x[:, None] + sigma**2 * MU)).sum(1) / variance
-
-
-def mixture_cdf(x: Tensor, sigma: float) -> Tensor:
-    return (W * torch.special.ndtr((x[:, None] - MU) / math.hypot(S, sigma))).sum(1)
-
-
-def mixture_flow(x: Tensor, sigma: float, target: float) -> Tensor:
-    """Where the probability-flow ODE leads: in one variable it keeps the value of the cumulative
-    distribution, which bisection inverts."""
-    level, low, high = mixture_cdf(x, sigma), torch.full_like(x, -100), torch.full_like(x, 100)
-    for _ in range(80):
-        middle = (low + high) / 2
-        below = mixture_cdf(middle, target) < level
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
-
-
-def even_log_sigmas(steps: int) -> list[float]:
-    return np.geomspace(SCHEDULE.sigma_max, SCHEDULE.sigma_min, steps + 1).tolist()
-
-
-SOLVERS = {"Euler": (sample_euler, euler_nodes)} | {
-    f"UniPC-{p}": (partial(sample_unipc, order=p), unipc_nodes) for p in (1, 2, 3)
-}
-
-
-@cache
-def mixture_errors(even: str, steps: int) -> dict[str, float]:
-    """Solver -> mean distance from the exact flow, for 1001 starts. even: what nodes are even in,
-    "t" or "log σ"."""
-    errors = {}
-    unit = torch.special.ndtri((torch.arange(1001, dtype=torch.float64) + 0.5) / 1001)
-    for name, (sample, nodes) in SOLVERS.items():
-        sigmas = nodes(SCHEDULE, steps).sigmas if even == "t" else even_log_sigmas(steps)
-        x = unit * sigmas[0]
-        exact = mixture_flow(x, sigmas[0], sigmas[-1])  # at the solver's own last sigma
-        errors[name] = (sample(mixture_denoise, x, sigmas) - exact).abs().mean().item()
-    return errors
-
-
 @cache
 def network_errors() -> dict[str, dict[int, float]]:
     """Solver -> for each of STEPS the relative rms distance of four images' latents from those of
     640 even steps."""
-    sigmas = even_log_sigmas(640)
+    sigmas = np.geomspace(SCHEDULE.sigma_max, SCHEDULE.sigma_min, 641).tolist()
     denoise = guided(Nodes(tuple(SCHEDULE.t(sigmas[:-1])), tuple(sigmas), sigmas[0]), count=4)
     x = sigmas[0] * noise(*range(4))
-    last = sample_unipc(denoise, x, sigmas)
-    ends, errors = {"Euler": denoise(last, sigmas[-1]), "UniPC-3": last}, {}
-    for name, end in ends.items():
-        sample, nodes = SOLVERS[name]
+    last, errors = sample_unipc(denoise, x, sigmas), {}
+    for name, sample, nodes, end in (
+        ("Euler", sample_euler, euler_nodes, denoise(last, sigmas[-1])),
+        ("UniPC", sample_unipc, unipc_nodes, last),
+    ):
         paths = {steps: nodes(SCHEDULE, steps).sigmas for steps in STEPS}
         apart = {steps: sample(denoise, x, path) - end for steps, path in paths.items()}
         errors[name] = {steps: (x.norm() / end.norm()).item() for steps, x in apart.items()}
@@ -249,20 +200,14 @@ def network_errors() -> dict[str, dict[int, float]]:
 
 
 def sampler_error() -> Figure:
-    """Distance from the exact end of the flow by number of steps."""
-    figure = Figure(figsize=(10, 3.3), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, even in zip(panels, ("t", "log σ")):
-        lines = {name: (STEPS, [mixture_errors(even, n)[name] for n in STEPS]) for name in SOLVERS}
-        plot(axes, lines, title=f"mixture, nodes even in {even}", ylabel="mean |x − exact|")
+    """Distance from the end of the embedded network's flow by number of steps."""
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
     lines = {name: (STEPS, errors.values()) for name, errors in network_errors().items()}
-    plot(panels[2], lines, title="embedded network, even in t", ylabel="relative distance")
-    panels[2].lines[1].set(color=LINES[3], marker="D")  # as in the other panels
-    for axes in panels:
-        axes.set(xscale="log", yscale="log", xlabel="steps = calls of the model")
-        axes.set_xticks(STEPS, STEPS)
-        axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=8)
+    plot(axes, lines, xscale="log", yscale="log", ylabel="relative distance")
+    axes.set(xlabel="steps = calls of the model")
+    axes.set_xticks(STEPS, STEPS)
+    axes.minorticks_off()
     return figure
 
 
@@ -280,8 +225,6 @@ def main() -> None:
 
     for rank, (_, error, best) in lora_updates()[1].items():
         print(f"LoRA of rank {rank}: error {error:.3f}, of the best matrix {best:.3f}")
-    for even in ("t", "log σ"):
-        print(f"mixture, nodes even in {even}:", {n: mixture_errors(even, n) for n in STEPS})
     print("network:", network_errors())
 
 
