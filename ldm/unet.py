@@ -48,8 +48,10 @@ class UNetBlock(nn.Module):
     """One level of the U-Net: residual blocks, a transformer behind each where the level attends, a
     resampler.
 
-    It and MidBlock hold modules under the names of the checkpoints; UNet.forward runs them, since
-    skips cross levels.
+    transformers: how many there are, if not one behind each: the middle has but one
+
+    It holds modules under the names of the checkpoints; UNet.forward runs them, since skips cross
+    levels.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class UNetBlock(nn.Module):
         heads: int | None,
         downsample: bool = False,
         upsample: bool = False,
+        transformers: int | None = None,
     ):
         super().__init__()
         temb_dim, out = 4 * config.block_out_channels[0], channels[-1][1]
@@ -71,34 +74,12 @@ class UNetBlock(nn.Module):
                 SpatialTransformer(
                     o, config.cross_attention_dim, heads, groups, config.use_linear_projection
                 )
-                for _, o in channels
+                for _, o in channels[:transformers]
             )
         else:
             self.attentions = [None] * len(channels)
         self.downsamplers = nn.ModuleList([Downsample(out, symmetric=True)]) if downsample else ()
         self.upsamplers = nn.ModuleList([Upsample(out)]) if upsample else ()
-
-
-class MidBlock(nn.Module):
-    """The bottom of the U-Net: residual block, transformer, residual block."""
-
-    def __init__(self, channels: int, config: UNetConfig, heads: int):
-        super().__init__()
-        temb_dim, groups = 4 * config.block_out_channels[0], config.norm_num_groups
-        self.resnets = nn.ModuleList(
-            ResnetBlock(channels, channels, temb_dim, groups, config.norm_eps) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList(
-            [
-                SpatialTransformer(
-                    channels,
-                    config.cross_attention_dim,
-                    heads,
-                    groups,
-                    config.use_linear_projection,
-                )
-            ]
-        )
 
 
 class UNet(nn.Module):
@@ -107,7 +88,7 @@ class UNet(nn.Module):
     latents: (B, 4, H, W) x_t of the forward process, H and W multiples of config.multiple
     t: (B,) or a scalar, times in [0, 999], fractions allowed
     context: (B, S, D) text embeddings, D = config.cross_attention_dim; any S
-    Returns (B, 4, H, W) in the weights' dtype. Raises ValueError where H or W does not divide.
+    Returns (B, 4, H, W) in the weights' dtype.
 
     Set `gradient_checkpointing` to recompute each block in the backward pass: slower, far less
     memory.
@@ -134,7 +115,8 @@ class UNet(nn.Module):
             )
             for n, (i, o) in enumerate(pairwise((widths[0], *widths)))
         )
-        self.mid_block = MidBlock(widths[-1], config, config.num_heads[-1])
+        middle = [(widths[-1], widths[-1])] * 2
+        self.mid_block = UNetBlock(middle, config, config.num_heads[-1], transformers=1)
 
         # the way up meets, in reverse, every feature map that the way down left behind
         skips = [widths[0]] + [o for n, o in enumerate(widths) for _ in range(layers + (n < last))]
@@ -151,9 +133,6 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        (height, width), multiple = latents.shape[-2:], self.config.multiple
-        if height % multiple or width % multiple:
-            raise ValueError(f"latents of {height}x{width}: sides must be multiples of {multiple}")
         t = torch.as_tensor(t, device=latents.device).expand(len(latents))
         # a norm's, since a LoRA may be around any convolution
         dtype = self.conv_norm_out.weight.dtype
