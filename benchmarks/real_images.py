@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from harness.files import write_text
 from harness.flags import HelpFormatter
 from ldm import MINI
-from paper.plan import ROWS
+from paper.plan import DATA, Row
 from paper.report import Context, build
 from paper.results import Result, compare, read_result, row_folder
 from paper.stages import Stages
@@ -35,7 +35,8 @@ TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convo
     "--layers transformer --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20"
     " --guidance-scale 1.5 --rank 32"
 )
-DATA = ("ES", "ES+DA", "ES+DA+contrast", "HB", "HB+DA", "HB-styles", "HB-styles+DA")
+NAMES = ("ES", "ES+DA", "ES+contrast", "ES+DA+contrast", "HB", "HB+DA", "HB+contrast", "HB-styles")
+NAMES += ("HB-styles+DA", "HB-styles+contrast")
 
 
 def parse_args(argv=None):
@@ -45,7 +46,7 @@ def parse_args(argv=None):
     add("--african", type=Path, required=True)
     add("--manifest", type=Path, required=True, help="the list of Spanish images to train on")
     add("--weights", required=True, help="of MobileNet v2: a file, or imagenet")
-    add("--data", nargs="+", choices=DATA, default=DATA, help="data models")
+    add("--data", nargs="+", choices=NAMES, default=NAMES, help="data models")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the classifiers")
     add("--model", default=MINI, help="whose LoRAs draw the images")
     add("--steps", type=int, default=20, help="of the samplers")
@@ -90,15 +91,13 @@ def main(args):
     flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", "bf16"]
     flags += ["--size", args.size, "--resume"]
     results, run = [], partial(Stages(print).run, inputs={})
-    for row in ROWS:
-        data = row.data
-        if row.classifier != CLASSIFIER or data.name not in args.data:
-            continue
-        more = data.flags.split()
+    for name in args.data:
+        data = DATA[name]
+        row, more = Row("real", data, CLASSIFIER), data.flags.split()
         if data.synthetic:
             more += ["--synthetic", synthetic(args, run, data.synthetic, real)]
         for seed in args.seeds:
-            out = row_folder(args.out, data.name, CLASSIFIER, seed)
+            out = row_folder(args.out, name, CLASSIFIER, seed)
             run("classify", out, *flags, *more, "--seed", seed)
             results.append(read_result(args.out, row, seed))
 

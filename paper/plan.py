@@ -78,6 +78,9 @@ BEYOND = (  # what the paper names as future work, each in the place of HB+DA
     DataModel("HB-token+DA", "balanced", "token", "--augment"),
     DataModel("HB-dreambooth+DA", "balanced", "dreambooth", "--augment"),
 )
+VARIED = tuple(  # not in reproduce.py, but in benchmarks/real_images.py
+    replace(data, name=f"{data.name}+contrast", flags="--contrast") for data in (ES, HB, STYLES[0])
+)
 TABLES = {"1": TABLE_1, "2": TABLE_2, "controls": CONTROLS, "styles": STYLES}
 ROWS = tuple(
     Row(table, data, classifier)
@@ -85,7 +88,7 @@ ROWS = tuple(
     for data in models
     for classifier in (["vit_b_16"] if table == "2" else CLASSIFIERS)
 )
-DATA = {row.data.name: row.data for row in ROWS} | {data.name: data for data in BEYOND}
+DATA = {row.data.name: row.data for row in ROWS} | {data.name: data for data in BEYOND + VARIED}
 BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
 QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA")
 QUICK_ROWS = tuple(
