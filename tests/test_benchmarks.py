@@ -77,14 +77,14 @@ def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
     small = {"count": 1, "steps": 1, "repeats": 1, "passes": 10, "size": 64, "seeds": 0}
     flags = ["--spanish", spanish, "--african", african, "--manifest", tmp_path / "list.csv"]
     flags += ["--weights", tmp_path / "weights.pth", "--out", tmp_path / "out"]
-    flags += ["--model", tiny_model, "--data", "ES", "HB-styles+DA"]
+    flags += ["--model", tiny_model, "--data", "ES", "HB-styles+contrast"]
     flags += [word for name, number in small.items() for word in (f"--{name}", number)]
     for _ in "ab":  # the second time all is there
         real["main"](real["parse_args"]([str(flag) for flag in flags]))
     said = (tmp_path / "out" / "differences.md").read_text()
-    assert said.count("| HB-styles+DA - ES |") == 2 and said in capsys.readouterr().out
+    assert said.count("| HB-styles+contrast - ES |") == 2 and said in capsys.readouterr().out
     assert said.startswith("| on 18 images |")
-    assert "HB-styles+DA" in (tmp_path / "out" / "report.html").read_text()
+    assert "HB-styles+contrast" in (tmp_path / "out" / "report.html").read_text()
     assert len([*(tmp_path / "out" / "synthetic_styles").glob("*/*.png")]) == 10
 
 
