@@ -37,7 +37,7 @@ from ldm.text import Contexts
 from lora.files import save_lora
 from lora.layer import LoRAError
 from lora.model import TARGETS, inject, lora_parameters
-from lora.training import Draws, loss_weights, make_optimizer
+from lora.training import Draws, make_optimizer
 from planes.captions import prior_images, with_token
 from planes.datasets import DatasetError
 from planes.folders import Captioned
@@ -59,11 +59,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--rank", type=int, default=128, help="of dreambooth's LoRA; alpha is the rank")
     add("--layers", default="cross-attention", help=f"of the same: {', '.join(TARGETS)}")
-    add("--target", dest="layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # once so
     add("--steps", type=int, default=5000, help="optimizer steps")
     add("--batch-size", type=int, default=2, help="images at once, and as many prior ones")
     add("--lr", type=float, help="learning rate (else: 5e-3 for a token, 1e-4 for LoRA)")
-    add("--debiased-estimation-loss", action="store_true", help="errors count 1 / sqrt(SNR)")
     add("--seed", type=seed_number, default=0, help="of drawn images, A, batches, noise and times")
     cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
@@ -91,19 +89,16 @@ class Training:
         captions = [image.caption for image in images]
         self.draws = Draws(latents, captions, [1] * len(images), args.batch_size, 1, seed)
         self.autocast, _ = mixed_precision(args)
-        debiased = args.debiased_estimation_loss
-        weights = loss_weights(self.schedule.alphas_cumprod, self.kind, debiased)
-        self.weights = weights.to(args.device)
 
     def loss(self, step: int, contexts: Contexts) -> torch.Tensor:
-        """E w_t |eps - eps_theta(x_t, t, c)|^2 of a step's batch."""
+        """E |eps - eps_theta(x_t, t, c)|^2 of a step's batch."""
         (batch,) = self.draws(step)
         x_t = self.schedule.add_noise(batch.latents, batch.noise, batch.t)
         with self.autocast():
             prediction = self.unet(x_t, batch.t, contexts(batch.captions))
         target = self.schedule.target(batch.latents, batch.noise, batch.t, self.kind)
-        error = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
-        return (self.weights[batch.t] * error).mean()
+        error = F.mse_loss(prediction.float(), target, reduction="none")
+        return error.mean(dim=(1, 2, 3)).mean()
 
 
 def descend(

@@ -15,7 +15,7 @@ from harness.script import run
 from ldm import CheckpointError
 from ldm.checkpoints import save_folder, save_single
 from ldm.checkpoints.weights import open_weights
-from ldm.cli import DTYPES, add_model_arguments, load_model, lora_path
+from ldm.cli import DTYPES, add_model_arguments, load_model, lora_path, one_of_each
 from ldm.webui.shots import lora_hash, model_hash
 from lora.files import load_loras
 from lora.files.metadata import ARCHITECTURES, trained_otherwise
@@ -41,11 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         parser.error(f"--out {args.out}: a single file has a name in .safetensors")
-    if len(args.strength) not in (1, len(args.loras)):
-        given = f"{len(args.strength)} numbers for {len(args.loras)} LoRAs"
-        parser.error(f"--strength: {given}; give one, or one of each")
-    if len(args.strength) < len(args.loras):
-        args.strength *= len(args.loras)
+    args.strength = one_of_each(parser, "--strength", args.strength, args.loras)
     return args
 
 

@@ -34,7 +34,15 @@ from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.checkpoints import Model
 from ldm.checkpoints.tokenizer import tokenizer_hash
-from ldm.cli import DTYPES, add_model_arguments, fitting_size, image_size, load_model, lora_path
+from ldm.cli import (
+    DTYPES,
+    add_model_arguments,
+    fitting_size,
+    image_size,
+    load_model,
+    lora_path,
+    one_of_each,
+)
 from ldm.embedding import load_embedding
 from ldm.generate import SAMPLERS, generate, make_nodes
 from ldm.images import decode_images
@@ -68,7 +76,6 @@ def parse_args(argv=None):
     add("--lora-weight", type=float, nargs="+", default=[1.0], help="one of all, or one of each")
     token("--embedding", type=Path, help="Textual Inversion's token, which every prompt then names")
     token("--rare-token", **text, help="DreamBooth's, named by every prompt: a photo of sks ..")
-    add("--token", **text, help="another name for the token of --embedding (else: the file's)")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompts", help="paper, styles, detailed, or a JSON file: lists per class (else: paper)")
     add("--planes", nargs="+", help="planes, or a LoRA's own classes, that are sampled (else: all)")
@@ -83,7 +90,7 @@ def parse_args(argv=None):
     add("--seed", type=seed_number, default=0, help="the first of --count")
     add("--steps", type=int, default=20, help="model calls per image")
     add("--spacing", help="linspace, leading, trailing, karras, time_uniform (else: the sampler's)")
-    add("--order", type=int, help="UniPC's, 1 to 3 (else: 3)")
+    add("--order", type=int, choices=(1, 2, 3), help="UniPC's (else: 3)")
     add("--guidance-scale", type=float, default=7.0, help="classifier-free guidance; 1: none")
     add("--size", type=image_size, help="in px, 512 or 576x384 (else: the model's own, 512)")
     add = parser.add_argument_group("machine and output").add_argument
@@ -98,8 +105,6 @@ def parse_args(argv=None):
         parser.error("give --prompt, or --prompts and --planes, not both")
     if args.order is not None and "unipc" not in args.samplers:
         parser.error(f"--order {args.order}: UniPC has one, {' '.join(args.samplers)} does not")
-    if args.token and not args.embedding:
-        parser.error(f"--token {args.token}: of an --embedding FILE, which is not given")
     args.prompts = args.prompts or "paper"
     args.seeds = args.seeds and [*dict.fromkeys(args.seeds)]  # they name the images
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
@@ -108,13 +113,9 @@ def parse_args(argv=None):
         parser.error(
             f"--count {args.count}: at most {SEEDS_APART}; more with another --seed and --out"
         )
-    if len(args.lora_weight) not in (1, len(args.lora)):
-        given = f"{len(args.lora_weight)} weights for {len(args.lora)} LoRAs"
-        parser.error(f"--lora-weight: {given}; give one, or one each")
+    args.lora_weight = one_of_each(parser, "--lora-weight", args.lora_weight, args.lora)
     if args.lora_weight != [1.0] and not args.lora:
         parser.error(f"--lora-weight {args.lora_weight[0]:g}: of a --lora FILE, which is not given")
-    if len(args.lora_weight) < len(args.lora):
-        args.lora_weight *= len(args.lora)
     if "<lora:" in f"{args.prompt} {args.negative_prompt}":
         parser.error("--prompt with <lora:..>: give LoRAs by --lora and --lora-weight")
     if len({*shots.lora_labels(args.lora)}) < len(args.lora):
@@ -132,7 +133,7 @@ def adapt(model: Model, args) -> tuple[str | None, dict[str, str]]:
             print(f"{path}: {difference}")
     hashes, token = model.sha256(), args.rare_token
     if args.embedding:
-        token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder, args.token)
+        token, _ = load_embedding(args.embedding, model.tokenizer, model.text_encoder)
         hashes[args.embedding.name] = sha256(args.embedding)  # one more row of the text encoder
     return token, hashes
 
@@ -232,7 +233,7 @@ def write_outputs(args, groups, others, hashes) -> None:
 def main(args):
     # what is wrong with samplers and prompts is told before the model is loaded
     for name in args.samplers:
-        make_nodes(name, args.steps, args.spacing, args.order if name == "unipc" else None)
+        make_nodes(name, args.steps, args.spacing)
     prompts = {"prompt": (args.prompt,)}
     if args.prompt is None:
         prompts = read_prompts(args.prompts, prompts_beside(args.lora, args.model))

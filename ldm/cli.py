@@ -2,6 +2,7 @@
 
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +63,17 @@ def lora_path(text: str) -> Path:
         return resolve_model(text, "lora")
     except CheckpointError as error:
         raise ArgumentTypeError(str(error)) from None
+
+
+def one_of_each(
+    parser: ArgumentParser, flag: str, numbers: list[float], loras: Sequence[Path]
+) -> list[float]:
+    """The number of each LoRA, of a flag that takes one of all, or one of each; another count ends
+    the script with a line."""
+    if len(numbers) not in (1, len(loras)):
+        given = f"{len(numbers)} numbers for {len(loras)} LoRAs"
+        parser.error(f"{flag}: {given}; give one, or one of each")
+    return numbers * len(loras) if len(numbers) < len(loras) else numbers
 
 
 def image_size(text: str) -> tuple[int, int]:

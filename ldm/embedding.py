@@ -93,12 +93,10 @@ def save_embedding(path: Path, token: str, vector: Tensor) -> None:
 
 
 def load_embedding(
-    path: Path, tokenizer: CLIPTokenizer, text_encoder: TextEncoder, token: str | None = None
+    path: Path, tokenizer: CLIPTokenizer, text_encoder: TextEncoder
 ) -> tuple[str, LearnedToken]:
-    """Teach tokenizer and text encoder the token of a file, and return its name and embedding.
-
-    token: another name for it; default: the file's key, or the file's own name where the key is
-        webui's
+    """Teach tokenizer and text encoder the token of a file, and return its name and embedding. Its
+    name is the file's key, or the file's own name where the key is webui's.
 
     Raises CheckpointError, with the path, where the file is not one embedding or does not fit.
     """
@@ -118,7 +116,7 @@ def load_embedding(
             f"{path}: {key} is not finite; train the token again, at a lower rate, or fetch it"
             " again"
         )
-    token = token or (path.stem if key in WEBUI_KEYS else key)
+    token = path.stem if key in WEBUI_KEYS else key
     try:
         return token, add_token(tokenizer, text_encoder, token, vectors.flatten())
     except CheckpointError as error:

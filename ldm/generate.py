@@ -8,7 +8,7 @@ from torch import Tensor
 from ldm.unet import UNet
 from samplers.denoiser import Denoiser
 from samplers.euler import sample_euler
-from samplers.schedule import Nodes, NoiseSchedule, SamplerError, euler_nodes, unipc_nodes
+from samplers.schedule import Nodes, NoiseSchedule, euler_nodes, unipc_nodes
 from samplers.unipc import sample_unipc
 
 SAMPLERS = {"euler": (euler_nodes, sample_euler), "unipc": (unipc_nodes, sample_unipc)}
@@ -24,17 +24,11 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
     )
 
 
-def make_nodes(
-    sampler: str, steps: int, spacing: str | None = None, order: int | None = None
-) -> Nodes:
+def make_nodes(sampler: str, steps: int, spacing: str | None = None) -> Nodes:
     """The noise levels that a sampler of SAMPLERS visits.
 
-    Raises SamplerError for a setting that the sampler does not have.
+    Raises SamplerError for a spacing that the sampler does not have.
     """
-    if order is not None and sampler != "unipc":
-        raise SamplerError(f"order {order}: UniPC has one, {sampler} does not")
-    if order not in (None, 1, 2, 3):
-        raise SamplerError(f"UniPC of order {order}: choose 1, 2 or 3")
     settings = {} if spacing is None else {"spacing": spacing}
     return SAMPLERS[sampler][0](NoiseSchedule(), steps, **settings)
 
@@ -62,10 +56,10 @@ def generate(
     seeds: B integers; size: (H, W) of the latents; sampler: a key of SAMPLERS
     spacing, order: the sampler's own where None; order is UniPC's alone
 
-    Raises SamplerError for a setting that the sampler does not have, or where the network's
+    Raises SamplerError for a spacing that the sampler does not have, or where the network's
     prediction is not finite.
     """
-    nodes = make_nodes(sampler, steps, spacing, order)
+    nodes = make_nodes(sampler, steps, spacing)
     negative_context = negative_context.expand(len(context), -1, -1)
     denoise = Denoiser(unet, nodes, context, negative_context, guidance_scale, prediction_type)
     noise = seeded_noise(seeds, (unet.config.in_channels, *size)).to(context.device)

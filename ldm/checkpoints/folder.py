@@ -6,8 +6,10 @@ tokenizer, scheduler.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
@@ -171,25 +173,25 @@ def weight_files(root: Path, networks: Iterable[str] = WEIGHTS) -> Iterator[tupl
         yield from ((network, file) for file in network_files(root / network, WEIGHTS[network]))
 
 
-def network_files(folder: Path, stem: str) -> Iterator[Path]:
-    """The safetensors files of a network, one or its shards; a plain name comes before `.fp16` and
-    `.bf16`."""
-    for variant in VARIANTS:
-        whole = folder / f"{stem}{variant}.safetensors"
-        index = folder / f"{stem}.safetensors.index{variant}.json"
-        if whole.exists():
-            yield whole
-            return
-        if index.exists():
-            shards = _read(index, {}).get("weight_map")
-            if not isinstance(shards, dict):
-                raise CheckpointError(f"{index}: no weight_map in it; fetch it again")
-            yield from (folder / name for name in sorted({*map(str, shards.values())}))
-            return
+def network_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors files of a network, one or all of its shards."""
+    if names := weight_names(stem, [path.name for path in folder.glob("*")]):
+        return [folder / name for name in names]
     raise CheckpointError(
         f"{folder}: no {stem}[{'|'.join(VARIANTS)}].safetensors, whole or in shards; convert a"
         " pickle (*.bin) first, give a VAE by --vae"
     )
+
+
+def weight_names(stem: str, names: Collection[str]) -> list[str]:
+    """Of files' names those of a network's weights in the first precision that is there whole."""
+    for variant in VARIANTS:
+        if (whole := f"{stem}{variant}.safetensors") in names:
+            return [whole]
+        shards = sorted(matching(names, f"{stem}{variant}-*-of-*.safetensors"))
+        if shards and len(shards) == int(re.findall(r"\d+", shards[0])[-1]):
+            return shards
+    return []
 
 
 def _block_types(attention: tuple[bool, ...]) -> tuple[list[str], list[str]]:

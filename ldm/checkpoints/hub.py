@@ -12,7 +12,6 @@ network's weights in one precision.
 
 import re
 from collections.abc import Collection
-from fnmatch import filter as matching
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from huggingface_hub.errors import (
 )
 
 from ldm import CheckpointError
-from ldm.checkpoints.folder import VARIANTS, WEIGHTS
+from ldm.checkpoints.folder import WEIGHTS, weight_names
 
 # what is taken of a repository -> files; weights may as well be in half precision or in shards
 _READS = {
@@ -128,23 +127,11 @@ def _choose(
     prefix = f"{part}/" if any(name.startswith(f"{part}/") for name in names) else ""
     chosen, missing = [], []
     for name in (prefix + name for name in _READS[part]):
-        found = _weights(name, names) if name.endswith(".safetensors") else [name] * (name in names)
+        stem, weights, _ = name.partition(".safetensors")
+        found = weight_names(stem, names) if weights else [name] * (name in names)
         chosen += found
         missing += [] if found else [name]
     return chosen, missing
-
-
-def _weights(name: str, names: Collection[str]) -> list[str]:
-    """The files of a network's weights in the first precision that is there whole."""
-    stem = name.removesuffix(".safetensors")
-    for variant in VARIANTS:
-        whole, index = f"{stem}{variant}.safetensors", f"{stem}.safetensors.index{variant}.json"
-        if whole in names:
-            return [whole]
-        shards = matching(names, f"{stem}{variant}-*-of-*.safetensors")
-        if index in names and shards and len(shards) == int(re.findall(r"\d+", shards[0])[-1]):
-            return [index, *shards]
-    return []
 
 
 def _reason(error: Exception, name: _Id) -> str:

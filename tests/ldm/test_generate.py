@@ -6,7 +6,7 @@ import pytest
 import torch
 from shorthand import agree, refused
 
-from ldm.generate import generate, make_nodes
+from ldm.generate import generate
 from ldm.unet import UNet, UNetConfig
 from samplers import (
     Denoiser,
@@ -59,14 +59,6 @@ def test_generate_is_the_sampler_to_the_bit_and_an_image_is_its_seeds_alone(
     assert torch.equal(generated(context, SEEDS), expected)
     alone = generated(context[1:], SEEDS[1:])
     agree(alone, expected[1:], 1e-4)  # of values of 10
-
-
-def test_a_setting_that_the_sampler_does_not_have_is_one_line():
-    with refused(SamplerError, "order 2: UniPC has one, euler does not"):
-        make_nodes("euler", 20, order=2)
-    with refused(SamplerError, "order 4"):
-        make_nodes("unipc", 20, order=4)
-    make_nodes("unipc", 20, order=3)
 
 
 def test_what_is_not_finite_is_told(unet, texts):

@@ -384,15 +384,11 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in\n - Hub</title></head></htm
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:6ce0161689\nsize 4265146304\n"
 STEM = "model.diffusion_model"
 SCHEDULER = "scheduler/scheduler_config.json"
-INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
 
 
-def with_index(content):
-    def change(folder):
-        (folder / UNET).unlink()
-        (folder / INDEX).write_text(content)
-
-    return change
+def shard_gone(folder):
+    in_shards("")(folder)
+    next((folder / "unet").glob("*-00002-of-*")).unlink()
 
 
 FILE_ERRORS = [
@@ -453,8 +449,7 @@ FOLDER_ERRORS = [
     (says("model_index.json", _class_name="StableDiffusionXLPipeline"), "a StableDiffusionXL"),
     (gone("vae/config.json"), r"vae/config\.json: no such file"),
     (gone(VAE), r"vae: no diffusion_pytorch_model\[\|\.fp16\|\.bf16\]\.safe.* by --vae"),
-    (with_index("{}"), "index.json: no weight_map"),
-    (with_index('{"weight_map": {"a": "b.safetensors"}}'), r"unet/b\.safetensors: no such file"),
+    (shard_gone, "unet: no diffusion_pytorch_model.*, whole or in shards"),
     (gone("tokenizer/merges.txt"), r"tokenizer: no vocab\.json and merges\.txt; put those of ope"),
 ]
 
