@@ -1,13 +1,12 @@
-"""LoRA files into a model's weights, trained layers into files, and PEFT's or diffusers' into
-kohya's, which diffusers reads too:
+"""LoRA files into a model's weights, trained layers into files, and from one layout to another:
 
-    python -m lora.files adapter_model.safetensors fetal.safetensors
+    python -m lora.files fetal.safetensors fetal_peft.safetensors --to peft
 
 | concept | where |
 |---|---|
 | files into weights, all or nothing; models' LoRAs into a file; converting | this file |
 | reading the layouts of kohya, PEFT and diffusers, without a model | `formats.py` |
-| writing kohya's | `export.py` |
+| writing the first two | `export.py` |
 | what a file says of its training | `metadata.py` |
 """
 
@@ -34,14 +33,16 @@ def save_lora(
     models: Models,
     metadata: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.float16,
+    layout: str = "kohya",
 ) -> None:
-    """Writes the LoRAs of the models into one file, kohya's, for its tools, AUTOMATIC1111, ComfyUI
-    and diffusers; it appears whole or not at all.
+    """Writes the LoRAs of the models into one file; it appears whole or not at all.
 
     models: by prefix, {"lora_unet": unet, "lora_te": text_encoder}; one without LoRALayers adds
         nothing
     metadata: for the header, as str; what the layers tell (ranks, alphas, SD 1 or 2) is added
     dtype: of weights and alphas; float32 keeps every bit
+    layout: "kohya" for its tools, AUTOMATIC1111 and ComfyUI, or "peft" for diffusers (alpha / r
+        goes into B)
 
     Raises LoRAError where there is no LoRA, a weight is not finite in `dtype`, or the file cannot
     be written.
@@ -49,9 +50,10 @@ def save_lora(
     pairs = {}
     for prefix, model in models.items():
         for where, layer in lora_layers(model).items():
-            pair = Pair(layer.A.weight, layer.B.weight, layer.alpha)
-            pairs[kohya_name(prefix, where)] = pair
-    write(path, pairs, metadata or {}, dtype)
+            if prefix == "lora_te":
+                where = f"text_model.{where.removeprefix('text_model.')}"
+            pairs[f"{prefix}.{where}"] = Pair(layer.A.weight, layer.B.weight, layer.alpha)
+    write(path, pairs, metadata or {}, layout, dtype)
 
 
 def load_loras(loras: Sequence[tuple[str | Path, float]], models: Models) -> list[LoRAFile]:
@@ -92,13 +94,20 @@ def load_loras(loras: Sequence[tuple[str | Path, float]], models: Models) -> lis
     return files
 
 
-def convert(source: str | Path, path: str | Path) -> None:
-    """Writes a LoRA file of any layout in kohya's, without a model; the metadata go along. Weights
-    keep their bits, in float32 where an alpha would be rounded."""
+def convert(source: str | Path, path: str | Path, layout: str) -> None:
+    """Writes a LoRA file of any layout in another, "kohya" or "peft", without a model; the metadata
+    go along.
+
+    The weights keep their bits, but where alpha is not the rank and goes into PEFT's B: those are
+    written in float32.
+    """
     file = read(source)
-    alphas = [pair.alpha for pair in file.pairs.values()]
-    whole = torch.tensor(alphas, dtype=file.dtype).tolist() == alphas
-    write(path, file.pairs, file.metadata, file.dtype if whole else torch.float32)
+    dtype = file.dtype
+    for pair in file.pairs.values():
+        rounded = pair.alpha != float(torch.tensor(pair.alpha, dtype=dtype))
+        if pair.alpha != len(pair.down) if layout == "peft" else rounded:
+            dtype = torch.float32
+    write(path, file.pairs, file.metadata, layout, dtype)
 
 
 def _check_fit(where: str, base: nn.Module, pair: Pair, file: LoRAFile) -> None:

@@ -1,4 +1,4 @@
-"""Converts a LoRA file of any layout into kohya's: python -m lora.files IN OUT."""
+"""Converts a LoRA file: python -m lora.files IN OUT --to kohya or peft."""
 
 import argparse
 import sys
@@ -16,13 +16,16 @@ def parse_args(argv=None):
         "source", type=Path, metavar="IN", help="a file of any layout, or PEFT's folder"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the .safetensors file to write")
+    parser.add_argument(
+        "--to", required=True, choices=["kohya", "peft"], help="for webui and ComfyUI, or diffusers"
+    )
     return parser.parse_args(argv)
 
 
 def main(args):
     """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
     try:
-        convert(args.source, args.out)
+        convert(args.source, args.out, args.to)
     except LoRAError as error:
         sys.stderr.write(f"lora.files: {error}\n")
         sys.exit(2)

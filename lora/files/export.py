@@ -1,8 +1,9 @@
-"""LoRA files written, in kohya's layout, with the metadata that its tools show."""
+"""LoRA files written: kohya's layout and PEFT's, with the metadata that their tools show."""
 
 import hashlib
 import json
 import os
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from lora.files.formats import Pair, text_width
+from lora.files.formats import NETWORKS, Pair, dotted, text_width
 from lora.layer import LoRAError
 
 BASES = {
@@ -28,21 +29,31 @@ def write(
     path: str | Path,
     pairs: Mapping[str, Pair],
     metadata: Mapping[str, object],
+    layout: str,
     dtype: torch.dtype,
 ) -> None:
-    """Writes a file, whole or not at all, the same bytes for the same arguments.
+    """Writes a file, whole or not at all, the same bytes for the same arguments; alpha is the rank
+    in a "peft" one.
 
-    pairs: by kohya's name of the layer
+    pairs: by kohya's name of the layer, or by prefix and path, dotted, which "peft" needs beyond
+        SD's own names
     metadata: for the header, as str; what describes the layers is computed
 
-    Raises LoRAError.
+    PEFT's layout has no tensor for alpha, and not all tools read it in the header: alpha / r goes
+    into B. Where they differ, float32 keeps what half precision would round. Raises LoRAError.
     """
     path = Path(path)
     metadata = {key: value for key, value in metadata.items() if key not in TOOLS_OWN}
     if not pairs:
         raise LoRAError(f"{path}: nothing to save, no model has a LoRA: inject first")
-    tensors, header = _kohya(pairs)
-    header = BASES.get(text_width(pairs), {}) | metadata | header
+    if layout == "kohya":
+        tensors, header = _kohya(pairs)
+        header = BASES.get(text_width(pairs), {}) | metadata | header
+    elif layout == "peft":
+        tensors, header = _peft(path, pairs)
+        header = metadata | header
+    else:
+        raise LoRAError(f"layout {layout!r}: must be 'kohya' or 'peft'")
     for key, tensor in tensors.items():
         tensors[key] = tensor.detach().to("cpu", dtype).contiguous()
         if not tensors[key].isfinite().all():
@@ -63,7 +74,7 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
     tensors = {}
     for name, (down, up, alpha) in pairs.items():
         parts = {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{name.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
     header = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": _one({len(pair.down) for pair in pairs.values()}),
@@ -78,6 +89,37 @@ def _kohya(pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, obje
 def _one(values: set) -> object:
     """The only one, or kohya's word for mixed ones."""
     return min(values) if len(values) == 1 else "Dynamic"
+
+
+def _peft(path: Path, pairs: Mapping[str, Pair]) -> tuple[dict[str, Tensor], dict[str, object]]:
+    tensors, ranks = {}, defaultdict(dict)
+    for name, (down, up, alpha) in pairs.items():
+        full = name if "." in name else dotted(name)
+        if full is None:
+            raise LoRAError(
+                f"{path}: {name} is no layer of Stable Diffusion that PEFT's layout has a name for"
+            )
+        prefix, _, module = full.partition(".")
+        network = next(network for network, kohya in NETWORKS.items() if kohya == prefix)
+        key = f"{network}.{module}"
+        tensors[f"{key}.lora_A.weight"] = down
+        tensors[f"{key}.lora_B.weight"] = (
+            up if alpha == len(down) else up.float() * (alpha / len(down))
+        )
+        # CLIP has no level text_model since transformers 5.6; PEFT compares the end of a path, so
+        # both are found
+        ranks[network][module.removeprefix("text_model.")] = len(down)
+    config = {}
+    for network, rank_of in ranks.items():
+        rank = Counter(rank_of.values()).most_common(1)[0][0]
+        others = {module: r for module, r in rank_of.items() if r != rank}
+        settings = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+        settings["target_modules"] = sorted(rank_of)
+        config |= {f"{network}.{key}": value for key, value in settings.items()}
+    return tensors, {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True),
+    }
 
 
 def _serialize(tensors: dict[str, Tensor], metadata: Mapping[str, object]) -> bytes:

@@ -11,7 +11,8 @@
 | diffusers to 0.17 | `mid_block...attn2.processor.to_k_lora.down.weight` | r |
 
 A is (r, in), B is (out, r), with two more dimensions of 1 where the layer is a 1x1 convolution. The
-one form is kohya's name. Its underscores cannot be turned back into dots but with a model's names.
+one form is kohya's name. Its underscores cannot be turned back into dots but with a model's names
+or, without it, with the words of SD's.
 """
 
 import json
@@ -68,6 +69,17 @@ KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's init_lora_weights that leave W0 as it was. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA take
 from it what A and B begin with (`tuners/lora/layer.py` of PEFT 0.21): behind the original W0 it
 counts twice. What is unknown may too."""
+
+WORDS = (
+    r"down_blocks|mid_block|up_blocks|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out"
+    r"|text_model|self_attn|[qkv]_proj|out_proj|time_emb_proj|conv_in|conv_out|conv_shortcut"
+    r"|time_embedding|linear_[12]"
+)
+PIECES = (
+    rf"{WORDS}|\d+|attentions|resnets|attn[12]|ff|net|proj|encoder|layers|mlp|fc[12]|conv[12]?"
+    r"|(down|up)samplers"
+)
+"""The names in SD's networks that have underscores of their own, and all of them."""
 
 
 class Pair(NamedTuple):
@@ -168,6 +180,18 @@ def no_place(
         f"{path}: {len(leftover)} of {total} keys have no place in {where}, such as {named}:"
         f" {remedy}"
     )
+
+
+def dotted(name: str) -> str | None:
+    """lora_unet_mid_block_attentions_0_proj_in -> lora_unet.mid_block.attentions.0.proj_in; None
+    where unknown."""
+    prefix = next((prefix for prefix in NETWORKS.values() if name.startswith(f"{prefix}_")), None)
+    if prefix is None:
+        return None
+    flat = name.removeprefix(f"{prefix}_")
+    path = re.sub(rf"(?<![^_])({WORDS})(?![^_])|_", lambda match: match[1] or ".", flat)
+    known = all(re.fullmatch(PIECES, piece) for piece in path.split("."))
+    return f"{prefix}.{path}" if known else None
 
 
 def _layer_of(key: str) -> tuple[str, str] | None:

@@ -20,7 +20,7 @@ from ldm.text import TextConfig, TextEncoder
 from ldm.unet import UNet, UNetConfig
 from lora import LoRAError, convert, inject, load_loras, lora_layers, save_lora
 from lora.files.__main__ import main, parse_args
-from lora.files.formats import kohya_name, read
+from lora.files.formats import dotted, kohya_name, read
 from lora.files.metadata import metadata, trained_otherwise
 
 # ours and diffusers' alike
@@ -71,8 +71,9 @@ GOOD |= {IN_DOWN: ones(4, 16, 1, 1), IN_UP: ones(16, 4, 1, 1)}
 # into weights
 
 
-def test_what_is_saved_and_loaded_is_w0_plus_alpha_by_r_b_a(models, trained, tmp_path):
-    save_lora(tmp_path / "a", trained, dtype=torch.float32)
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_what_is_saved_and_loaded_is_w0_plus_alpha_by_r_b_a(models, trained, tmp_path, layout):
+    save_lora(tmp_path / "a", trained, dtype=torch.float32, layout=layout)
     (file,) = load_loras([(tmp_path / "a", -0.7)], models)
     assert len(file.pairs) == 85 and file.dtype == torch.float32
     for prefix, model in trained.items():
@@ -192,12 +193,17 @@ def test_matrices_without_a_convolutions_ones_are_read_alike(models, tmp_path):
     agree(weights_of(models), before, 1e-6)
 
 
-def test_compvis_numbers_are_read_as_sd_15s_names(tmp_path):
+def test_sd_15s_names_are_known_with_underscores_and_in_compvis_numbers(tmp_path):
     with torch.device("meta"):
-        paths = inject(UNet(), 1, 1, r".*proj_in")
+        unet, text = UNet(), TextEncoder(TextConfig())
+    paths = [f"lora_unet.{path}" for path in inject(unet, 1, 1, r".*(attentions|resnets).*|time.*")]
+    paths += [f"lora_te.{path}" for path in inject(text, 1, 1, "text-encoder")]
+    assert len(paths) == 346 and [dotted(path.replace(".", "_")) for path in paths] == paths
+    assert dotted("lora_unet_mid_block_x") is None and dotted("lora_other_ff") is None
+
     blocks = [f"input_blocks_{n}_1" for n in (1, 2, 4, 5, 7, 8)] + ["middle_block_1"]
     blocks += [f"output_blocks_{n}_1" for n in range(3, 12)]
-    names = [kohya_name("lora_unet", path) for path in paths]
+    names = [path.replace(".", "_") for path in paths if path.endswith("proj_in")]
     for block, name in zip(blocks, names, strict=True):
         key = f"lora_unet_{block}_proj_in.lora"
         save_file({f"{key}_{x}.weight": torch.ones(1, 1) for x in ("down", "up")}, tmp_path / "a")
@@ -339,7 +345,7 @@ def header(path):
         return file.metadata()
 
 
-def test_the_keys_shapes_metadata_and_bytes_of_a_file(models, tmp_path):
+def test_the_keys_shapes_metadata_and_bytes_of_both_layouts(models, tmp_path):
     unet, path, proj_in = models["lora_unet"], tmp_path / "a", "mid_block.attentions.0.proj_in"
     inject(unet, 4, 2, r"mid_block\.(resnets\.1\.conv2|.*attn2\.to_k)")
     inject(unet, 2, 4, proj_in)
@@ -366,8 +372,28 @@ def test_the_keys_shapes_metadata_and_bytes_of_a_file(models, tmp_path):
         "sshs_model_hash": sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),
     }
 
+    save_lora(path, models, {"z": 1, "a": None}, torch.float32, "peft")
+    layers = [f"unet.{layer}" for layer in (proj_in, TO_K, "mid_block.resnets.1.conv2")]
+    layers.append("text_encoder.text_model.encoder.layers.0.mlp.fc1")
+    tensors = load_file(path)
+    assert tensors.keys() == {f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"}
+    B = unet.get_submodule(proj_in).B.weight
+    assert torch.equal(tensors[f"unet.{proj_in}.lora_B.weight"], 2 * B)
+    assert json.loads(header(path)["lora_adapter_metadata"]) == {
+        "unet.r": 4,
+        "unet.lora_alpha": 4,
+        "unet.rank_pattern": {proj_in: 2},
+        "unet.alpha_pattern": {proj_in: 2},
+        "unet.target_modules": [layer.removeprefix("unet.") for layer in layers[:3]],
+        "text_encoder.r": 2,
+        "text_encoder.lora_alpha": 2,
+        "text_encoder.rank_pattern": {},
+        "text_encoder.alpha_pattern": {},
+        "text_encoder.target_modules": ["encoder.layers.0.mlp.fc1"],
+    }
     # the same bytes for the same arguments, today and later
-    assert sha256(data).hexdigest().startswith("aa7805773b4682ce")
+    hashes = [sha256(content).hexdigest()[:16] for content in (data, path.read_bytes())]
+    assert hashes == ["aa7805773b4682ce", "f120cd156ae8d321"]
     save_lora(path, {"lora_te": models["lora_te"]})
     assert (header(path)["ss_network_dim"], header(path)["ss_network_alpha"]) == ("2", "3.0")
 
@@ -379,12 +405,13 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(
     save_lora(path, trained)
     older = path.read_bytes()
 
-    def fails(message, path=path, models=trained, dtype=torch.float32):
+    def fails(message, path=path, models=trained, dtype=torch.float32, layout="kohya"):
         with refused(LoRAError, message):
-            save_lora(path, models, {}, dtype)
+            save_lora(path, models, {}, dtype, layout)
 
     fails("nothing to save", models=models)
     fails("cannot be written", path=tmp_path / "no" / "a")
+    fails("layout 'old': must be 'kohya' or 'peft'", layout="old")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     fails(r"cannot be written.*no space left")
     next(iter(lora_layers(trained["lora_unet"]).values())).B.weight.data[0, 0] = 1e5
@@ -396,25 +423,27 @@ def test_a_failed_save_leaves_the_older_file_and_nothing_else(
 
 
 @pytest.mark.parametrize(
-    "alpha, dtype",
+    "alpha, layout, dtype",
     [
-        (3, torch.float16),
-        (0.1, torch.float32),  # which float16 would round
+        (4, "peft", torch.float16),
+        (3, "peft", torch.float32),  # 3 / 4 goes into B
+        (3, "kohya", torch.float16),
+        (0.1, "kohya", torch.float32),  # which float16 would round
     ],
 )
-def test_conversion_keeps_bits_or_is_in_float32(tmp_path, alpha, dtype):
+def test_conversion_keeps_bits_or_is_in_float32(tmp_path, alpha, layout, dtype):
     down, up = torch.randn(4, 12).half(), torch.randn(16, 4).half()
-    key = f"unet.{TO_K}.lora_"
-    config = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": alpha})}
-    save_file(
-        {f"{key}A.weight": down, f"{key}B.weight": up}, tmp_path / "in", config | {"note": "x"}
-    )
-    convert(tmp_path / "in", tmp_path / "out")
+    tensors = {DOWN: down, UP: up, ALPHA: torch.tensor(alpha)}
+    save_file(tensors, tmp_path / "in", {"ss_output_name": "fetal"})
+    convert(tmp_path / "in", tmp_path / "out", layout)
     (pair,) = read(tmp_path / "out").pairs.values()
-    for found, given in ((pair.down, down), (pair.up, up)):
-        assert torch.equal(found, given.to(dtype)) and found.dtype == dtype
-    assert pair.alpha == pytest.approx(alpha) and header(tmp_path / "out")["note"] == "x"
-    assert "lora_adapter_metadata" not in header(tmp_path / "out")  # refused beside alphas
+    factor = alpha / 4 if layout == "peft" else 1
+    assert torch.equal(pair.down, down.to(dtype)) and pair.down.dtype == dtype
+    assert torch.equal(pair.up, (up.float() * factor).to(dtype))
+    assert pair.alpha == (4 if layout == "peft" else pytest.approx(alpha))
+    convert(tmp_path / "out", tmp_path / "back", "kohya")
+    assert header(tmp_path / "back")["ss_output_name"] == "fetal"
+    assert "lora_adapter_metadata" not in header(tmp_path / "back")  # refused beside alphas
 
 
 @pytest.mark.parametrize(
@@ -424,7 +453,7 @@ def test_the_command_converts_says_nothing_and_names_the_base(
     tmp_path, monkeypatch, capsys, width, base
 ):
     save_file(GOOD | {DOWN: ones(4, width)}, tmp_path / "in")
-    command = ["lora.files", str(tmp_path / "in"), str(tmp_path / "out")]
+    command = ["lora.files", str(tmp_path / "in"), str(tmp_path / "out"), "--to", "kohya"]
     monkeypatch.setattr(sys, "argv", command)
     # as in a process of its own, which has not imported it
     monkeypatch.delitem(sys.modules, "lora.files.__main__")
@@ -434,11 +463,20 @@ def test_the_command_converts_says_nothing_and_names_the_base(
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, out, message",
+    [
+        ("lora_unet_mid_block_x", "out", "lora_unet_mid_block_x is no layer of Stable Diffusion"),
+        (IN, "no/out", "cannot be written"),
+    ],
+)
+def test_a_failed_conversion_is_one_line_exit_code_2_and_nothing_written(
+    tmp_path, capsys, name, out, message
+):
     source = tmp_path / "in"
-    save_file(GOOD, source)
-    with exits(capsys, "cannot be written"):
-        main(parse_args([str(source), str(tmp_path / "no" / "out")]))
+    save_file({f"{name}.lora_{x}.weight": ones(2, 2) for x in ("down", "up")}, source)
+    with exits(capsys, message):
+        main(parse_args([str(source), str(tmp_path / out), "--to", "peft"]))
     assert list(tmp_path.iterdir()) == [source]
 
 
@@ -532,13 +570,19 @@ def test_what_a_file_was_trained_for_otherwise_is_told(said, prediction, told):
 
 
 @pytest.mark.slow
-def test_live_diffusers_gives_our_output_with_our_file(models, tmp_path):
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_live_diffusers_gives_our_output_with_our_file(models, tmp_path, layout):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    trained = train(models, ("lora_unet", 4, 2, "locon"), ("lora_te", 2, 3, "text-encoder"))
-    save_lora(tmp_path / "ours.safetensors", trained, dtype=torch.float32)
+    # a rank for each network, and in PEFT's layout a second one, whose alpha diffusers misreads in
+    # kohya's
+    targets = [("lora_unet", 4, 2, "locon"), ("lora_te", 2, 3, "text-encoder")]
+    if layout == "peft":
+        targets.append(("lora_unet", 3, 1, "conv_in|conv_out|time_embedding.*"))
+    trained = train(models, *targets)
+    save_lora(tmp_path / "ours.safetensors", trained, dtype=torch.float32, layout=layout)
 
     unet = diffusers.UNet2DConditionModel(
         **SIZES,
