@@ -52,7 +52,7 @@ class Posterior:
         return self.mean + self.std * noise
 
 
-class VAEAttention(Attention):
+class VAEAttention(nn.Module):
     """Single-head self-attention over the pixels of a feature map, with its group norm and
     residual.
 
@@ -60,10 +60,18 @@ class VAEAttention(Attention):
     """
 
     def __init__(self, channels: int, groups: int):
-        super().__init__(channels, channels, heads=1, bias=True)
+        super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
+        # its matrices alone: one head needs no splitting
+        attention = Attention(channels, channels, heads=1, bias=True)
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            attention.to_q,
+            attention.to_k,
+            attention.to_v,
+            attention.to_out,
+        )
 
-    def forward(self, x: Tensor) -> Tensor:  # one head needs no splitting
+    def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
