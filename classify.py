@@ -32,10 +32,10 @@ from classify.probe import run_probe
 from classify.train import MOMENTUM, predict, restore, train_epoch, training_state
 from harness.files import sha256
 from harness.flags import (
+    DEVICE,
     HELD_OUT,
     OVERWRITE,
     HelpFormatter,
-    device_name,
     require_at_least,
     seed_number,
 )
@@ -104,8 +104,7 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-3, help=f"learning rate of SGD, momentum {MOMENTUM}")
     add("--schedule", choices=("constant", "cosine"), default="constant", help="of --lr, to 0")
     add("--seed", type=seed_number, default=0, help="of whatever is drawn")
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device_name, default=gpu, help="of the network")
+    add("--device", **DEVICE)
     add("--dtype", choices=DTYPES, help="of products; if not given, bf16 on CUDA, else fp32")
     add("--compile", action="store_true", help="the network, which takes a minute on CUDA")
 

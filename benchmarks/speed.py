@@ -12,6 +12,7 @@ import argparse
 import copy
 import statistics
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from itertools import count
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.flags import HelpFormatter
+from ldm.checkpoints.folder import Config, write_config
 from ldm.cli import DTYPES
 from ldm.generate import generate, seeded_noise
 from ldm.images import decode_images
@@ -81,21 +83,14 @@ def sampling(args):
     def theirs():
         import diffusers
 
-        their_vae = diffusers.AutoencoderKL(
-            block_out_channels=vae.config.block_out_channels,
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            layers_per_block=2,
-        )
-        their_vae.load_state_dict(vae.state_dict(), assign=True)
         scheduler = diffusers.EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         )
         pipe = diffusers.StableDiffusionPipeline(
-            prepared(their_vae, args),
+            theirs_of(vae, diffusers.AutoencoderKL, "vae", args),
             None,
             None,
-            their_unet(unet, args),
+            theirs_of(unet, diffusers.UNet2DConditionModel, "unet", args),
             scheduler,
             None,
             None,
@@ -159,10 +154,12 @@ def lora(args):
         return training(own, parameters, optimizer)
 
     def theirs():
+        from diffusers import UNet2DConditionModel
         from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        network, targets = their_unet(unet, args), r".*attn2\.(to_[qkv]|to_out\.0)"
+        network = theirs_of(unet, UNet2DConditionModel, "unet", args)
+        targets = r".*attn2\.(to_[qkv]|to_out\.0)"
         network.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets))
         cast_training_params(network)
         parameters = [weight for weight in network.parameters() if weight.requires_grad]
@@ -178,19 +175,13 @@ TASKS = {  # and batch size, what the peer needs
 }
 
 
-def their_unet(unet: UNet, args):
-    """The same network with the same weights, on a CPU in the same memory."""
-    from diffusers import UNet2DConditionModel
-
-    across = unet.config.attention
-    theirs = UNet2DConditionModel(
-        block_out_channels=unet.config.block_out_channels,
-        cross_attention_dim=unet.config.cross_attention_dim,
-        attention_head_dim=unet.config.num_heads,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in across],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in across[::-1]],
-    )
-    theirs.load_state_dict(unet.state_dict(), assign=True)
+def theirs_of(network, kind: type, name: str, args):
+    """The same network with the same weights as diffusers' class of it, on a CPU in the same
+    memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), Config(*CONFIGS))
+        theirs = kind.from_config(kind.load_config(f"{folder}/{name}"))
+    theirs.load_state_dict(network.state_dict(), assign=True)
     return prepared(theirs, args)
 
 

@@ -43,6 +43,13 @@ def require_at_least(parser: ArgumentParser, args: Namespace, least: float, *nam
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
 
 
+DEVICE = {
+    "type": device_name,
+    "default": "cuda" if torch.cuda.is_available() else "cpu",
+    "help": "cuda, cpu, ..",
+}
+"""--device of all scripts that compute."""
+
 HELD_OUT = {
     "type": float,
     "default": 0.0,

@@ -66,9 +66,6 @@ class LoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.B(self.alpha / self.rank * self.A(x))
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}"
-
 
 def unfit(base: nn.Module) -> str | None:
     """Why a layer cannot be the base of a LoRALayer, or None where it can."""
