@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 from harness.files import sha256, write_text
 from harness.flags import (
+    DEVICE,
     OVERWRITE,
     HelpFormatter,
-    device_name,
     plain_text,
     require_at_least,
     seed_number,
@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser.add_argument("method", choices=("inversion", "dreambooth"), metavar="METHOD")
     add_model_arguments(parser)
     add = add_data_arguments(parser)
-    parser.set_defaults(style_words=False, validation=0, repeats=1, resize="squash", bucket=False)
+    parser.set_defaults(style_words=False, validation=0, repeats=1, bucket=False)
     add("--token", type=plain_text, required=True, help="the new token, or the rare word")
     add("--init-word", type=plain_text, default="ultrasound", help="where a new token begins")
     add("--prior", type=Path, help="of dreambooth: the manifest.csv of the base model's images")
@@ -63,8 +63,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=2, help="images at once, and as many prior ones")
     add("--lr", type=float, help="learning rate (else: 5e-3 for a token, 1e-4 for LoRA)")
     add("--seed", type=seed_number, default=0, help="of drawn images, A, batches, noise and times")
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add("--device", **DEVICE)
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base and of autocast")
     add("--out", type=Path, required=True, help="a folder")
     add("--overwrite", **OVERWRITE)

@@ -22,9 +22,9 @@ from eval.figures import contact_sheet, save
 from harness import processes
 from harness.files import folder_hash, sha256, write_text
 from harness.flags import (
+    DEVICE,
     LAST_SEED,
     HelpFormatter,
-    device_name,
     plain_text,
     require_at_least,
     seed_number,
@@ -69,7 +69,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
     add_model_arguments(parser)
-    cuda, text = "cuda" if torch.cuda.is_available() else "cpu", {"type": plain_text}
+    text = {"type": plain_text}
     group = parser.add_argument_group("LoRA and learned tokens")
     add, token = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--lora", type=lora_path, nargs="+", default=[], help="kohya's, PEFT's: files or hub ids")
@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine and output").add_argument
     add("--batch-size", type=int, default=8, help="images at once")
     add("--compile", action="store_true", help="faster on a GPU, but for a start of a minute")
-    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add("--device", **DEVICE)
     add("--dtype", choices=DTYPES, help="of U-Net and CLIP (else: fp16 on CUDA, else fp32)")
     add("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args(argv)

@@ -27,10 +27,10 @@ from eval.figures import loss_figure, save
 from harness import processes
 from harness.files import sha256, write_text
 from harness.flags import (
+    DEVICE,
     HELD_OUT,
     OVERWRITE,
     HelpFormatter,
-    device_name,
     require_at_least,
     seed_number,
 )
@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, object]] = {
 configuration of kohya's script that the authors published."""
 
 SAME = (
-    *("rank", "alpha", "layers", "init", "train_text_encoder", "style_words", "resize", "bucket"),
+    *("rank", "alpha", "layers", "init", "train_text_encoder", "style_words", "bucket"),
     *("repeats", "batch_size", "accumulate", "lr", "text_encoder_lr", "schedule", "weight_decay"),
     *("debiased_estimation_loss", "clip_skip", "seed", "dtype", "ema"),
 )
@@ -98,12 +98,11 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.usage = "%(prog)s [flags] --out OUT"
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    count, cuda = {"type": int}, "cuda" if torch.cuda.is_available() else "cpu"
+    count = {"type": int}
     add_model_arguments(parser)
     add = add_data_arguments(parser)
     add("--style-words", action="store_true", help="captions also say brightness and contrast")
-    add("--resize", choices=("squash", "crop"), help="the frame, or its middle (else: squash)")
-    add("--bucket", **switch, help="instead, images in their own shapes, of that area at most")
+    add("--bucket", **switch, help="images in their own shapes, of that area at most, not squares")
     add("--validation", **count, default=0, help="images held out, whose loss is shown")
     add("--validation-every", **count, default=100, help="optimizer steps between looks at it")
     add = parser.add_argument_group("LoRA").add_argument
@@ -130,7 +129,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("machine and output").add_argument
     add("--compile", action="store_true", help="faster on a GPU, but for a start of a minute")
     add("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    add("--device", type=device_name, default=cuda, help="cuda, cpu, ..")
+    add("--device", **DEVICE)
     add("--dtype", choices=DTYPES, help="of base and autocast (else: fp16 on CUDA, else fp32)")
     add("--save-every", **count, help="optimizer steps between checkpoints (else: five minutes)")
     add("--sample-every", **count, default=0, help="the same of sample sheets; 0: one at the end")
@@ -144,10 +143,8 @@ def parse_args(argv=None):
     args.dtype = args.dtype or ("fp16" if args.device.startswith("cuda") else "fp32")
     if args.manifest and not args.spanish:
         parser.error("--manifest lists images of --spanish, which is not given")
-    if args.bucket and (args.resize or args.compile):
-        flag = "--resize: makes squares" if args.resize else "--compile: compiles each shape"
-        parser.error(f"{flag}, of which --bucket has many: give --no-bucket, or not the other")
-    args.resize = None if args.bucket else args.resize or "squash"
+    if args.bucket and args.compile:
+        parser.error("--compile: compiles each shape, of which --bucket has many: give one")
     counts = ("size", "per_plane", "repeats", "epochs", "batch_size", "accumulate", "save_every")
     require_at_least(parser, args, 1, *counts, "validation_every")
     require_at_least(parser, args, 0, "validation")
@@ -215,10 +212,8 @@ def read_contexts(
 def read_latents(args, model: Model, images: list[Captioned], seed: int) -> list[torch.Tensor]:
     """Each image's latents, once, as kohya caches them; seed: of their noise."""
     size, _ = fitting_size(model, args.size)
-    read = partial(read_image, resize=args.resize)
-    if args.bucket:
-        step = model.vae.config.downsampling * model.unet.config.multiple
-        read = partial(read_bucketed, step=step)
+    step = model.vae.config.downsampling * model.unet.config.multiple
+    read = partial(read_bucketed, step=step) if args.bucket else read_image
     bar = progress(images, desc="latents", unit="image")
     pixels = (read(image.path, size=size, levels=image.levels) for image in bar)
     return [latent.to(args.device) for latent in encode_images(model.vae, pixels, seed)]

@@ -15,21 +15,14 @@ from planes.pictures import ImageError, open_image
 AT_ONCE = 4  # images that the decoder is given on a GPU
 
 
-def read_image(
-    path: Path, size: int, resize: str = "squash", levels: Sequence[float] = ()
-) -> Tensor:
-    """An image file as (3, size, size) in [-1, 1].
+def read_image(path: Path, size: int, levels: Sequence[float] = ()) -> Tensor:
+    """An image file as (3, size, size) in [-1, 1], its whole frame, as the classifiers see it.
 
-    resize: "squash" the whole frame into it, as the classifiers do, or "crop" its middle square
     levels: of `planes.pictures.open_image`
 
     Raises ImageError as `planes.pictures.open_image`.
     """
     image = open_image(path, levels).convert("RGB")
-    if resize == "crop":
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
     return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
 
 

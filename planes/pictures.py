@@ -158,6 +158,8 @@ def _read_dicom(path: Path, header) -> Image.Image:
 
     if (header.get("NumberOfFrames") or 1) > 1:
         raise ImageError(f"{header.NumberOfFrames} frames, of which to save one")
+    if header.PhotometricInterpretation == "PALETTE COLOR":
+        raise ImageError("colours by a palette, to be saved as RGB")
     try:
         values = pixels.pixel_array(path)
     except (NotImplementedError, RuntimeError):
@@ -165,10 +167,7 @@ def _read_dicom(path: Path, header) -> Image.Image:
         raise ImageError(f"{syntax}: pip install pylibjpeg[all], or convert it") from None
     inverted, ends = header.PhotometricInterpretation == "MONOCHROME1", (0, 255)  # low is white
     bits, signed = header.BitsStored, header.PixelRepresentation
-    if header.PhotometricInterpretation == "PALETTE COLOR":
-        values = pixels.apply_color_lut(values, header)
-        ends = 0, 2 ** header.RedPaletteColorLookupTableDescriptor[2] - 1
-    elif values.ndim == 2 and header.get("WindowWidth"):
+    if values.ndim == 2 and header.get("WindowWidth"):
         values = pixels.apply_windowing(pixels.apply_modality_lut(values, header), header)
         ends = pixels.apply_windowing(np.array([-np.inf, np.inf]), header)
     elif bits != 8 or signed:

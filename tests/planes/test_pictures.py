@@ -178,6 +178,7 @@ def test_of_a_dicom_file_the_patients_number_is_taken_and_no_more_is_told(tmp_pa
     header = {"PixelData": pydicom.encaps.encapsulate([b"Doe^Jane"])}
     write_dicom(tmp_path / "c.dcm", BYTES, "1.2.840.10008.1.2.4.57", **header)
     write_dicom(tmp_path / "d.dcm", BYTES, PhotometricInterpretation="Doe^Jane", Rows=65)
+    write_dicom(tmp_path / "f.dcm", BYTES, PhotometricInterpretation="PALETTE COLOR")
     (tmp_path / "e.dcm").write_bytes(b"Doe^Jane")
     recwarn.clear()
     warnings.simplefilter("always")
@@ -186,7 +187,8 @@ def test_of_a_dicom_file_the_patients_number_is_taken_and_no_more_is_told(tmp_pa
     site = read_site(tmp_path, "source", train=True)
     assert [record.patient[7:] for record in site] == ["p7", "b.dcm", "other"]
     ends = {"b": "2 frames, of which to save one", "c": "pip install pylibjpeg[all]"}
-    for name in "bcde":
+    ends["f"] = "colours by a palette, to be saved as RGB"
+    for name in "bcdef":
         with pytest.raises(ImageError) as error:
             open_image(tmp_path / f"{name}.dcm")
         said = str(error.value)

@@ -40,7 +40,6 @@ REFUSED = {
         "": "one of the arguments --spanish --source --images is required",
         "--images x --spanish x": "--spanish: not allowed with argument --images",
         "--images x --manifest x": "--manifest lists images of --spanish",
-        "--images x --bucket --resize crop": "--resize: makes squares",
         "--images x --bucket --compile": "--compile: compiles each shape",
         "--images x --lr nan": "--lr nan: at least 1e-12",
         "--images x --text-encoder-lr 0": "--text-encoder-lr 0.0: at least",

@@ -146,7 +146,7 @@ def test_a_run_that_is_stopped_twice_and_goes_on_ends_with_the_same_bits(
 CHANGES = {
     "--rank 4": "--rank was 2, is 4",
     "--epochs 3": "--epochs was 2, is 3",  # the cosine's length
-    "--no-bucket": "--resize was None, is squash; --bucket was True, is False",
+    "--no-bucket": "--bucket was True, is False",
     "--dtype bf16": "--dtype was fp32, is bf16",
     "--prediction-type v_prediction": "--prediction-type was epsilon, is v_prediction",
     "an image": "images and captions was",
@@ -313,7 +313,6 @@ PAPER = {
     "epochs": 1,
     "clip_skip": 1,
     "bucket": False,
-    "resize": "squash",
     "repeats": 100,
     "seed": 0,
     "dtype": "fp32",
@@ -330,7 +329,6 @@ AUTHORS = {
     "optimizer": "adamw8bit",
     "clip_skip": 2,
     "bucket": True,
-    "resize": None,
     "batch_size": 1,
     "accumulate": 1,
     "epochs": 1,
@@ -344,7 +342,7 @@ AUTHORS = {
         ("", PAPER),
         ("--preset kohya", AUTHORS),
         ("--preset kohya --rank 8", AUTHORS | {"rank": 8, "alpha": 8}),
-        ("--no-bucket --preset kohya", AUTHORS | {"bucket": False, "resize": "squash"}),
+        ("--no-bucket --preset kohya", AUTHORS | {"bucket": False}),
     ],
 )
 def test_a_preset_is_the_default_of_what_is_not_given(flags, expected):
