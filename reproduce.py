@@ -7,28 +7,33 @@ another site.
         --spanish FETAL_PLANES_ZENODO --african Zenodo_dataset
 
 The first two take a miniature Stable Diffusion and phantoms of two sites, the third the paper's own
-material. Each stage is one run of another script; what is done is not done again. The outcome is
-report.html (and .md) in --out.
+material. Each stage is one run of another script; what is done is not done again. The work is
+shared by as many processes as there are GPUs, or cores. The outcome is report.html (and .md) in
+--out.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from classify import ClassifyError
 from classify.data import RECIPES
 from classify.models import MODELS, read_weights
 from harness import processes
 from harness.files import folder_hash, sha256, sha256_of_all
-from harness.flags import HelpFormatter, device_name, seed_number
+from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
 from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, lora_path, model_flags, model_paths
 from lora import LoRAError
+from paper.document import plural
 from paper.material import PHANTOMS, Selections, make_phantoms
 from paper.plan import (
     BEYOND_ROWS,
@@ -37,7 +42,6 @@ from paper.plan import (
     PAPER,
     QUICK,
     QUICK_ROWS,
-    RANKS,
     ROWS,
     Row,
     Scale,
@@ -45,7 +49,7 @@ from paper.plan import (
     image_kinds,
     probe_rows,
 )
-from paper.preview import preview
+from paper.preview import DRAW, LEARN, count_stages, figure_ranks, preview
 from paper.report import Context, build
 from paper.results import ResultError, read_result, row_folder
 from paper.stages import Stages
@@ -61,8 +65,17 @@ PANEL_COUNT = 18  # of the ranks that only figure 3 shows: 36 of a class, of whi
 TOKEN, RARE_TOKEN = "<fetal-us>", "sks"  # Textual Inversion's and DreamBooth's
 
 
+PROCESSES = argparse.ArgumentParser(add_help=False)
+"""The flag that says who does the work, and nothing of what comes out."""
+PROCESSES.add_argument(
+    "--processes", type=int, help="that share the work (else: one to a GPU, or to a core)"
+)
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=HelpFormatter, parents=[PROCESSES]
+    )
     parser.usage = "%(prog)s [flags]"
     add_model_arguments(parser)
     parser.set_defaults(model=None)  # the embedded one, at a scale of its own
@@ -97,6 +110,7 @@ def parse_args(argv=None):
         parser.error("--source and --target belong together, and not to --spanish and --african")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
+    require_at_least(parser, args, 1, "processes")
     args.seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
     args.weights = args.weights or ("imagenet" if args.model else "none")
     rows = [*(QUICK_ROWS if args.quick else ROWS), *BEYOND_ROWS * args.beyond]
@@ -117,7 +131,9 @@ class Experiment:
         self.args, self.scale, self.selections = args, scale, selections
         self.owners: dict[Path, int] = {}  # of LoRAs: which process of torchrun trains them
         say = partial(print, flush=True)
-        self.stages = Stages(say, *(["--device", args.device] if args.device else []))
+        common = ["--device", args.device] if args.device else []
+        rows = [row for row in args.rows if selections.can_train(row)]
+        self.stages = Stages(say, *common, ahead=count_stages(args, scale, rows))
 
     @cached_property
     def model_hashes(self) -> dict[str, str]:
@@ -137,7 +153,7 @@ class Experiment:
         flags += ("--prompt-template", args.prompt_template) if args.source else ()
         inputs |= {"images": self.selections.digest("lora"), **self.model_hashes}
         by = self.owners.setdefault(out, len(self.owners) % processes.size())
-        return self.stages.run(script, out, *flags, inputs=inputs, by=by)
+        return self.stages.run(script, out, *flags, inputs=inputs, by=by, what=LEARN)
 
     def lora(self, rank: int, styles: bool = False) -> Path:
         """The LoRA's file. styles: by captions that also say brightness and contrast."""
@@ -173,7 +189,7 @@ class Experiment:
             if isinstance(path, Path)
         }
         flags += ("--seed", self.args.seed)
-        return self.stages.run("sample", self.args.out / name, *flags, inputs=inputs)
+        return self.stages.run("sample", self.args.out / name, *flags, inputs=inputs, what=DRAW)
 
     def lora_images(self, rank: int) -> Path:
         """Synthetic images by the LoRA of this rank: those to train on, or the fewer that figure 3
@@ -182,7 +198,7 @@ class Experiment:
         return self.draw(f"synthetic_r{rank}", count, "--lora", self.lora(rank))
 
     def images_without_lora(self) -> Path:
-        return self.draw("synthetic_without_lora", 10)
+        return self.draw("synthetic_without_lora", self.scale.without)
 
     @cache  # noqa: B019 (one a run), as the processes of torchrun meet to draw
     def synthetic(self, kind: str) -> Path:
@@ -228,7 +244,7 @@ class Experiment:
         if row.classifier not in CLASSIFIERS:
             flags += ["--features", args.out / "features"]
         out = row_folder(args.out, data.name, row.classifier, seed)
-        return self.stages.run("classify", out, *flags, inputs=inputs, by=by)
+        return self.stages.run("classify", out, *flags, inputs=inputs, by=by, what=row.classifier)
 
 
 def look(args, scale: Scale, selections: Selections | None, say=None) -> str:
@@ -259,6 +275,8 @@ def main(args):
         selections = Selections(roots, *choice) if roots[0] else None
         print(look(args, scale, selections) + preview(args, scale, selections))
         return
+    if work_is_shared(args):
+        return
     with alone_in(args.out):
         # the first of several processes makes and fetches, the others find it there
         for turn in (True, False):
@@ -275,6 +293,32 @@ def main(args):
         reproduce(args, scale, Selections(roots, *choice))
 
 
+def work_is_shared(args) -> bool:
+    """Starts as many processes as pay, says how many and why, and waits until they have done all;
+    or does none of it, where this is one of them already, or is best alone.
+
+    On a CPU each has one thread, one process too: the last bits depend on that number.
+    """
+    asked = vars(args).pop("processes")
+    if "WORLD_SIZE" in os.environ:
+        return False
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu, told = device == "cpu", "OMP_NUM_THREADS" in os.environ
+    threads = torch.get_num_threads() if told else 1
+    places = torch.cuda.device_count() if device == "cuda" else 1
+    places = max(1, processes.cores() // threads) if on_cpu else places
+    count = asked or min(places, len(args.rows) * len(args.seeds))
+    why = "as --processes says" if asked else f"one to a {'core' if on_cpu else 'GPU'}"
+    if on_cpu:
+        why += f", each with {plural(threads, 'thread')}"
+        why += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
+    print(f"{count} process{'es' * (count > 1)} at work, {why}", flush=True)
+    if count == 1 and (told or not on_cpu):
+        return False
+    processes.launch(count, sys.argv)
+    return True
+
+
 def reproduce(args, scale: Scale, selections: Selections) -> None:
     """LoRAs, images, rows, report: whatever of it is not done yet."""
     # hours before something would be missed
@@ -284,8 +328,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
 
     # LoRAs of three ranks and their images; then every row, tested on the second site
     experiment, panels, without = Experiment(args, scale, selections), {}, None
-    if not args.only and not args.synthetic:
-        ranks = (scale.rank,) if args.quick or args.lora else RANKS
+    if ranks := figure_ranks(args, scale):
         for rank in ranks:
             experiment.lora(rank)
         experiment.lora(scale.rank, styles=True)
@@ -303,13 +346,14 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
 
     # report.html, report.md, results.csv, figures/ and environment.json
     results = [read_result(args.out, *run) for run in runs]
-    names = selections.names
+    names, phantoms = selections.names, not args.spanish and not args.source
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
-        " and ".join(names) if args.spanish or args.source else "phantoms of two sites",
-        f"python {shlex.join(sys.argv)}",
+        "phantoms of two sites" if phantoms else " and ".join(names),
+        f"python {shlex.join(PROCESSES.parse_known_args(sys.argv)[1])}",
         scale.left_out,
-        own=names if args.source else None,
+        names=("site A", "site B") if phantoms else tuple(names),
+        own=args.source is not None,
         tests=selections.target(train=False),
         compared=args.spanish is not None,
     )

@@ -1,21 +1,74 @@
 """Several processes at one run, as torchrun starts them: who does what, and what they sum.
 
-Without torchrun a run is one process, number 0 of 1, and nothing here does anything.
+Without torchrun, and without `launch`, a run is one process, number 0 of 1.
 """
 
 import contextlib
 import datetime
+import logging
 import os
+import signal
+import sys
+import threading
+import time
+import uuid
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
 _apart = False
+
+
+def cores() -> int:
+    """How many of the CPU's cores this process may use, by its affinity and its container."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def launch(count: int, command: Sequence[str]) -> None:
+    """Run a Python command in so many processes by torch's own launcher, each with one thread if
+    OMP_NUM_THREADS says no other number, and end with the exit code that they end with.
+
+    What stops this process stops them; they see to it themselves where it is killed (`join`).
+    """
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    config = LaunchConfig(1, 1, count, run_id=str(uuid.uuid4()), max_restarts=0, **where)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":  # whatever the machine's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            sys.stderr.write(
+                f"{Path(command[0]).name}: process {rank} of {count} was ended by {name}; give the"
+                " same command again\n"
+            )
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, as SIGTERM does, when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def join(together: bool) -> None:
@@ -26,6 +79,8 @@ def join(together: bool) -> None:
     one line, for what is one process's work (`together` is False), and for a WORLD_SIZE of somebody
     else's making.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     size = os.environ.get("WORLD_SIZE") or "1"
     if size == "1" or dist.is_initialized():
         return

@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import sys
+import time
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ LOCK = ".lock"
 """The file in --out that a run holds, in which its process stands."""
 
 MINUTE = 60.0
+SILENCE = 10.0  # seconds: what the first process says of a mistake that all make is enough
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,19 +54,21 @@ def run(
         processes.join(together)
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
-        if processes.size() > 1:
-            sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
         args = parse_args()
+        if processes.size() > 1 and "batch_size" in args:
+            sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
         main(args)
         processes.leave()
     except (*mistakes, OSError) as error:
+        if not processes.is_first():
+            time.sleep(SILENCE)
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         advice = "; make room where --out is, and give the same command again" if full else ""
         sys.stderr.write(f"{name}: {error}{advice}\n")
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         code = getattr(stop, "code", 130)
-        if code in (130, 143):
+        if code in (130, 143) and processes.is_first():
             again = "--resume goes on" if "resume" in args else "give the same command again"
             sys.stderr.write(f"\n{name}: stopped; {again}\n")
         sys.exit(code)

@@ -82,11 +82,13 @@ def main(args):
     twice = repeated(every)
     results = [retest(row, records, twice) for row in progress(found, desc="rows", unit="row")]
     source = arguments_of(found[0].folder).get("source")
+    own = bool(source and args.target)
     context = Context(
         material=f"as in {args.run}",
         sites=f"{site}, of which nothing was trained on",
         command=shlex.join(["python", "-m", "paper.elsewhere", *sys.argv[1:]]),
-        own=told_apart(Path(source), site) if source and args.target else None,
+        names=tuple(told_apart(Path(source), site)) if own else ("the first site", site.name),
+        own=own,
         tests=records,
     )
     build(args.out, results, context)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from eval.compare import Difference
-from paper.plan import CLASSIFIERS, DATA, MADE, Own, classifier_name, data_name
+from paper.document import plural
+from paper.plan import CLASSIFIERS, DATA, Own, classifier_name, data_name
 from paper.published import published_difference
 from paper.results import Result, compare, estimate
 
@@ -57,23 +58,66 @@ STEPS: tuple[Step, ...] = (
     Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real"),
     Step("all, with prompts that name the style", "ES+DA", "HB-styles+DA"),
     Step("the same against brightness and contrast", "ES+DA+contrast", "HB-styles+DA", "both"),
+    Step("the best without synthetic images", "ES+DA", "BAL+DA+contrast", "real"),
+    Step("on top of it: synthetic images", "BAL+DA+contrast", "HB+DA+contrast"),
+    Step("on top of it: with prompts for the style", "BAL+DA+contrast", "HB-styles+DA+contrast"),
     Step("not augmented: balanced real images and synthetic ones", "ES", "HB"),
     Step("of it: balanced real images alone", "ES", "BAL", "real"),
     Step("of it: synthetic images", "BAL", "HB"),
     Step("not augmented: prompts that name the style", "HB", "HB-styles"),
     Step("not augmented: all real images and synthetic ones", "ES", "HB-all"),
 )
-AUGMENTED = tuple(step for step in STEPS if step.baseline.endswith("+DA"))
-CLAIMS = ("ES+DA", "HB+DA"), ("ES+DA", "HB-styles+DA"), ("ES", "HB"), ("ES", "HB-all")
-"""(baseline, data model): what the paper says of hybrid sets, and the same with prompts that name
-the style."""
-ISOLATED = ("BAL+DA", "HB+DA"), ("BAL+DA", "HB-styles+DA"), ("BAL", "HB"), ("ES", "HB-all")
-"""(baseline, data model) that differ in nothing but synthetic images."""
+AUGMENTED = tuple(step for step in STEPS if "+DA" in step.baseline)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One that the first screen answers.
+
+    pairs: of data models, baseline first; the first that was run is told of
+    otherwise: what the baseline is
+    papers: the paper's own, which differs in more than the subject
+    """
+
+    subject: str
+    pairs: tuple[tuple[str, str], ...]
+    otherwise: str = "without"
+    papers: bool = False
+
+
+QUESTIONS = (
+    Question(
+        "Synthetic images with plain prompts",
+        (("BAL+DA", "HB+DA"), ("BAL", "HB"), ("ES", "HB-all")),
+    ),
+    Question(
+        "Synthetic images whose prompts name brightness and contrast",
+        (("BAL+DA", "HB-styles+DA"), ("BAL", "HB-styles")),
+    ),
+    Question(
+        "Varying brightness and contrast of the real images, with no generative model,",
+        (("BAL+DA", "BAL+DA+contrast"), ("ES+DA", "ES+DA+contrast")),
+    ),
+    Question(
+        "On top of that, synthetic images with plain prompts",
+        (("BAL+DA+contrast", "HB+DA+contrast"),),
+    ),
+    Question(
+        "On top of that, synthetic images whose prompts name brightness and contrast",
+        (("BAL+DA+contrast", "HB-styles+DA+contrast"),),
+    ),
+    Question(
+        "Balanced real images and synthetic ones together",
+        (("ES+DA", "HB+DA"), ("ES", "HB")),
+        "by all real images",
+        papers=True,
+    ),
+)
 VERDICTS = {
-    "one seed cannot tell": "may or may not help, as one seed cannot tell; these networks alone",
+    "one seed cannot tell": "may or may not help (one seed cannot tell)",
     "better": "helped",
     "worse": "did harm",
-    "not shown": "are not shown to help",
+    "not shown": "made no sure difference",
 }
 SITES = "the first site", "the second site"  # where a user has not named them
 WITH_LORA, JUDGE = "with LoRA", "resnet18"
@@ -138,50 +182,66 @@ def at_home(runs: Sequence[Result]) -> float:
     return float(np.mean([run.held_out for run in runs]))
 
 
-def answer(cells: Cells, own: Own, classifiers: Collection[str], compared: bool) -> list[str]:
-    """Three paragraphs: the best model for the target; whether synthetic images helped; what did as
-    well without them. The first two lines of a report.
+def answer(
+    cells: Cells, names: tuple[str, str], classifiers: Collection[str], compared: bool
+) -> list[str]:
+    """The first paragraphs of a report: what was compared with what; the answer; how sure that is;
+    the best model.
 
+    names: of source and target
     classifiers: those that are averaged
     compared: name the published difference too
     """
-    scores, (source, target) = zero_shot(cells), own or SITES
+    (source, target), scores = names, zero_shot(cells)
     best = next(iter(scores))
     runs, found = cells[best], estimate(cells[best], "ranked")["accuracy"]
-    over = ", of this network alone" if found.seeds == 1 else " and seeds"
-    home, constant = at_home(runs), np.bincount(runs[0].targets).max() / len(runs[0].targets)
-    held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
+    count, constant = len(runs[0].targets), np.bincount(runs[0].targets).max()
+    trained = ", ".join(dict.fromkeys(classifier_name(name) for _, name in scores))
     first = (
-        f"Best at {target}, of whose labels it saw none: {_called(best, own)}. It is right on"
-        f" {100 * found.mean:.1f} % of {len(runs[0].targets)} images (95 % interval"
-        f" {100 * found.low:.1f} to {100 * found.high:.1f}, over {runs[0].units}{over}; somewhat"
-        f" flattered, as these images chose it; one class said of all: {100 * constant:.1f} %)"
-        f"{held_out}."
+        f"{trained} learned from images of {source}, with and without synthetic ones. The test is"
+        f" {plural(count, 'image')} of {target}, of whose labels they saw none. One class said of"
+        f" all would be right on {100 * constant / count:.0f} %."
     )
-    what, pairs = ("Synthetic images", ISOLATED) if own else ("Hybrid sets", CLAIMS)
-    second = []
-    for gain in measure([Step("", *pair) for pair in pairs], cells, classifiers)[:2]:
-        step, found = gain.step, gain.accuracy
-        numbers = f"{points_between(found)}; classifiers: {len(gain.classifiers)}"
-        if compared and not np.isnan(gain.published):
-            numbers += f"; published {100 * gain.published:+.2f}"
-        second.append(
-            f"{what}{MADE[DATA[step.data].synthetic]} {VERDICTS[gain.verdict]}:"
-            f" {100 * found.value:+.1f} points of accuracy {step.against(own)} (95 % interval"
-            f" {numbers}; seeds: {gain.seeds})."
-        )
-    second = second or ["Whether synthetic images help is not told by these models."]
-    blocks, ahead = [first, " ".join(second)], []
-    for row, score in scores.items():  # best first
-        if DATA[row[0]].synthetic:
-            named = "; ".join(ahead[:3]) or "none"
-            with_them = f"the best with them ({100 * score:.1f} %)"
-            return [*blocks, f"As good without them as {with_them}, or better: {named}."]
-        ahead.append(f"{_called(row, own)}, {100 * score:.1f} %")
-    return blocks
+    said, over = [], ""
+    for question in QUESTIONS:
+        gains = measure([Step("", *pair) for pair in question.pairs], cells, classifiers)
+        if gains and (question.papers <= compared or not said):
+            gain = gains[0]
+            over = f"{runs[0].units}{f' and {gain.seeds} seeds' * (gain.seeds > 1)}"
+            over += f", averaged over {len(gain.classifiers)} networks" * (
+                len(gain.classifiers) > 1
+            )
+            sides = gain.step.data, gain.step.baseline
+            right = [np.mean([scores[data, c] for c in gain.classifiers]) for data in sides]
+            published = f"; published {100 * gain.published:+.2f}" * (question.papers and compared)
+            said.append(
+                f"{question.subject} {VERDICTS[gain.verdict]}: {100 * right[0]:.1f} % right,"
+                f" {100 * right[1]:.1f} % {question.otherwise}"
+                f" ({points_between(gain.accuracy)}{published})."
+            )
+    ends = [
+        [row for row in scores if bool(DATA[row[0]].synthetic) is drawn] for drawn in (False, True)
+    ]
+    if said and all(ends):
+        without, drawn = (f"{100 * scores[rows[0]]:.1f} %" for rows in ends)
+        said.append(f"The best is at {without} without synthetic images, at {drawn} with them.")
+    sure = (
+        f"In brackets: what a difference may be, in points (95 % intervals over {over}). The LoRA"
+        " and the synthetic images are taken as they are: what making them anew would change is in"
+        " no interval."
+    )
+    home = at_home(runs)
+    held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
+    last = (
+        f"Best at {target}: {_called(best, names)}. It is right on {100 * found.mean:.1f} %"
+        f" (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}; somewhat flattered, as"
+        f" these images chose it){held_out}."
+    )
+    answered = " ".join(said) or "Whether synthetic images help is not told by these models."
+    return [first, answered, *[sure] * bool(said), last]
 
 
-def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
+def doubts(cells: Cells, names: tuple[str, str], recognised: Recognised) -> list[str]:
     """What makes an answer worth little: networks that say one class for nearly all images, test
     images that were trained on, and synthetic images that do not show their classes."""
     one_class = []
@@ -189,7 +249,7 @@ def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
         # how often the commonest class is said, and right
         most = [[run.confusion.sum(axis=n).max() for n in (0, 1)] for run in runs]
         if any(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
-            one_class.append(_called(row, own))
+            one_class.append(_called(row, names))
     by = "; ".join(one_class) if len(one_class) < len(cells) else "every model"
     said = [f"Nearly all images are taken for one class by {by}."] * bool(one_class)
     leaked = max(run.leaked for row in zero_shot(cells) for run in cells[row])
@@ -217,8 +277,8 @@ def doubts(cells: Cells, own: Own, recognised: Recognised) -> list[str]:
     return said
 
 
-def _called(row: Row, own: Own) -> str:
-    return f"{classifier_name(row[1])} trained on {data_name(row[0], own)}"
+def _called(row: Row, names: tuple[str, str]) -> str:
+    return f"{classifier_name(row[1])} trained on {data_name(row[0], names)}"
 
 
 def points_between(found: Difference) -> str:

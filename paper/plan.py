@@ -67,11 +67,15 @@ CONTROLS = (
     DataModel("BAL+DA", "balanced", flags="--augment"),
     DataModel("ES+DA+balanced", "all", flags="--augment --balanced-sampling"),
     DataModel("ES+DA+contrast", "all", flags="--augment --contrast"),
+    DataModel("BAL+DA+contrast", "balanced", flags="--augment --contrast"),
+    # what synthetic images add to the best that real ones do
+    DataModel("HB+DA+contrast", "balanced", "lora", "--augment --contrast"),
 )
 # prompts that name brightness and contrast: ours, the paper's future work ("more detailed texts")
 STYLES = (
     DataModel("HB-styles", "balanced", "styles"),
     DataModel("HB-styles+DA", "balanced", "styles", "--augment"),
+    DataModel("HB-styles+DA+contrast", "balanced", "styles", "--augment --contrast"),
 )
 BEYOND = (  # what the paper names as future work, each in the place of HB+DA
     DataModel("HB-prompts+DA", "balanced", "prompts", "--augment"),
@@ -90,7 +94,14 @@ ROWS = tuple(
 )
 DATA = {row.data.name: row.data for row in ROWS} | {data.name: data for data in BEYOND + VARIED}
 BEYOND_ROWS = tuple(Row("beyond", data, "resnet18") for data in BEYOND)
-QUICK_DATA = ("ES", "ES+DA", "HB+DA", "BAL+DA", "ES+DA+contrast", "HB-styles+DA")
+QUICK_DATA = (
+    "ES+DA",
+    "BAL+DA",
+    "HB+DA",
+    "HB-styles+DA",
+    "BAL+DA+contrast",
+    "HB-styles+DA+contrast",
+)
 QUICK_ROWS = tuple(
     row for row in ROWS if row.data.name in QUICK_DATA and row.classifier == "resnet18"
 )
@@ -176,7 +187,7 @@ class Scale:
 
     per_plane: source images of each class, by kind (`DataModel.source`, and "lora"); None: all
     repeats: of each of the LoRA's images; rank: of the LoRA whose images classifiers are trained on
-    count: synthetic images per class and sampler
+    count: synthetic images per class and sampler; without: and of those without LoRA
     beyond: of Textual Inversion and DreamBooth
     rates: learning rate of LoRAs of a rank, whatever train_lora says
     passes: images that a classifier sees, whatever its data; else by epochs
@@ -189,6 +200,7 @@ class Scale:
     rank: int = 128
     sample: str = ""
     count: int = 500
+    without: int = 10
     classify: str = ""
     beyond: str = ""
     rates: Mapping[int, float] = field(default_factory=dict)
@@ -221,6 +233,7 @@ QUICK = replace(
     EMBEDDED,
     repeats=40,
     count=16,
+    without=2,
     sample="--guidance-scale 2 --batch-size 20",  # a shorter LoRA wants more
     beyond="--steps 200 --batch-size 20",
     passes=dict.fromkeys(CLASSIFIERS, 2000),

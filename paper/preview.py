@@ -1,26 +1,55 @@
 """What a reproduction would run, and what is missing for it on this machine."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import product
 
 from classify.models import MODELS, imagenet_file
+from harness.processes import cores
 from ldm.cli import describe_models
+from paper.document import plural
 from paper.material import PHANTOMS, Selections
-from paper.plan import PAPER, Row, Scale, image_kinds
+from paper.plan import PAPER, RANKS, Row, Scale, image_kinds
 from paper.results import row_folder
 from planes import PLANES
 from planes.datasets import DatasetError, require_images
 
-# Seconds on two CPU cores, measured: an image in a classifier's training at 64 px; in a LoRA's, and
+# Seconds of one CPU core, measured: an image in a classifier's training at 64 px; in a LoRA's, and
 # sampled, at 96.
 CPU_PASS = {
-    "densenet169": 0.014,
-    "mobilenet_v2": 0.0034,
-    "efficientnet_b0": 0.0067,
-    "resnet18": 0.0059,
-    "vit_b_16": 0.060,
+    "densenet169": 0.020,
+    "mobilenet_v2": 0.0049,
+    "efficientnet_b0": 0.0096,
+    "resnet18": 0.0085,
+    "vit_b_16": 0.086,
 }
-CPU_LORA, CPU_SAMPLE = 0.03, 0.28
+CPU_LORA, CPU_SAMPLE = 0.042, 0.39
+
+
+LEARN, DRAW = "a LoRA", "images"
+"""What a stage is that trains no classifier."""
+
+
+def figure_ranks(args, scale: Scale) -> tuple[int, ...]:
+    """The LoRAs that figure 3 shows; none where rows were chosen or the images are given."""
+    if args.only or args.synthetic:
+        return ()
+    return (scale.rank,) if args.quick or args.lora else RANKS
+
+
+def count_stages(args, scale: Scale, rows: Iterable[Row]) -> Counter[str]:
+    """How many stages there are of what kind: LEARN, DRAW, or a classifier's name."""
+    ranks = figure_ranks(args, scale)
+    drawn = {row.data.synthetic for row in rows} - {"", "lora" if args.synthetic else ""}
+    learned = drawn - {"prompts"} | ({"lora"} if drawn & {"prompts", "token"} else set())
+    learned |= {"lora", "styles"} if ranks else set()
+    learned -= {"lora", "styles"} if args.lora else set()
+    plain = bool(ranks) or "dreambooth" in drawn
+    stages = {(row.data.name, row.classifier) for row in rows}
+    counts = Counter(classifier for _, classifier in stages for _ in args.seeds)
+    counts[LEARN] = len(learned) + len(ranks[1:])
+    counts[DRAW] = len(drawn | ({"lora"} if ranks else set())) + len(ranks[1:]) + plain
+    return counts
 
 
 def missing_weights(names: Iterable[str]) -> list[str]:
@@ -58,8 +87,8 @@ def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[
 
 
 def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> float:
-    """Of the trainings and the drawing that are left, on two cores, but for the ranks that
-    figure 3 alone shows. drawn: images of a kind."""
+    """Of the trainings and the drawing that are left, on one core, but for the ranks that figure 3
+    alone shows. drawn: images of a kind."""
     given = {"", "lora"} if args.synthetic else {""}
     kinds = {row.data.synthetic for row, runs in left.items() if runs} - given
     loras = 0 if args.lora else len(kinds)
@@ -99,8 +128,9 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         state += missing_weights(name for name in classifiers if name in MODELS)
     state += missing_weights(["inception_v3"])
     if scale is not PAPER:  # of which nobody has measured a GPU
-        minutes = cpu_minutes(args, scale, left, drawn)
-        state.append(f"training and drawing: {minutes:.0f} minutes on two CPU cores")
+        minutes, count = cpu_minutes(args, scale, left, drawn), cores()
+        on = f"on {plural(count, 'CPU core')}, each with one process (--processes)"
+        state.append(f"training and drawing: {minutes / count:.0f} minutes {on}")
     wide = max(len(row.name) for row in rows)
     table = [f"{name:{wide}}" + "".join(f"{cell:>13}" for cell in line) for name, *line in lines]
     title = f"{len(rows)} rows x {len(args.seeds)} seeds, recipe {args.recipe}"

@@ -18,6 +18,7 @@ from paper import tables
 from paper.document import FIGURES, command, draw, plural, to_html
 from paper.gain import (
     AUGMENTED,
+    SITES,
     STEPS,
     Gain,
     Named,
@@ -42,8 +43,8 @@ class Context:
     material: what drew the synthetic images; sites: where the real ones come from
     command: the line that made it all
     left_out: classifier -> why it is in no average; its rows stand in the tables all the same
-    own: names of source and target where they are a user's own: the report then speaks to somebody
-        who has not read the paper
+    names: of source and target
+    own: are they a user's own? The report then speaks to somebody who has not read the paper
     tests: the test images, in the order in which they were tested, for pictures of errors
     compared: are the published numbers of such images?
     """
@@ -52,7 +53,8 @@ class Context:
     sites: str
     command: str
     left_out: Mapping[str, str] = field(default_factory=dict)
-    own: Own = None
+    names: tuple[str, str] = SITES
+    own: bool = False
     tests: Sequence[Record] = ()
     compared: bool = False
 
@@ -136,7 +138,8 @@ def build(
     seeds = sorted({result.seed for result in results})
     left_out = {name: why for name, why in context.left_out.items() if name in classifiers}
     averaged = [name for name in CLASSIFIERS if name not in left_out]
-    own, compared, best = context.own, context.compared, next(iter(zero_shot(cells)), None)
+    own: Own = context.names if context.own else None
+    compared, best = context.compared, next(iter(zero_shot(cells)), None)
     called = {row: (data_name(row[0], own), classifier_name(row[1])) for row in cells}
     named: Named = {called[row]: runs for row, runs in cells.items()}
     (out / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -144,13 +147,15 @@ def build(
     # the first screen: what was found, how to use it, and two pictures
     blocks = [f"# FU-LoRA on {context.sites}"]
     if best:
-        blocks += answer(cells, own, averaged, compared) + doubts(cells, own, found.recognised)
+        names = context.names
+        blocks += answer(cells, names, averaged, compared)
+        blocks += doubts(cells, names, found.recognised)
         file = cells[best][0].folder / "model.safetensors"
         use = ["--classifier", str(file), "--predict", "FOLDER", "--out", "runs/new"]
         blocks += [f"The best one is {file}. To let it say what each image of a folder is:"]
         blocks += [command(shlex.join(["python", "classify.py", *use]))]
     if shown := measure(AUGMENTED, cells, averaged):
-        blocks.append(_gain_picture(out, shown, own))
+        blocks.append(_gain_picture(out, shown, context.names))
     blocks += list(found.figures.values())[:1]
 
     # all rows, the best one, what they differ by, and how they were made
@@ -197,12 +202,12 @@ def build(
     write_text(out / "report.html", to_html(blocks, out))
 
 
-def _gain_picture(out: Path, gains: Sequence[Gain], own: Own) -> str:
+def _gain_picture(out: Path, gains: Sequence[Gain], names: tuple[str, str]) -> str:
     points = []
     for gain in gains:
         step, found = gain.step, gain.accuracy
         percent = (100 * number for number in (found.value, found.low, found.high))
-        points.append(Point(f"{step.what}\n{step.against(own)}", *percent, step.kind))
+        points.append(Point(f"{step.what}\n{step.against(names)}", *percent, step.kind))
     caption = "Where the gain comes from: accuracy of one data model less another's."
     return draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
 

@@ -4,9 +4,12 @@ done."""
 import json
 import runpy
 import shlex
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 
 from harness import processes
 from harness.files import write_text
@@ -19,8 +22,13 @@ class Stages:
     """Runs scripts one after the other; what was made with the same arguments from the same things
     is kept."""
 
-    def __init__(self, say: Callable[[str], object], *common: object) -> None:
+    def __init__(
+        self, say: Callable[[str], object], *common: object, ahead: Mapping[str, int] | None = None
+    ) -> None:
         self.say = say  # is told each command before it runs
+        self.ahead = Counter(ahead)  # stages to come, of all processes, by what they are
+        self.count, self.began = self.ahead.total(), time.monotonic()
+        self.minutes: dict[str, list[float]] = {}  # that each stage took, by what it was
         self.common = common  # flags of every stage
         # commands of this run, which several others may need
         self.seen: set[tuple[str, ...]] = set()
@@ -32,6 +40,7 @@ class Stages:
         *flags: object,
         inputs: Mapping[str, str],
         by: int | None = None,
+        what: str = "",
     ) -> Path:
         """Run script.py with these flags into `out`, unless that is done; returns `out`.
 
@@ -41,14 +50,16 @@ class Stages:
             another stage's is removed, so that this one begins anew
         by: which process of torchrun does it alone; None: all are at it, and the first says whether
             it is done
+        what: it is, a key of `ahead`
         """
         command = (script, *(str(flag) for flag in (*flags, *self.common, "--out", out)))
         if command in self.seen:
             return out
         self.seen.add(command)
+        told = self._progress(what)
         if by not in (None, processes.rank()):
             return out
-        self.say(f"\n$ python {shlex.join([f'{script}.py', *command[1:]])}")
+        self.say(f"\n{told}$ python {shlex.join([f'{script}.py', *command[1:]])}")
         module = runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="stage")
         args = module["parse_args"](command[1:])
         # where things lie, and what computes, makes no other stage of it
@@ -68,9 +79,27 @@ class Stages:
                 if _read(out / "inputs.json") != asked:
                     (out / "checkpoint.pt").unlink(missing_ok=True)
                 write_text(out / "inputs.json", json.dumps(asked, indent=2) + "\n")
+            began = time.monotonic()
             module["main"](args)
             processes.barrier()  # for the first, which writes
+        # others do as many more of them meanwhile
+        shares = processes.size() if by is not None else 1
+        taken = (time.monotonic() - began) / 60 / shares
+        self.minutes.setdefault(what, []).append(taken)
         return out
+
+    def _progress(self, what: str) -> str:
+        """Counts a stage: a line that says which of how many it is, and how long the others take,
+        as those of their kind did that were run."""
+        if not self.count:
+            return ""
+        number, known = 1 + self.count - self.ahead.total(), self.minutes
+        left = sum(n * mean(known[kind]) for kind, n in self.ahead.items() if kind in known)
+        least = "about" if {kind for kind, n in self.ahead.items() if n} <= {*known} else "at least"
+        self.ahead[what] -= 1
+        gone = f"{(time.monotonic() - self.began) / 60:.0f} min so far"
+        more = f", {least} {left:.0f} min left" if known else ""
+        return f"stage {number} of {self.count} ({what}), {gone}{more}\n"
 
 
 def is_done(out: Path, asked: Mapping[str, object]) -> bool:

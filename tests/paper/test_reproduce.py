@@ -43,7 +43,7 @@ def made(tiny_model, tmp_path_factory):
     shed = write_site(root / "shed", {"bolt": 3, "hex nut": 3}, 120)
     flags = ["--quick", "--seeds", "0", "--device", "cpu", "--source", shop, "--target", shed]
     flags += ["--out", root / "run", "--prompt-template", "a photograph of a {class}"]
-    flags += ["--probe", "probe:mobilenet_v2"]  # frozen, and of random weights
+    flags += ["--processes", "1", "--probe", "probe:mobilenet_v2"]  # frozen, and of random weights
     args = [str(flag) for flag in flags]
 
     def no_weights(**_):
@@ -76,10 +76,14 @@ def made(tiny_model, tmp_path_factory):
 
 def test_a_run_goes_on_where_it_was_stopped_and_does_nothing_twice(made):
     stopped, went_on, again = made[2]
-    assert (stopped.count("\n$ python"), stopped.count("done before")) == (7, 0)
-    # two LoRAs, two sets of images, three rows
-    assert (went_on.count("\n$ python"), went_on.count("done before")) == (13, 7)
+    assert (stopped.count("\n$ python"), stopped.count("done before")) == (6, 0)
+    # two LoRAs, two sets of images, two rows
+    assert (went_on.count("\n$ python"), went_on.count("done before")) == (13, 6)
     assert again.count("\n$ python") == again.count("done before") == 13
+    numbers = [f"stage {n} of 13 (" for n in range(1, 14)]
+    assert re.findall(r"^stage \d+ of \d+ \(", again, re.M) == numbers
+    timed = re.findall(r"min so far, (?:about|at least) \d+ min left$", went_on, re.M)
+    assert len(timed) == 6
     assert "left out, as the second site has no training images: AF/mobilenet_v2" in again
 
 
@@ -91,9 +95,9 @@ def test_the_plan_counts_what_is_there_and_what_is_left(made, capsys):
     away.rename(file)
     said = capsys.readouterr().out
     rows = {line.split("  ")[0]: line.split()[1:] for line in said.splitlines() if "/" in line}
-    assert rows["ES/ResNet18"][-4:] == ["15", "0", "0", "done"]
+    assert rows["ES+DA/ResNet18"][-4:] == ["15", "0", "0", "done"]
     assert rows["HB+DA/ResNet18"] == ["9", "96", "0", "1"]
-    assert "shop: 15 images" in said and "minutes on two CPU cores" in said
+    assert "shop: 15 images" in said and "CPU cores, each with one" in said
 
 
 def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
@@ -102,11 +106,11 @@ def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
     said = report + (out / "results.csv").read_text(encoding="utf-8")
     fetal = r"fetal|fetus|abdomen|thorax|spanish|spain|africa|phantom|published"
     assert not re.search(fetal, said, re.IGNORECASE)
-    assert report.startswith("# FU-LoRA on workshop and shed\n\nBest at shed, of")
+    assert report.startswith("# FU-LoRA on workshop and shed\n\nResNet18, mobilenet_v2 (linear")
     assert "shed has no washer" in report
     real = "real images of workshop"
-    probe, augmented = f"{real} | mobilenet_v2 (linear probe)", f"{real}, augmented; without"
-    for cells in (probe, f"{real}; with LoRA", augmented, "hex nut | 3"):
+    probe, augmented = f"{real} | mobilenet_v2 (linear probe)", f"{real}, augmented; with LoRA"
+    for cells in (probe, augmented, "hex nut | 3"):
         assert f"| {cells} |" in report
     names = {path.stem for path in (out / "figures").iterdir()}
     assert names == {"gain", "samples", "sources", "closest_pairs", "confusion", "errors"}
