@@ -22,7 +22,7 @@ body { margin: 1rem auto; max-width: 76rem; padding: 0 1rem; color: #1a1a1a; }
 body { font: 16px/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.2; margin-top: 1.6em; }
 h1 { margin: 0; }
-h1 + p { max-width: none; font-size: 1.15rem; font-weight: 600; }
+h1 + p + p { max-width: none; font-size: 1.15rem; font-weight: 600; }
 p, figcaption { max-width: 46rem; }
 details { border-top: 1px solid #ddd; padding: 0.4rem 0; }
 summary { cursor: pointer; font-weight: 600; }

@@ -96,15 +96,15 @@ QUESTIONS = (
     ),
     Question(
         "Varying brightness and contrast of the real images, with no generative model,",
-        (("BAL+DA", "BAL+DA+contrast"), ("ES+DA", "ES+DA+contrast")),
+        (("BAL+DA", "BAL+DA+contrast"), ("ES+DA", "ES+DA+contrast"), ("ES", "ES+contrast")),
     ),
     Question(
         "On top of that, synthetic images with plain prompts",
-        (("BAL+DA+contrast", "HB+DA+contrast"),),
+        (("BAL+DA+contrast", "HB+DA+contrast"), ("ES+contrast", "HB+contrast")),
     ),
     Question(
         "On top of that, synthetic images whose prompts name brightness and contrast",
-        (("BAL+DA+contrast", "HB-styles+DA+contrast"),),
+        (("BAL+DA+contrast", "HB-styles+DA+contrast"), ("ES+contrast", "HB-styles+contrast")),
     ),
     Question(
         "Balanced real images and synthetic ones together",
@@ -193,52 +193,62 @@ def answer(
     compared: name the published difference too
     """
     (source, target), scores = names, zero_shot(cells)
-    best = next(iter(scores))
-    runs, found = cells[best], estimate(cells[best], "ranked")["accuracy"]
-    count, constant = len(runs[0].targets), np.bincount(runs[0].targets).max()
+    test = next(iter(cells.values()))[0]
+    targets, units = test.targets, test.units
     trained = ", ".join(dict.fromkeys(classifier_name(name) for _, name in scores))
     first = (
         f"{trained} learned from images of {source}, with and without synthetic ones. The test is"
-        f" {plural(count, 'image')} of {target}, of whose labels they saw none. One class said of"
-        f" all would be right on {100 * constant / count:.0f} %."
+        f" {plural(len(targets), 'image')} of {target}, of whose labels they saw none. One class"
+        f" said of all would be right on {100 * np.bincount(targets).max() / len(targets):.0f} %."
     )
-    said, over = [], ""
+    found = []
     for question in QUESTIONS:
         gains = measure([Step("", *pair) for pair in question.pairs], cells, classifiers)
-        if gains and (question.papers <= compared or not said):
-            gain = gains[0]
-            over = f"{runs[0].units}{f' and {gain.seeds} seeds' * (gain.seeds > 1)}"
-            over += f", averaged over {len(gain.classifiers)} networks" * (
-                len(gain.classifiers) > 1
-            )
-            sides = gain.step.data, gain.step.baseline
-            right = [np.mean([scores[data, c] for c in gain.classifiers]) for data in sides]
-            published = f"; published {100 * gain.published:+.2f}" * (question.papers and compared)
-            said.append(
-                f"{question.subject} {VERDICTS[gain.verdict]}: {100 * right[0]:.1f} % right,"
-                f" {100 * right[1]:.1f} % {question.otherwise}"
-                f" ({points_between(gain.accuracy)}{published})."
-            )
-    ends = [
-        [row for row in scores if bool(DATA[row[0]].synthetic) is drawn] for drawn in (False, True)
-    ]
-    if said and all(ends):
-        without, drawn = (f"{100 * scores[rows[0]]:.1f} %" for rows in ends)
-        said.append(f"The best is at {without} without synthetic images, at {drawn} with them.")
+        if gains and (question.papers <= compared or not found):
+            found.append((question, gains[0]))
+    if not found:
+        words = "Whether synthetic images help is not told by these models."
+        return [first, words, _best(cells, names)]
+    said = [_found(*pair, scores, compared) for pair in found]
+    real, drawn = ([r for r in scores if bool(DATA[r[0]].synthetic) is n] for n in (False, True))
+    if real:
+        ends = (f"{100 * scores[rows[0]]:.1f} %" for rows in (real, drawn))
+        said.append("The best is at {} without synthetic images, at {} with them.".format(*ends))
+    seeds = max(gain.seeds for _, gain in found)
+    networks = max(len(gain.classifiers) for _, gain in found)
+    over = f"{units}{f' and {seeds} seeds' * (seeds > 1)}"
+    over += f", averaged over {networks} networks" * (networks > 1)
     sure = (
         f"In brackets: what a difference may be, in points (95 % intervals over {over}). The LoRA"
         " and the synthetic images are taken as they are: what making them anew would change is in"
         " no interval."
     )
-    home = at_home(runs)
+    return [first, " ".join(said), sure, _best(cells, names)]
+
+
+def _found(question: Question, gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
+    """What was found, in a sentence."""
+    sides = gain.step.data, gain.step.baseline
+    right = (np.mean([scores[data, c] for c in gain.classifiers]) for data in sides)
+    ours, other = (f"{100 * share:.1f} %" for share in right)
+    published = f"; published {100 * gain.published:+.2f}" * (question.papers and compared)
+    return (
+        f"{question.subject} {VERDICTS[gain.verdict]}: {ours} right, {other} {question.otherwise}"
+        f" ({points_between(gain.accuracy)}{published})."
+    )
+
+
+def _best(cells: Cells, names: tuple[str, str]) -> str:
+    """Which model is best at the target, and how good it is."""
+    source, target = names
+    best = next(iter(zero_shot(cells)))
+    found, home = estimate(cells[best], "ranked")["accuracy"], at_home(cells[best])
     held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
-    last = (
+    return (
         f"Best at {target}: {_called(best, names)}. It is right on {100 * found.mean:.1f} %"
         f" (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}; somewhat flattered, as"
         f" these images chose it){held_out}."
     )
-    answered = " ".join(said) or "Whether synthetic images help is not told by these models."
-    return [first, answered, *[sure] * bool(said), last]
 
 
 def doubts(cells: Cells, names: tuple[str, str], recognised: Recognised) -> list[str]:
