@@ -132,44 +132,52 @@ def euler_nodes(
     schedule: NoiseSchedule,
     steps: int = 20,
     spacing: str = "linspace",
+    *,
+    final: str = "zero",
+    steps_offset: int = 0,
 ) -> Nodes:
     """Nodes for Euler, by default those of Stable Diffusion web UI: even in t, fractional, from
-    T - 1 down to 0; the last sigma is 0.
+    T - 1 down to 0.
 
     spacing: "linspace"; "leading" or "trailing", whole times (Lin et al. 2023, arXiv 2305.08891,
         table 2); "karras", even in sigma^(1/7) (Karras et al. 2022, eq. 5)
+    final: the last sigma, "zero" or "sigma_min"; steps_offset: added to the times of "leading"
 
-    Raises SamplerError where it is unknown or steps do not fit the schedule.
+    Raises SamplerError where one of these is unknown or steps do not fit the schedule.
     """
-    _check(schedule, steps, spacing, ("linspace", "leading", "trailing", "karras"))
+    _check(schedule, steps, spacing, ("linspace", "leading", "trailing", "karras"), final)
     if spacing == "karras":
         sigmas = karras_sigmas(steps, schedule.sigma_max, schedule.sigma_min)
         times = schedule.t(sigmas)
     else:
-        times = _spaced(schedule, spacing, steps)
+        times = _spaced(schedule, spacing, steps, steps_offset)
         sigmas = schedule.sigma(times)
     # "leading" starts well below T - 1, where the signal in x_T is no longer negligible: noise such
     # that x / sqrt(1 + sigma^2) has unit variance; elsewhere, as the webui, without the 1
     init_scale = math.hypot(1, sigmas[0]) if spacing == "leading" else float(sigmas[0])
-    return Nodes((*times.tolist(),), (*sigmas.tolist(), 0.0), init_scale)
+    return _nodes(schedule, times, sigmas, final, init_scale)
 
 
 def unipc_nodes(
     schedule: NoiseSchedule,
     steps: int = 20,
     spacing: str = "time_uniform",
+    *,
+    final: str = "sigma_min",
+    steps_offset: int = 0,
 ) -> Nodes:
     """Nodes for UniPC, by default those of its authors and of Stable Diffusion web UI: even in t,
-    fractional; the last sigma is sigma(0).
+    fractional.
 
     spacing: "time_uniform", whose N + 1 times end at t = 0 and whose sigmas interpolate log alpha;
         "linspace", the same rounded to whole times; "leading", "trailing" or "karras" as for Euler,
         with whole times
+    final: the last sigma, "sigma_min" or "zero"; steps_offset: added to the times of "leading"
 
-    Raises SamplerError where it is unknown or steps do not fit the schedule.
+    Raises SamplerError where one of these is unknown or steps do not fit the schedule.
     """
     spacings = ("time_uniform", "linspace", "leading", "trailing", "karras")
-    _check(schedule, steps, spacing, spacings)
+    _check(schedule, steps, spacing, spacings, final)
     if spacing == "karras":
         sigmas = karras_sigmas(steps, schedule.sigma_max, schedule.sigma_min)
         times = np.round(schedule.t(sigmas))
@@ -185,11 +193,10 @@ def unipc_nodes(
         # counted up, as diffusers does: ties of the rounding hang on the last bit
         elif spacing == "linspace":
             times = np.round(np.linspace(0, schedule.num_train_timesteps - 1, steps + 1))[:0:-1]
-        else:  # the last of N + 1 times is sigma(0)'s
-            times = _spaced(schedule, spacing, steps + 1)[:-1]
+        else:  # the last of N + 1 times is left to `final`
+            times = _spaced(schedule, spacing, steps + 1, steps_offset)[:-1]
         sigmas = schedule.sigma(times)
-    init_scale = math.hypot(1, sigmas[0])
-    return Nodes((*times.tolist(),), (*sigmas.tolist(), schedule.sigma_min), init_scale)
+    return _nodes(schedule, times, sigmas, final, math.hypot(1, sigmas[0]))
 
 
 def karras_sigmas(steps: int, sigma_max: float, sigma_min: float) -> np.ndarray:
@@ -216,18 +223,36 @@ def checked_sigmas(sigmas: Sequence[float] | Tensor) -> list[float]:
     return values
 
 
-def _check(schedule: NoiseSchedule, steps: int, spacing: str, spacings: tuple[str, ...]) -> None:
+def _check(
+    schedule: NoiseSchedule,
+    steps: int,
+    spacing: str,
+    spacings: tuple[str, ...],
+    final: str,
+) -> None:
     if spacing not in spacings:
         raise SamplerError(f"unknown spacing {spacing!r}: choose one of {', '.join(spacings)}")
+    if final not in ("zero", "sigma_min"):
+        raise SamplerError(f"unknown final {final!r}: choose zero or sigma_min")
     if not 1 <= steps < schedule.num_train_timesteps:
         raise SamplerError(f"{steps} steps: choose from 1 to {schedule.num_train_timesteps - 1}")
 
 
-def _spaced(schedule: NoiseSchedule, spacing: str, count: int) -> np.ndarray:
+def _spaced(schedule: NoiseSchedule, spacing: str, count: int, steps_offset: int = 0) -> np.ndarray:
     """(count,) falling times."""
     T = schedule.num_train_timesteps
     if spacing == "linspace":
         return np.linspace(T - 1, 0, count)
     if spacing == "trailing":
         return np.round(np.arange(T, 0, -T / count)[:count]) - 1
-    return np.arange(count)[::-1] * float(T // count)
+    times = np.arange(count)[::-1] * float(T // count) + steps_offset
+    if not 0 <= times[-1] <= times[0] <= T - 1:
+        raise SamplerError(f"steps offset {steps_offset}: moves the times beyond [0, {T - 1}]")
+    return times
+
+
+def _nodes(
+    schedule: NoiseSchedule, times: np.ndarray, sigmas: np.ndarray, final: str, init_scale: float
+) -> Nodes:
+    last = schedule.sigma_min if final == "sigma_min" else 0.0
+    return Nodes(tuple(times.tolist()), (*sigmas.tolist(), last), init_scale)

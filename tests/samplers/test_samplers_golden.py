@@ -58,27 +58,16 @@ def nodes_of(reference, steps, s):
         return euler_nodes(SCHEDULE, steps, spacing)
     if reference == "wlzhao_unipc" and s["skip"] == "time_uniform":
         return unipc_nodes(SCHEDULE, steps)
+    options = {"final": s.get("final"), "steps_offset": s.get("steps_offset")}
     if reference == "diffusers_unipc":
-        return moved(unipc_nodes(SCHEDULE, steps, "karras" if s["karras"] else s["spacing"]), s)
+        return unipc_nodes(SCHEDULE, steps, "karras" if s["karras"] else s["spacing"], **options)
     if reference == "diffusers_euler":
         if s["karras"] and s["spacing"] == "linspace" and steps > 1:
-            return moved(euler_nodes(SCHEDULE, steps, "karras"), s)
+            return euler_nodes(SCHEDULE, steps, "karras", **options)
         # its own linspace interpolates sigma itself, and its Karras follows the other spacings
         if not s["karras"] and s["spacing"] != "linspace":
-            return moved(euler_nodes(SCHEDULE, steps, s["spacing"]), s)
+            return euler_nodes(SCHEDULE, steps, s["spacing"], **options)
     return None
-
-
-def moved(nodes, s):
-    """The nodes with a reference's own last sigma, and the offset that it gives to the times of
-    "leading"."""
-    times, sigmas, scale = np.array(nodes.timesteps), nodes.sigmas[:-1], nodes.init_scale
-    if s["spacing"] == "leading" and not s["karras"]:
-        times = times + s["steps_offset"]
-        sigmas = SCHEDULE.sigma(times)
-        scale = math.hypot(1, sigmas[0])
-    last = {"zero": 0.0, "sigma_min": SCHEDULE.sigma_min}[s["final"]]
-    return Nodes((*times,), (*sigmas, last), scale)
 
 
 def replay(record):

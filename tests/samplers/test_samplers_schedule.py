@@ -73,16 +73,16 @@ def test_the_web_uis_nodes_are_the_default():
 @pytest.mark.parametrize("steps", [1, 2, 17, 61, 103, 500, 999])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "karras"])
 def test_every_spacing_has_falling_sigmas_and_as_many_calls_as_asked(make_nodes, steps, spacing):
-    nodes = make_nodes(SCHEDULE, steps, spacing)
+    nodes = make_nodes(SCHEDULE, steps, spacing, final="zero")
     assert len(nodes.timesteps) == steps and len(nodes.sigmas) == steps + 1
-    assert all(a > b for a, b in pairwise((*nodes.sigmas[:-1], 0)))
+    assert all(a > b for a, b in pairwise(nodes.sigmas))
     assert all(0 <= t <= 999 for t in nodes.timesteps)
 
 
 def test_the_nodes_know_the_time_of_each_sigma():
     """Karras nodes of UniPC have rounded, even repeated times: the schedule's own t(sigma) would be
     off by up to .5."""
-    nodes = unipc_nodes(SCHEDULE, 60, "karras")
+    nodes = unipc_nodes(SCHEDULE, 60, "karras", final="zero")
     assert len(set(nodes.timesteps)) < 60
     assert [nodes.t(sigma) for sigma in nodes.sigmas[:-1]] == list(nodes.timesteps)
     assert [nodes.t(float(np.float32(s))) for s in nodes.sigmas[:-1]] == pytest.approx(
@@ -112,6 +112,8 @@ EULER = euler_nodes(SCHEDULE)
         ),
         "0 steps: choose from 1 to 999": lambda: euler_nodes(SCHEDULE, 0),
         "1000 steps: choose from 1 to 999": lambda: unipc_nodes(SCHEDULE, 1000),
+        "unknown final 'one': choose zero or sigma_min": lambda: unipc_nodes(SCHEDULE, final="one"),
+        "beyond": lambda: euler_nodes(SCHEDULE, 20, "leading", steps_offset=50),
         "UniPC of order 4: choose 1, 2 or 3": lambda: sample_unipc(None, X, [2, 1], order=4),
         "unknown UniPC variant 'bh3': choose bh1 or bh2": lambda: sample_unipc(
             None, X, [2, 1], variant="bh3"
