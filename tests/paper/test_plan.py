@@ -88,6 +88,35 @@ def test_seeds_and_weights_follow_from_what_is_asked_for():
     assert [row.data.name for row in args.rows[6:7]] == ["HB-prompts+DA"] and len(args.rows) == 12
 
 
+@pytest.mark.parametrize(
+    "flags, cores, threads, count, line",
+    [
+        ("--quick", 2, None, 2, "2 processes at work, one to a core, each with 1 thread"),
+        ("--quick --only BAL+DA", 8, None, 3, "3 processes at work, one to a core"),
+        ("--quick", 8, 4, 2, "2 processes at work, one to a core, each with 4 threads"),
+        ("--processes 3", 1, None, 3, "3 processes at work, as --processes says"),
+        ("", 1, None, 1, "1 process at work, one to a core, each with 1 thread"),
+        ("", 1, 1, 0, "1 process at work, one to a core, each with 1 thread"),
+    ],
+)
+def test_as_many_processes_as_pay_share_the_work_each_with_one_thread(
+    monkeypatch, capsys, flags, cores, threads, count, line
+):
+    started, flags = [], ["--device", "cpu", *flags.split()]
+    for name in ("OMP_NUM_THREADS", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("harness.processes.cores", lambda: cores)
+    monkeypatch.setattr("harness.processes.launch", lambda n, command: started.append(n))
+    shared = reproduce.work_is_shared(reproduce.parse_args(flags))
+    assert (started, shared) == ([count] * bool(count), bool(count))
+    assert capsys.readouterr().out.startswith(line)
+    with exits(capsys, "--processes 0: at least 1"):
+        reproduce.parse_args(["--processes", "0"])
+
+
 def plan(capsys, *flags) -> str:
     reproduce.main(reproduce.parse_args(["--plan", *map(str, flags)]))
     return capsys.readouterr().out
