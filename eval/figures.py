@@ -248,10 +248,9 @@ def loss_figure(losses: Mapping[str, Sequence[tuple[int, float]]], xlabel: str) 
 MARKS = {
     "synthetic": (LINES[0], "o", "synthetic images"),
     "real": (LINES[1], "s", "real images alone"),
-    "both": (LINES[2], "^", "synthetic against real"),
 }
 """Colour, shape and legend of each kind of difference: what synthetic images add; what real ones
-alone do; one against the other."""
+alone do."""
 
 
 @dataclass(frozen=True)

@@ -32,87 +32,65 @@ Recognised = Mapping[tuple[str, str], Mapping[str, float]]
 are taken for the class of their prompt."""
 
 
+PLAIN = "Synthetic images with plain prompts"
+STYLED = "Synthetic images whose prompts name brightness and contrast"
+VARIED = "Varying brightness and contrast of the real images, with no generative model,"
+TOGETHER = "Balanced real images and synthetic ones together"
+
+
 @dataclass(frozen=True)
 class Step:
     """What is changed from one data model to the other.
 
     kind: whether synthetic or real images do it, a key of eval.figures.MARKS
+    said: what the first screen calls it, of the first such step that was taken
     """
 
     what: str
     baseline: str
     data: str
     kind: str = "synthetic"
+    said: str = ""
 
     def against(self, own: Own) -> str:
         """The other data model, of own sites, where `what` says enough of this one; else both."""
         return f"{'' if own else self.data} against {data_name(self.baseline, own)}".lstrip()
 
 
+def _more(baseline: str, plain: str, styled: str) -> tuple[Step, Step]:
+    """What synthetic images add to varied contrast."""
+    top = "on top of varied contrast: synthetic images"
+    return (
+        Step(top, baseline, plain, said=f"On top of that, {PLAIN.lower()}"),
+        Step(
+            f"{top}, style in their prompts",
+            baseline,
+            styled,
+            said=f"On top of that, {STYLED.lower()}",
+        ),
+    )
+
+
 STEPS: tuple[Step, ...] = (
-    Step("balanced real images and synthetic ones", "ES+DA", "HB+DA"),
+    Step("balanced real images and synthetic ones", "ES+DA", "HB+DA", said=TOGETHER),
     Step("of it: balanced real images alone", "ES+DA", "BAL+DA", "real"),
-    Step("of it: synthetic images", "BAL+DA", "HB+DA"),
-    Step("prompts that name the style", "HB+DA", "HB-styles+DA"),
+    Step("of it: synthetic images", "BAL+DA", "HB+DA", said=PLAIN),
+    Step("of it: synthetic images, style in their prompts", "BAL+DA", "HB-styles+DA", said=STYLED),
+    Step("both, with prompts that name the style", "ES+DA", "HB-styles+DA"),
     Step("instead: all classes drawn equally often", "ES+DA", "ES+DA+balanced", "real"),
-    Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real"),
-    Step("all, with prompts that name the style", "ES+DA", "HB-styles+DA"),
-    Step("the same against brightness and contrast", "ES+DA+contrast", "HB-styles+DA", "both"),
-    Step("the best without synthetic images", "ES+DA", "BAL+DA+contrast", "real"),
-    Step("on top of it: synthetic images", "BAL+DA+contrast", "HB+DA+contrast"),
-    Step("on top of it: with prompts for the style", "BAL+DA+contrast", "HB-styles+DA+contrast"),
-    Step("not augmented: balanced real images and synthetic ones", "ES", "HB"),
+    Step("of it: varied brightness and contrast", "BAL+DA", "BAL+DA+contrast", "real", VARIED),
+    Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real", VARIED),
+    Step("the best augmentation without synthesis", "ES+DA", "BAL+DA+contrast", "real"),
+    *_more("BAL+DA+contrast", "HB+DA+contrast", "HB-styles+DA+contrast"),
+    Step("not augmented: balanced real images and synthetic ones", "ES", "HB", said=TOGETHER),
     Step("of it: balanced real images alone", "ES", "BAL", "real"),
-    Step("of it: synthetic images", "BAL", "HB"),
-    Step("not augmented: prompts that name the style", "HB", "HB-styles"),
-    Step("not augmented: all real images and synthetic ones", "ES", "HB-all"),
+    Step("of it: synthetic images", "BAL", "HB", said=PLAIN),
+    Step("of it: synthetic images, style in their prompts", "BAL", "HB-styles", said=STYLED),
+    Step("not augmented: all real images and synthetic ones", "ES", "HB-all", said=PLAIN),
+    Step("not augmented: brightness and contrast varied", "ES", "ES+contrast", "real", VARIED),
+    *_more("ES+contrast", "HB+contrast", "HB-styles+contrast"),
 )
 AUGMENTED = tuple(step for step in STEPS if "+DA" in step.baseline)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One that the first screen answers.
-
-    pairs: of data models, baseline first; the first that was run is told of
-    otherwise: what the baseline is
-    papers: the paper's own, which differs in more than the subject
-    """
-
-    subject: str
-    pairs: tuple[tuple[str, str], ...]
-    otherwise: str = "without"
-    papers: bool = False
-
-
-QUESTIONS = (
-    Question(
-        "Synthetic images with plain prompts",
-        (("BAL+DA", "HB+DA"), ("BAL", "HB"), ("ES", "HB-all")),
-    ),
-    Question(
-        "Synthetic images whose prompts name brightness and contrast",
-        (("BAL+DA", "HB-styles+DA"), ("BAL", "HB-styles")),
-    ),
-    Question(
-        "Varying brightness and contrast of the real images, with no generative model,",
-        (("BAL+DA", "BAL+DA+contrast"), ("ES+DA", "ES+DA+contrast"), ("ES", "ES+contrast")),
-    ),
-    Question(
-        "On top of that, synthetic images with plain prompts",
-        (("BAL+DA+contrast", "HB+DA+contrast"), ("ES+contrast", "HB+contrast")),
-    ),
-    Question(
-        "On top of that, synthetic images whose prompts name brightness and contrast",
-        (("BAL+DA+contrast", "HB-styles+DA+contrast"), ("ES+contrast", "HB-styles+contrast")),
-    ),
-    Question(
-        "Balanced real images and synthetic ones together",
-        (("ES+DA", "HB+DA"), ("ES", "HB")),
-        "by all real images",
-        papers=True,
-    ),
-)
 VERDICTS = {
     "one seed cannot tell": "may or may not help (one seed cannot tell)",
     "better": "helped",
@@ -201,21 +179,22 @@ def answer(
         f" {plural(len(targets), 'image')} of {target}, of whose labels they saw none. One class"
         f" said of all would be right on {100 * np.bincount(targets).max() / len(targets):.0f} %."
     )
-    found = []
-    for question in QUESTIONS:
-        gains = measure([Step("", *pair) for pair in question.pairs], cells, classifiers)
-        if gains and (question.papers <= compared or not found):
-            found.append((question, gains[0]))
-    if not found:
+    told: dict[str, Gain] = {}
+    for gain in measure(STEPS, cells, classifiers):
+        told.setdefault(gain.step.said, gain)
+    told.pop("", None)
+    if len(told) > 1 and not compared:
+        told.pop(TOGETHER, None)
+    if not told:
         words = "Whether synthetic images help is not told by these models."
         return [first, words, _best(cells, names)]
-    said = [_found(*pair, scores, compared) for pair in found]
+    said = [_found(gain, scores, compared) for gain in told.values()]
     real, drawn = ([r for r in scores if bool(DATA[r[0]].synthetic) is n] for n in (False, True))
     if real:
         ends = (f"{100 * scores[rows[0]]:.1f} %" for rows in (real, drawn))
         said.append("The best is at {} without synthetic images, at {} with them.".format(*ends))
-    seeds = max(gain.seeds for _, gain in found)
-    networks = max(len(gain.classifiers) for _, gain in found)
+    seeds = max(gain.seeds for gain in told.values())
+    networks = max(len(gain.classifiers) for gain in told.values())
     over = f"{units}{f' and {seeds} seeds' * (seeds > 1)}"
     over += f", averaged over {networks} networks" * (networks > 1)
     sure = (
@@ -226,14 +205,16 @@ def answer(
     return [first, " ".join(said), sure, _best(cells, names)]
 
 
-def _found(question: Question, gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
+def _found(gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
     """What was found, in a sentence."""
     sides = gain.step.data, gain.step.baseline
     right = (np.mean([scores[data, c] for c in gain.classifiers]) for data in sides)
     ours, other = (f"{100 * share:.1f} %" for share in right)
-    published = f"; published {100 * gain.published:+.2f}" * (question.papers and compared)
+    together = gain.step.said == TOGETHER
+    published = f"; published {100 * gain.published:+.2f}" * (together and compared)
     return (
-        f"{question.subject} {VERDICTS[gain.verdict]}: {ours} right, {other} {question.otherwise}"
+        f"{gain.step.said} {VERDICTS[gain.verdict]}: {ours} right, {other}"
+        f" {'by all real images' if together else 'without'}"
         f" ({points_between(gain.accuracy)}{published})."
     )
 

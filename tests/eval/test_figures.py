@@ -53,7 +53,7 @@ def forest():
     points = [
         Point("synthetic images\nHB+DA − ES+DA", 6.1, 2.4, 9.8),
         Point("contrast\nES+DA+contrast − ES+DA", 13.8, 11.2, 16.4, kind="real"),
-        Point("one against\nthe other", -7.7, -12.0, 0.1, "both"),
+        Point("one against\nthe other", -7.7, -12.0, 0.1, "real"),
     ]
     return forest_figure(points, "difference in accuracy, points")
 
@@ -171,7 +171,7 @@ def test_the_forest_has_intervals_a_mark_for_each_kind_and_its_numbers_beside_it
     np.testing.assert_allclose(np.reshape(ends, (6, 2)), expected)
     assert [mark.get_xdata()[0] for mark, *_ in lines] == [6.1, 13.8, -7.7]
     marks = [(mark.get_color(), mark.get_marker()) for mark, *_ in lines]
-    assert marks == [MARKS[kind][:2] for kind in ("synthetic", "real", "both")]
+    assert marks == [MARKS[kind][:2] for kind in ("synthetic", "real", "real")]
     texts = [text.get_text() for text in figure.findobj(Text)]
     assert "+6.1 (+2.4 to +9.8)" in texts and "-7.7 (-12.0 to +0.1)" in texts
 

@@ -329,7 +329,10 @@ def test_the_first_screen_is_what_was_found_the_gains_and_the_samples(reports):
     title, what, found, sure, best, use, _, gains, *after = reports[0].split("\n\n")
     assert title == "# FU-LoRA on two sites" and what.startswith("ResNet18 learned from images of")
     assert "synthetic ones together helped: 89.6 % right, 50.0 % by all real images (" in found
-    assert "; published +19.31). The best is at 95.8 % without synthetic images, at 89.6 %" in found
+    assert (
+        "; published +19.31). Varying brightness and contrast of the real images, with no" in found
+    )
+    assert found.endswith("The best is at 95.8 % without synthetic images, at 89.6 % with them.")
     assert "2 seeds" in sure and best.startswith(
         "Best at the second site: ResNet18 trained on real"
     )
