@@ -18,7 +18,7 @@ SMALL = {  # what a command is given behind its own flags: the last one counts
     "train_lora.py": "--rank 2 --per-plane 2 --repeats 1 --validation 2",
     "sample.py": "--count 1 --steps 2",
     "classify.py": "--weights none --size 64 --epochs 1 --workers 0 --validation 2",
-    "reproduce.py": "--weights none --seeds 0 --only ES/ResNet18 HB+DA/ResNet18",
+    "reproduce.py": "--weights none --seeds 0 --processes 1 --only ES+DA/ResNet18 HB+DA/ResNet18",
     "planes.sites": "",
     "paper.elsewhere": "",
 }
