@@ -33,7 +33,6 @@ from harness.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, lora_path, model_flags, model_paths
 from lora import LoRAError
-from paper.document import plural
 from paper.material import PHANTOMS, Selections, make_phantoms
 from paper.plan import (
     BEYOND_ROWS,
@@ -49,7 +48,7 @@ from paper.plan import (
     image_kinds,
     probe_rows,
 )
-from paper.preview import DRAW, LEARN, count_stages, figure_ranks, preview
+from paper.preview import DRAW, LEARN, count_stages, figure_ranks, preview, worth_starting
 from paper.report import Context, build
 from paper.results import ResultError, read_result, row_folder
 from paper.stages import Stages
@@ -111,7 +110,7 @@ def parse_args(argv=None):
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
     require_at_least(parser, args, 1, "processes")
-    args.seeds = args.seeds or ([0, 1, 2] if args.quick else [0])
+    args.seeds = [*dict.fromkeys(args.seeds or ([0, 1, 2] if args.quick else [0]))]
     args.weights = args.weights or ("imagenet" if args.model else "none")
     rows = [*(QUICK_ROWS if args.quick else ROWS), *BEYOND_ROWS * args.beyond]
     if args.source:  # nobody has written detailed prompts, nor taught other LoRAs style words
@@ -295,25 +294,12 @@ def main(args):
 
 def work_is_shared(args) -> bool:
     """Starts as many processes as pay, says how many and why, and waits until they have done all;
-    or does none of it, where this is one of them already, or is best alone.
-
-    On a CPU each has one thread, one process too: the last bits depend on that number.
-    """
-    asked = vars(args).pop("processes")
-    if "WORLD_SIZE" in os.environ:
-        return False
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu, told = device == "cpu", "OMP_NUM_THREADS" in os.environ
-    threads = torch.get_num_threads() if told else 1
-    places = torch.cuda.device_count() if device == "cuda" else 1
-    places = max(1, processes.cores() // threads) if on_cpu else places
-    count = asked or min(places, len(args.rows) * len(args.seeds))
-    why = "as --processes says" if asked else f"one to a {'core' if on_cpu else 'GPU'}"
-    if on_cpu:
-        why += f", each with {plural(threads, 'thread')}"
-        why += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
+    or does none of it, where this is one of them already, or is best alone."""
+    if "WORLD_SIZE" in os.environ or (sys.platform == "win32" and not args.processes):
+        return False  # there, torch's launcher works with some of its builds
+    count, why = worth_starting(args)
     print(f"{count} process{'es' * (count > 1)} at work, {why}", flush=True)
-    if count == 1 and (told or not on_cpu):
+    if count == 1 and (torch.get_num_threads() == 1 or "with 1 thread" not in why):
         return False
     processes.launch(count, sys.argv)
     return True
@@ -339,7 +325,8 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         print(f"left out, as the second site has no training images: {', '.join(left_out)}")
     runs = [(row, seed) for row in rows for seed in args.seeds]
     for n, (row, seed) in enumerate(runs):
-        experiment.classify(row, seed, by=n % processes.size())
+        # shifted, or a process would have all of the slowest classifier
+        experiment.classify(row, seed, by=(n + n // processes.size()) % processes.size())
     processes.barrier()
     if not processes.is_first():
         return
@@ -360,6 +347,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     files = args.model, args.vae, args.synthetic, args.lora, args.weights
     hashes = {str(path): sha256(path) for path in files if path and Path(path).is_file()}
     hashes |= {site: selections.digest(kind) for site, kind in zip(names, ("all", "target"))}
+    del args.processes  # of which nothing here depends
     record_environment(args.out, args, hashes)
     about = selections, panels, scale.rank, without, args.seeds[0]
     build(args.out, results, context, describe(args.out, *about) if panels else None)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -19,17 +20,19 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)  # some have hours more to do than others
+LAUNCHER = "LAUNCHED_BY"
+"""The variable that holds the number of the process that started this one (`launch`)."""
+
+LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 _apart = False
 
 
 def cores() -> int:
-    """How many of the CPU's cores this process may use, by its affinity and its container."""
+    """How many of the CPU's cores this process may use, by its affinity and its container
+    (cgroup v2)."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with contextlib.suppress(OSError, ValueError):  # "max" is no number
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -43,25 +46,32 @@ def launch(count: int, command: Sequence[str]) -> None:
 
     What stops this process stops them; they see to it themselves where it is killed (`join`).
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    logging.disable()  # the launcher's
+    # whose import may log too
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    settings = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    if sys.platform in LOOPBACK:  # whatever the machine's name leads to
+        settings["GLOO_SOCKET_IFNAME"] = LOOPBACK[sys.platform]
+    os.environ |= settings | os.environ | {LAUNCHER: str(os.getpid())}
     where = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
-    config = LaunchConfig(1, 1, count, run_id=str(uuid.uuid4()), max_restarts=0, **where)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if sys.platform == "linux":  # whatever the machine's name leads to
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    where |= {"run_id": str(uuid.uuid4()), "signals_to_handle": "SIGINT,SIGTERM,SIGQUIT"}
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with tempfile.TemporaryDirectory() as logs:
+            specs = DefaultLogsSpecs(logs)
+            config = LaunchConfig(1, 1, count, logs_specs=specs, max_restarts=0, **where)
+            elastic_launch(config, sys.executable)(*command)
     except SignalException as stop:
         sys.exit(128 + stop.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            sys.stderr.write(
-                f"{Path(command[0]).name}: process {rank} of {count} was ended by {name}; give the"
-                " same command again\n"
-            )
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        if failure.exitcode >= 0:
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        sys.stderr.write(f"process {rank} of {count} was ended by {name}\n")
+        sys.exit(128 - failure.exitcode)
 
 
 def _end_with(parent: int) -> None:
@@ -79,8 +89,9 @@ def join(together: bool) -> None:
     one line, for what is one process's work (`together` is False), and for a WORLD_SIZE of somebody
     else's making.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if LAUNCHER in os.environ:
+        parent = int(os.environ[LAUNCHER])
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     size = os.environ.get("WORLD_SIZE") or "1"
     if size == "1" or dist.is_initialized():
         return
@@ -129,6 +140,11 @@ def size() -> int:
 def is_first() -> bool:
     """Is this the one that writes what there is one of?"""
     return rank() == 0
+
+
+def speaks() -> bool:
+    """Is this the one whose progress is shown, also while others do something alone?"""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -68,7 +68,7 @@ def run(
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         code = getattr(stop, "code", 130)
-        if code in (130, 143) and processes.is_first():
+        if code > 128 and processes.LAUNCHER not in os.environ:
             again = "--resume goes on" if "resume" in args else "give the same command again"
             sys.stderr.write(f"\n{name}: stopped; {again}\n")
         sys.exit(code)
@@ -155,4 +155,4 @@ def progress(iterable: Iterable | None = None, **settings: object) -> tqdm:
     if not sys.stderr.isatty():
         settings |= dict.fromkeys(("mininterval", "maxinterval", "delay"), MINUTE)
         settings["file"] = LogLines()
-    return tqdm(iterable, disable=not processes.is_first(), **settings)
+    return tqdm(iterable, disable=not processes.speaks(), **settings)

@@ -61,12 +61,12 @@ def _more(baseline: str, plain: str, styled: str) -> tuple[Step, Step]:
     """What synthetic images add to varied contrast."""
     top = "on top of varied contrast: synthetic images"
     return (
-        Step(top, baseline, plain, said=f"On top of that, {PLAIN.lower()}"),
+        Step(top, baseline, plain, said=f"On top of varied contrast, {PLAIN.lower()}"),
         Step(
-            f"{top}, style in their prompts",
+            f"{top}, style in the prompts",
             baseline,
             styled,
-            said=f"On top of that, {STYLED.lower()}",
+            said=f"On top of varied contrast, {STYLED.lower()}",
         ),
     )
 
@@ -75,17 +75,17 @@ STEPS: tuple[Step, ...] = (
     Step("balanced real images and synthetic ones", "ES+DA", "HB+DA", said=TOGETHER),
     Step("of it: balanced real images alone", "ES+DA", "BAL+DA", "real"),
     Step("of it: synthetic images", "BAL+DA", "HB+DA", said=PLAIN),
-    Step("of it: synthetic images, style in their prompts", "BAL+DA", "HB-styles+DA", said=STYLED),
-    Step("both, with prompts that name the style", "ES+DA", "HB-styles+DA"),
-    Step("instead: all classes drawn equally often", "ES+DA", "ES+DA+balanced", "real"),
-    Step("of it: varied brightness and contrast", "BAL+DA", "BAL+DA+contrast", "real", VARIED),
-    Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real", VARIED),
+    Step("the same, style in the prompts", "ES+DA", "HB-styles+DA"),
+    Step("of it: synthetic images", "BAL+DA", "HB-styles+DA", said=STYLED),
     Step("the best augmentation without synthesis", "ES+DA", "BAL+DA+contrast", "real"),
+    Step("of it: brightness and contrast varied", "BAL+DA", "BAL+DA+contrast", "real", VARIED),
     *_more("BAL+DA+contrast", "HB+DA+contrast", "HB-styles+DA+contrast"),
+    Step("instead: all classes drawn equally often", "ES+DA", "ES+DA+balanced", "real"),
+    Step("instead: brightness and contrast varied", "ES+DA", "ES+DA+contrast", "real", VARIED),
     Step("not augmented: balanced real images and synthetic ones", "ES", "HB", said=TOGETHER),
     Step("of it: balanced real images alone", "ES", "BAL", "real"),
     Step("of it: synthetic images", "BAL", "HB", said=PLAIN),
-    Step("of it: synthetic images, style in their prompts", "BAL", "HB-styles", said=STYLED),
+    Step("of it: synthetic images, style in the prompts", "BAL", "HB-styles", said=STYLED),
     Step("not augmented: all real images and synthetic ones", "ES", "HB-all", said=PLAIN),
     Step("not augmented: brightness and contrast varied", "ES", "ES+contrast", "real", VARIED),
     *_more("ES+contrast", "HB+contrast", "HB-styles+contrast"),
@@ -173,11 +173,15 @@ def answer(
     (source, target), scores = names, zero_shot(cells)
     test = next(iter(cells.values()))[0]
     targets, units = test.targets, test.units
-    trained = ", ".join(dict.fromkeys(classifier_name(name) for _, name in scores))
+    real, drawn = ([r for r in scores if bool(DATA[r[0]].synthetic) is n] for n in (False, True))
+    averaged = [classifier_name(c) for c in classifiers if any(row[1] == c for row in scores)]
+    trained = ", ".join(averaged) or "Linear probes"
     first = (
-        f"{trained} learned from images of {source}, with and without synthetic ones. The test is"
-        f" {plural(len(targets), 'image')} of {target}, of whose labels they saw none. One class"
-        f" said of all would be right on {100 * np.bincount(targets).max() / len(targets):.0f} %."
+        f"{trained} learned from images of {source}"
+        f"{', with and without synthetic ones' * bool(drawn)}. The test is"
+        f" {plural(len(targets), 'image')} of {target}; the models compared here saw none of its"
+        " labels. One class said of all would be right on"
+        f" {100 * np.bincount(targets).max() / len(targets):.0f} %."
     )
     told: dict[str, Gain] = {}
     for gain in measure(STEPS, cells, classifiers):
@@ -189,18 +193,20 @@ def answer(
         words = "Whether synthetic images help is not told by these models."
         return [first, words, _best(cells, names)]
     said = [_found(gain, scores, compared) for gain in told.values()]
-    real, drawn = ([r for r in scores if bool(DATA[r[0]].synthetic) is n] for n in (False, True))
-    if real:
+    if real and drawn:
         ends = (f"{100 * scores[rows[0]]:.1f} %" for rows in (real, drawn))
-        said.append("The best is at {} without synthetic images, at {} with them.".format(*ends))
-    seeds = max(gain.seeds for gain in told.values())
-    networks = max(len(gain.classifiers) for gain in told.values())
-    over = f"{units}{f' and {seeds} seeds' * (seeds > 1)}"
-    over += f", averaged over {networks} networks" * (networks > 1)
+        best = "The best single model is at {} without synthetic images, at {} with them."
+        said.append(best.format(*ends))
+    seeds = sorted({gain.seeds for gain in told.values()})
+    networks = sorted({len(gain.classifiers) for gain in told.values()})
+    many = seeds[-1] > 1
+    over = f"{units} and {' or '.join(map(str, seeds))} seeds" if many else f"{units} alone"
+    if networks[-1] > 1:
+        over += f", averaged over {' or '.join(map(str, networks))} networks"
+    kept = "The LoRA and the synthetic images" if many else "Networks, LoRA and synthetic images"
     sure = (
-        f"In brackets: what a difference may be, in points (95 % intervals over {over}). The LoRA"
-        " and the synthetic images are taken as they are: what making them anew would change is in"
-        " no interval."
+        f"In brackets: what a difference may be, in points (95 % intervals over {over}). {kept} are"
+        " taken as they are: what making them anew would change is in no interval."
     )
     return [first, " ".join(said), sure, _best(cells, names)]
 

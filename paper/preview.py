@@ -1,8 +1,11 @@
 """What a reproduction would run, and what is missing for it on this machine."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import product
+
+import torch
 
 from classify.models import MODELS, imagenet_file
 from harness.processes import cores
@@ -28,6 +31,26 @@ CPU_LORA, CPU_SAMPLE = 0.042, 0.39
 
 LEARN, DRAW = "a LoRA", "images"
 """What a stage is that trains no classifier."""
+
+
+def worth_starting(args) -> tuple[int, str]:
+    """How many processes shall share the work, and why.
+
+    One to a GPU; on a CPU one to a core, each with one thread, a single one too: the last bits
+    depend on that number. Not of a large model, whose weights each would hold.
+    """
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = args.processes
+    runs, place, each = len(args.rows) * len(args.seeds), "GPU", ""
+    places = torch.cuda.device_count() if device == "cuda" else 1
+    if device == "cpu":
+        given = "OMP_NUM_THREADS" in os.environ or bool(args.model and not asked)
+        threads, place = torch.get_num_threads() if given else 1, "core"
+        each = f", each with {plural(threads, 'thread')}"
+        each += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
+        places = max(1, cores() // threads)
+    why = "as --processes says" if asked else f"one to a {place if places <= runs else 'row'}"
+    return asked or min(places, runs), why + each
 
 
 def figure_ranks(args, scale: Scale) -> tuple[int, ...]:
@@ -128,8 +151,8 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         state += missing_weights(name for name in classifiers if name in MODELS)
     state += missing_weights(["inception_v3"])
     if scale is not PAPER:  # of which nobody has measured a GPU
-        minutes, count = cpu_minutes(args, scale, left, drawn), cores()
-        on = f"on {plural(count, 'CPU core')}, each with one process (--processes)"
+        minutes, (count, why) = cpu_minutes(args, scale, left, drawn), worth_starting(args)
+        on = f"on {plural(count, 'CPU core')}, {why}"
         state.append(f"training and drawing: {minutes / count:.0f} minutes {on}")
     wide = max(len(row.name) for row in rows)
     table = [f"{name:{wide}}" + "".join(f"{cell:>13}" for cell in line) for name, *line in lines]

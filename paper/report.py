@@ -93,8 +93,8 @@ READING = (
 GAIN = (
     "Differences between data models, averaged over the classifiers that both have; the verdict is"
     " on accuracy. Balanced real images and synthetic ones differ from all real images in two ways;"
-    " the two parts, told after 'of it', add up over the same classifiers. What begins with"
-    " 'instead' needs no synthetic image."
+    " 'balanced real images alone' and a part told after 'of it' add up over the same classifiers."
+    " What begins with 'instead' needs no synthetic image."
 )
 CONFUSION = (
     "Each row of a matrix is a true class: percent of its images by prediction, over all seeds."

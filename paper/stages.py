@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from math import ceil
 from pathlib import Path
 from statistics import mean
 
@@ -28,7 +29,8 @@ class Stages:
         self.say = say  # is told each command before it runs
         self.ahead = Counter(ahead)  # stages to come, of all processes, by what they are
         self.count, self.began = self.ahead.total(), time.monotonic()
-        self.minutes: dict[str, list[float]] = {}  # that each stage took, by what it was
+        # that each stage took, by what it was, and how many are done at once
+        self.minutes: dict[tuple[str, int], list[float]] = {}
         self.common = common  # flags of every stage
         # commands of this run, which several others may need
         self.seen: set[tuple[str, ...]] = set()
@@ -82,10 +84,9 @@ class Stages:
             began = time.monotonic()
             module["main"](args)
             processes.barrier()  # for the first, which writes
-        # others do as many more of them meanwhile
-        shares = processes.size() if by is not None else 1
-        taken = (time.monotonic() - began) / 60 / shares
-        self.minutes.setdefault(what, []).append(taken)
+        # where each process has its own, as many are done at once
+        at_once = 1 if by is None else processes.size()
+        self.minutes.setdefault((what, at_once), []).append((time.monotonic() - began) / 60)
         return out
 
     def _progress(self, what: str) -> str:
@@ -93,12 +94,13 @@ class Stages:
         as those of their kind did that were run."""
         if not self.count:
             return ""
-        number, known = 1 + self.count - self.ahead.total(), self.minutes
-        left = sum(n * mean(known[kind]) for kind, n in self.ahead.items() if kind in known)
-        least = "about" if {kind for kind, n in self.ahead.items() if n} <= {*known} else "at least"
+        number, known = 1 + self.count - self.ahead.total(), {kind for kind, _ in self.minutes}
+        turns = {key: ceil(self.ahead[key[0]] / key[1]) for key in self.minutes}
+        left = sum(turns[key] * mean(minutes) for key, minutes in self.minutes.items())
+        least = "about" if {kind for kind, n in self.ahead.items() if n} <= known else "at least"
         self.ahead[what] -= 1
         gone = f"{(time.monotonic() - self.began) / 60:.0f} min so far"
-        more = f", {least} {left:.0f} min left" if known else ""
+        more = f", {least} {left:.0f} min left" if known and left >= 0.5 else ""
         return f"stage {number} of {self.count} ({what}), {gone}{more}\n"
 
 

@@ -92,11 +92,13 @@ def test_seeds_and_weights_follow_from_what_is_asked_for():
     "flags, cores, threads, count, line",
     [
         ("--quick", 2, None, 2, "2 processes at work, one to a core, each with 1 thread"),
-        ("--quick --only BAL+DA", 8, None, 3, "3 processes at work, one to a core"),
+        ("--quick --only BAL+DA", 8, None, 3, "3 processes at work, one to a row"),
         ("--quick", 8, 4, 2, "2 processes at work, one to a core, each with 4 threads"),
         ("--processes 3", 1, None, 3, "3 processes at work, as --processes says"),
         ("", 1, None, 1, "1 process at work, one to a core, each with 1 thread"),
         ("", 1, 1, 0, "1 process at work, one to a core, each with 1 thread"),
+        ("--quick --only BAL+DA --seeds 0", 8, None, 1, "1 process at work, one to a row"),
+        ("--quick --model x", 8, 8, 0, "1 process at work, one to a core, each with 8"),
     ],
 )
 def test_as_many_processes_as_pay_share_the_work_each_with_one_thread(
@@ -107,8 +109,8 @@ def test_as_many_processes_as_pay_share_the_work_each_with_one_thread(
         monkeypatch.delenv(name, raising=False)
     if threads:
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        monkeypatch.setattr("torch.get_num_threads", lambda: threads)
-    monkeypatch.setattr("harness.processes.cores", lambda: cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads or 2)
+    monkeypatch.setattr("paper.preview.cores", lambda: cores)
     monkeypatch.setattr("harness.processes.launch", lambda n, command: started.append(n))
     shared = reproduce.work_is_shared(reproduce.parse_args(flags))
     assert (started, shared) == ([count] * bool(count), bool(count))
@@ -132,7 +134,7 @@ def test_the_embedded_default_has_a_tenth_of_the_papers_images_in_its_proportion
     for data, row in rows.items():
         synthetic = "500" if data.startswith("HB") else "0"
         assert row == ["615" if data.startswith("ES") else "115", synthetic, "0", "1"]
-    assert len(rows) == 13 and "68 rows x 1 seeds" in text and "CPU cores, each with one" in text
+    assert len(rows) == 13 and "68 rows x 1 seeds" in text and "minutes on" in text
     assert cells(text)["ES+AF/ViT b16"] == ["615", "0", "234", "1"]
     assert not (tmp_path / "runs").exists()
 

@@ -332,7 +332,9 @@ def test_the_first_screen_is_what_was_found_the_gains_and_the_samples(reports):
     assert (
         "; published +19.31). Varying brightness and contrast of the real images, with no" in found
     )
-    assert found.endswith("The best is at 95.8 % without synthetic images, at 89.6 % with them.")
+    assert found.endswith(
+        "The best single model is at 95.8 % without synthetic images, at 89.6 % with them."
+    )
     assert "2 seeds" in sure and best.startswith(
         "Best at the second site: ResNet18 trained on real"
     )

@@ -1,5 +1,6 @@
 """reproduce.py in processes that it starts itself: the same report, and nobody left behind."""
 
+import contextlib
 import os
 import random
 import signal
@@ -65,17 +66,18 @@ def test_one_process_and_two_make_the_same_report_and_one_that_is_stopped_goes_o
     assert said.startswith("1 process at work, as --processes says, each with 1 thread; load of")
     (sites / "run").rename(sites / "alone")
     rng, stopped = random.Random(), 0
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
         run = start(sites, tiny_model, ("--processes", "2"))
         begun = next(line for line in run.stdout if line.startswith("stage "))
-        time.sleep(rng.uniform(0, 5))
+        time.sleep(rng.uniform(0, 4))
+        # one of those that work, or the first, which passes it on or is missed by them
         others = [pid for pid in alive(sites) if pid != run.pid]
-        # of one of those that work, or of the first, which passes it on
-        target = rng.choice(others) if others and number == signal.SIGKILL else run.pid
-        os.kill(target, number)
+        target = rng.choice(others) if number == signal.SIGKILL and not stopped % 2 else run.pid
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(target, number)
         said, _ = run.communicate()
         stopped += run.returncode != 0
-        assert begun and "Traceback" not in said, said
+        assert begun and "Traceback" not in said and said.count("stopped; ") <= 1, said
         assert run.returncode in (0, -number, 128 + number), said
         assert not alive(sites)
     assert stopped
@@ -83,7 +85,7 @@ def test_one_process_and_two_make_the_same_report_and_one_that_is_stopped_goes_o
     assert again == alone and "done before" in said
 
 
-def test_what_is_wrong_is_told_once_and_nobody_outlives_the_first(sites, tiny_model):
+def test_what_is_wrong_is_told_once_and_nobody_is_left(sites, tiny_model):
     (sites / "shed" / "bolt" / "0.png").write_bytes(b"x")
     run = start(sites, tiny_model, ("--processes", "2"))
     said, _ = run.communicate()
