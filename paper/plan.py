@@ -231,10 +231,10 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
 )
 QUICK = replace(
     EMBEDDED,
-    repeats=30,
+    repeats=26,
     count=16,
     without=2,
     sample="--guidance-scale 2 --batch-size 20",  # a shorter LoRA wants more
     beyond="--steps 200 --batch-size 20",
-    passes=dict.fromkeys(CLASSIFIERS, 1600),
+    passes=dict.fromkeys(CLASSIFIERS, 1500),
 )
