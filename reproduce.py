@@ -289,7 +289,9 @@ def main(args):
                     if args.weights != "none":  # hours before they would be missed
                         read_weights(name, args.weights)
             processes.barrier()
-        reproduce(args, scale, Selections(roots, *choice))
+        reproduce(
+            args, scale, Selections(roots, *choice, phantoms=not (args.spanish or args.source))
+        )
 
 
 def work_is_shared(args) -> bool:
@@ -333,13 +335,13 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
 
     # report.html, report.md, results.csv, figures/ and environment.json
     results = [read_result(args.out, *run) for run in runs]
-    names, phantoms = selections.names, not args.spanish and not args.source
+    names = selections.names
     context = Context(
         "the embedded miniature model" if args.model is None else Path(args.model).name,
-        "phantoms of two sites" if phantoms else " and ".join(names),
+        "phantoms, procedural ultrasound images" if selections.phantoms else " and ".join(names),
         f"python {shlex.join(PROCESSES.parse_known_args(sys.argv)[1])}",
         scale.left_out,
-        names=("site A", "site B") if phantoms else tuple(names),
+        names=tuple(names),
         own=args.source is not None,
         tests=selections.target(train=False),
         compared=args.spanish is not None,

@@ -34,7 +34,7 @@ are taken for the class of their prompt."""
 
 PLAIN = "Synthetic images with plain prompts"
 STYLED = "Synthetic images whose prompts name brightness and contrast"
-VARIED = "Varying brightness and contrast of the real images, with no generative model,"
+VARIED = "Real images whose brightness and contrast are varied at random, with no generative model"
 TOGETHER = "Balanced real images and synthetic ones together"
 
 
@@ -61,12 +61,12 @@ def _more(baseline: str, plain: str, styled: str) -> tuple[Step, Step]:
     """What synthetic images add to varied contrast."""
     top = "on top of varied contrast: synthetic images"
     return (
-        Step(top, baseline, plain, said=f"On top of varied contrast, {PLAIN.lower()}"),
+        Step(top, baseline, plain, said=f"Added to these, {PLAIN.lower()}"),
         Step(
             f"{top}, style in the prompts",
             baseline,
             styled,
-            said=f"On top of varied contrast, {STYLED.lower()}",
+            said=f"Added to these, {STYLED.lower()}",
         ),
     )
 
@@ -92,10 +92,10 @@ STEPS: tuple[Step, ...] = (
 )
 AUGMENTED = tuple(step for step in STEPS if "+DA" in step.baseline)
 VERDICTS = {
-    "one seed cannot tell": "may or may not help (one seed cannot tell)",
+    "one seed cannot tell": "inconclusive, as one seed cannot tell",
     "better": "helped",
     "worse": "did harm",
-    "not shown": "made no sure difference",
+    "not shown": "inconclusive",
 }
 SITES = "the first site", "the second site"  # where a user has not named them
 WITH_LORA, JUDGE = "with LoRA", "resnet18"
@@ -177,10 +177,10 @@ def answer(
     averaged = [classifier_name(c) for c in classifiers if any(row[1] == c for row in scores)]
     trained = ", ".join(averaged) or "Linear probes"
     first = (
-        f"{trained} learned from images of {source}"
-        f"{', with and without synthetic ones' * bool(drawn)}. The test is"
-        f" {plural(len(targets), 'image')} of {target}; the models compared here saw none of its"
-        " labels. One class said of all would be right on"
+        f"{trained}: trained on images of {source}"
+        f"{', with or without synthetic ones' * bool(drawn)}, and tested on"
+        f" {plural(len(targets), 'image')} of {target}, whose labels trained none of the models"
+        f" compared here. One class said of all would be right on"
         f" {100 * np.bincount(targets).max() / len(targets):.0f} %."
     )
     told: dict[str, Gain] = {}
@@ -195,7 +195,7 @@ def answer(
     said = [_found(gain, scores, compared) for gain in told.values()]
     if real and drawn:
         ends = (f"{100 * scores[rows[0]]:.1f} %" for rows in (real, drawn))
-        best = "The best single model is at {} without synthetic images, at {} with them."
+        best = "The best mean over seeds is {} without synthetic images, {} with them."
         said.append(best.format(*ends))
     seeds = sorted({gain.seeds for gain in told.values()})
     networks = sorted({len(gain.classifiers) for gain in told.values()})
@@ -205,7 +205,7 @@ def answer(
         over += f", averaged over {' or '.join(map(str, networks))} networks"
     kept = "The LoRA and the synthetic images" if many else "Networks, LoRA and synthetic images"
     sure = (
-        f"In brackets: what a difference may be, in points (95 % intervals over {over}). {kept} are"
+        f"In brackets: the difference and its 95 % interval, in points, over {over}. {kept} are"
         " taken as they are: what making them anew would change is in no interval."
     )
     return [first, " ".join(said), sure, _best(cells, names)]
@@ -218,10 +218,10 @@ def _found(gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
     ours, other = (f"{100 * share:.1f} %" for share in right)
     together = gain.step.said == TOGETHER
     published = f"; published {100 * gain.published:+.2f}" * (together and compared)
+    before = f"{other} with all real images" if together else other
     return (
-        f"{gain.step.said} {VERDICTS[gain.verdict]}: {ours} right, {other}"
-        f" {'by all real images' if together else 'without'}"
-        f" ({points_between(gain.accuracy)}{published})."
+        f"{gain.step.said}: {VERDICTS[gain.verdict]}, from {before} to {ours} right"
+        f" ({100 * gain.accuracy.value:+.1f}; {points_between(gain.accuracy)}{published})."
     )
 
 
@@ -233,8 +233,8 @@ def _best(cells: Cells, names: tuple[str, str]) -> str:
     held_out = f", and on {100 * home:.1f} % of images held out at {source}" * (home >= 0)
     return (
         f"Best at {target}: {_called(best, names)}. It is right on {100 * found.mean:.1f} %"
-        f" (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}; somewhat flattered, as"
-        f" these images chose it){held_out}."
+        f" (95 % interval {100 * found.low:.1f} to {100 * found.high:.1f}; optimistic, as these"
+        f" same images chose it){held_out}."
     )
 
 

@@ -50,6 +50,7 @@ class Selections:
         site at most as many as its rarest class has
     own: are they a user's own sites (`planes.sites`), and not in the layouts of the paper's
         datasets?
+    phantoms: are they phantoms of site A and site B?
     """
 
     roots: tuple[Path, Path]
@@ -57,6 +58,7 @@ class Selections:
     per_plane: Mapping[str, int | None]
     seed: int
     own: bool = False
+    phantoms: bool = False
 
     @cached_property
     def held_out(self) -> float:
@@ -80,7 +82,7 @@ class Selections:
     @property
     def names(self) -> list[str]:
         """What the two are called."""
-        return told_apart(*self.roots)
+        return ["site A", "site B"] if self.phantoms else told_apart(*self.roots)
 
     @cached_property
     def classes(self) -> tuple[str, ...]:

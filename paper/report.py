@@ -152,7 +152,7 @@ def build(
         blocks += doubts(cells, names, found.recognised)
         file = cells[best][0].folder / "model.safetensors"
         use = ["--classifier", str(file), "--predict", "FOLDER", "--out", "runs/new"]
-        blocks += [f"The best one is {file}. To let it say what each image of a folder is:"]
+        blocks += [f"With its first seed, it is {file}. To classify the images of a folder:"]
         blocks += [command(shlex.join(["python", "classify.py", *use]))]
     if shown := measure(AUGMENTED, cells, averaged):
         blocks.append(_gain_picture(out, shown, context.names))
@@ -208,7 +208,7 @@ def _gain_picture(out: Path, gains: Sequence[Gain], names: tuple[str, str]) -> s
         step, found = gain.step, gain.accuracy
         percent = (100 * number for number in (found.value, found.low, found.high))
         points.append(Point(f"{step.what}\n{step.against(names)}", *percent, step.kind))
-    caption = "Where the gain comes from: accuracy of one data model less another's."
+    caption = "Accuracy with one training set less that with another; bars are 95 % intervals."
     return draw(out, "gain.png", forest_figure(points, "difference in accuracy, points"), caption)
 
 
