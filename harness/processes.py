@@ -152,10 +152,20 @@ def share(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: size()]
 
 
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    """Ends this process, as SIGTERM does, where another one has ended that it would meet."""
+    try:
+        yield
+    except RuntimeError:  # gloo's and NCCL's word for a closed connection
+        sys.exit(128 + signal.SIGTERM)
+
+
 def barrier() -> None:
     """Until all are here."""
     if _together():
-        dist.barrier()
+        with _meeting():
+            dist.barrier()
 
 
 def broadcast(value: bool) -> bool:
@@ -163,7 +173,8 @@ def broadcast(value: bool) -> bool:
     if not _together():
         return value
     told = [value]
-    dist.broadcast_object_list(told)
+    with _meeting():
+        dist.broadcast_object_list(told)
     return told[0]
 
 
@@ -178,7 +189,8 @@ def all_reduce(parameters: Sequence[nn.Parameter], *numbers: float) -> Sequence[
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     tensors = [*gradients, torch.tensor(numbers, dtype=torch.float32, device=parameters[0].device)]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
+    with _meeting():
+        dist.all_reduce(flat)
     parts = flat.split([tensor.numel() for tensor in tensors])
     for parameter, part in zip(parameters, parts):
         parameter.grad = part.view_as(parameter)

@@ -57,6 +57,7 @@ def test_every_script_keeps_out_of_a_folder_that_is_held(held, script):
     main = runpy.run_path(str(ROOT / f"{script}.py"), run_name="refused")["main"]
     # what reproduce.py asks first
     before = dict.fromkeys(("model", "manifests", "plan", "source", "spanish", "african"))
+    before |= {"processes": 1, "device": "cpu", "rows": (), "seeds": ()}
     with refused(OSError, rf"process {process.pid} on .* is at work there"):
         main(Namespace(out=out, quick=True, seed=0, **before))
     assert [path.name for path in out.iterdir()] == [LOCK]

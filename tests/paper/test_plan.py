@@ -296,6 +296,17 @@ def test_every_stage_gets_the_flags_of_its_row_and_of_the_base_model(tmp_path):
     }
 
 
+def test_the_minutes_that_are_left_are_those_of_stages_of_the_same_kind():
+    stages = Stages(print, ahead={"a LoRA": 5, "images": 1})
+    assert stages._progress("a LoRA") == "stage 1 of 6 (a LoRA), 0 min so far\n"
+    stages.minutes["a LoRA", 2] = [3.0, 5.0]  # by two processes at once
+    line = "stage 2 of 6 (a LoRA), 0 min so far, at least 8 min left\n"
+    assert stages._progress("a LoRA") == line
+    stages.minutes["images", 1] = [1.0]
+    line = "stage 3 of 6 (images), 0 min so far, about 9 min left\n"
+    assert stages._progress("images") == line
+
+
 def test_a_stage_is_done_until_its_arguments_or_what_it_reads_change(tmp_path):
     asked = {"images": "1f", "arguments": {"steps": 3}}
     assert not is_done(tmp_path, asked)

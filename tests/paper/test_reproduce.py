@@ -82,8 +82,6 @@ def test_a_run_goes_on_where_it_was_stopped_and_does_nothing_twice(made):
     assert again.count("\n$ python") == again.count("done before") == 13
     numbers = [f"stage {n} of 13 (" for n in range(1, 14)]
     assert re.findall(r"^stage \d+ of \d+ \(", again, re.M) == numbers
-    timed = re.findall(r"min so far, (?:about|at least) \d+ min left$", went_on, re.M)
-    assert len(timed) == 6
     assert "left out, as the second site has no training images: AF/mobilenet_v2" in again
 
 
@@ -106,7 +104,7 @@ def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
     said = report + (out / "results.csv").read_text(encoding="utf-8")
     fetal = r"fetal|fetus|abdomen|thorax|spanish|spain|africa|phantom|published"
     assert not re.search(fetal, said, re.IGNORECASE)
-    assert report.startswith("# FU-LoRA on workshop and shed\n\nResNet18, mobilenet_v2 (linear")
+    assert report.startswith("# FU-LoRA on workshop and shed\n\nResNet18: trained on images")
     assert "shed has no washer" in report
     real = "real images of workshop"
     probe, augmented = f"{real} | mobilenet_v2 (linear probe)", f"{real}, augmented; with LoRA"
