@@ -4,6 +4,7 @@ log can hold."""
 import contextlib
 import errno
 import functools
+import logging
 import os
 import platform
 import sys
@@ -54,6 +55,8 @@ def run(
         processes.join(together)
         if not processes.is_first():
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, one of many speaks
+            warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)
         args = parse_args()
         if processes.size() > 1 and "batch_size" in args:
             sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
