@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import product
 
 import torch
@@ -12,22 +12,10 @@ from harness.processes import cores
 from ldm.cli import describe_models
 from paper.document import plural
 from paper.material import PHANTOMS, Selections
-from paper.plan import PAPER, RANKS, Row, Scale, image_kinds
+from paper.plan import RANKS, Row, Scale, image_kinds
 from paper.results import row_folder
 from planes import PLANES
 from planes.datasets import DatasetError, require_images
-
-# Seconds of one CPU core, measured: an image in a classifier's training at 64 px; in a LoRA's, and
-# sampled, at 96.
-CPU_PASS = {
-    "densenet169": 0.020,
-    "mobilenet_v2": 0.0049,
-    "efficientnet_b0": 0.0096,
-    "resnet18": 0.0085,
-    "vit_b_16": 0.086,
-}
-CPU_LORA, CPU_SAMPLE = 0.042, 0.39
-
 
 LEARN, DRAW = "a LoRA", "images"
 """What a stage is that trains no classifier."""
@@ -109,19 +97,6 @@ def real_counts(row: Row, scale: Scale, selections: Selections | None) -> tuple[
         return "?", "?"
 
 
-def cpu_minutes(args, scale: Scale, left: Mapping[Row, int], drawn: int) -> float:
-    """Of the trainings and the drawing that are left, on one core, but for the ranks that figure 3
-    alone shows. drawn: images of a kind."""
-    given = {"", "lora"} if args.synthetic else {""}
-    kinds = {row.data.synthetic for row, runs in left.items() if runs} - given
-    loras = 0 if args.lora else len(kinds)
-    seconds = 100 * scale.repeats * loras * CPU_LORA + drawn * len(kinds) * CPU_SAMPLE
-    for row, runs in left.items():
-        if row.classifier in scale.passes:
-            seconds += runs * scale.passes[row.classifier] * CPU_PASS[row.classifier]
-    return seconds / 60
-
-
 def preview(args, scale: Scale, selections: Selections | None) -> str:
     """The plan as text.
 
@@ -150,10 +125,8 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)
     state += missing_weights(["inception_v3"])
-    if scale is not PAPER:  # of which nobody has measured a GPU
-        minutes, (count, why) = cpu_minutes(args, scale, left, drawn), worth_starting(args)
-        on = f"on {plural(count, 'CPU core')}, {why}"
-        state.append(f"training and drawing: {minutes / count:.0f} minutes {on}")
+    count, why = worth_starting(args)
+    state.append(f"processes: {count}, {why}")
     wide = max(len(row.name) for row in rows)
     table = [f"{name:{wide}}" + "".join(f"{cell:>13}" for cell in line) for name, *line in lines]
     title = f"{len(rows)} rows x {len(args.seeds)} seeds, recipe {args.recipe}"

@@ -194,7 +194,6 @@ def build(
         blocks.append(tables.recognised_table(found.recognised, own))
     for title, figure in list(found.figures.items())[1:]:
         blocks += [f"### {title}", figure]
-    blocks += ["### Where each model lies", tables.folders_table(named)]
 
     with whole_file(out / "results.csv") as part:
         write_table(part, tables.csv_rows(results))

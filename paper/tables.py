@@ -110,12 +110,6 @@ def class_table(cells: Named) -> str:
     return table(header, body, labels=3)
 
 
-def folders_table(cells: Named) -> str:
-    """The folder of each row's first run."""
-    lines = [[*names, runs[0].folder] for names, runs in cells.items()]
-    return table([*LABELS, "Folder"], lines, labels=3)
-
-
 def quality_table(rows: Sequence[Mapping[str, object]]) -> str:
     """Fréchet and kernel distances, precision, recall, density, coverage, two-sample test, by class
     and sampler: rows of eval.quality.quality_table."""

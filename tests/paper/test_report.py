@@ -357,7 +357,7 @@ def test_the_decomposition_and_the_details_are_of_what_was_run(reports):
     (token,) = lines(gains, "other synthetic images", "HB-token+DA against HB+DA")
     assert token[4] == "one seed cannot tell"
     titles = re.findall(r"^### (.*)$", text, re.M)
-    assert len(titles) == 7 and titles[-2] == "Figure 3"
+    assert len(titles) == 6 and titles[-1] == "Figure 3"
     quality = section(text, "How close the synthetic images are to real ones")
     numbers = ["20", "9", "12.3", "0.0123", *["0.75"] * 5, "1e-09"]
     assert lines(quality, "brain") == [["brain", "unipc", *numbers]]

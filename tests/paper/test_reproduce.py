@@ -95,7 +95,7 @@ def test_the_plan_counts_what_is_there_and_what_is_left(made, capsys):
     rows = {line.split("  ")[0]: line.split()[1:] for line in said.splitlines() if "/" in line}
     assert rows["ES+DA/ResNet18"][-4:] == ["15", "0", "0", "done"]
     assert rows["HB+DA/ResNet18"] == ["9", "96", "0", "1"]
-    assert "shop: 15 images" in said and "minutes on 1 CPU core, as --processes says, each" in said
+    assert "shop: 15 images" in said and "- processes: 1, as --processes says, each" in said
 
 
 def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
