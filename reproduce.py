@@ -112,7 +112,8 @@ def parse_args(argv=None):
     require_at_least(parser, args, 1, "processes")
     args.seeds = [*dict.fromkeys(args.seeds or ([0, 1, 2] if args.quick else [0]))]
     args.weights = args.weights or ("imagenet" if args.model else "none")
-    rows = [*(QUICK_ROWS if args.quick else ROWS), *BEYOND_ROWS * args.beyond]
+    rows = [row for row in ROWS if row.classifier == "resnet18" or not args.quick]
+    rows = [*(QUICK_ROWS if args.quick and not args.only else rows), *BEYOND_ROWS * args.beyond]
     if args.source:  # nobody has written detailed prompts, nor taught other LoRAs style words
         unknown = "prompts", "styles" if args.lora else "prompts"
         rows = [row for row in rows if row.data.synthetic not in unknown]

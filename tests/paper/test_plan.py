@@ -119,6 +119,13 @@ def test_as_many_processes_as_pay_share_the_work_each_with_one_thread(
         reproduce.parse_args(["--processes", "0"])
 
 
+def test_the_quick_run_of_chosen_rows_knows_every_row_of_its_classifier():
+    args = reproduce.parse_args(["--quick", "--only", "ES", "HB+DA", "HB+DA+contrast/ResNet18"])
+    assert [row.name for row in args.rows] == [
+        f"{data}/ResNet18" for data in ("ES", "HB+DA", "HB+DA+contrast")
+    ]
+
+
 def plan(capsys, *flags) -> str:
     reproduce.main(reproduce.parse_args(["--plan", *map(str, flags)]))
     return capsys.readouterr().out
