@@ -300,9 +300,9 @@ def work_is_shared(args) -> bool:
     or does none of it, where this is one of them already, or is best alone."""
     if "WORLD_SIZE" in os.environ or (sys.platform == "win32" and not args.processes):
         return False  # there, torch's launcher works with some of its builds
-    count, why = worth_starting(args)
+    count, threads, why = worth_starting(args)
     print(f"{count} process{'es' * (count > 1)} at work, {why}", flush=True)
-    if count == 1 and (torch.get_num_threads() == 1 or "with 1 thread" not in why):
+    if count == 1 and threads in (0, torch.get_num_threads()):
         return False
     processes.launch(count, sys.argv)
     return True

@@ -154,10 +154,11 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 @contextlib.contextmanager
 def _meeting() -> Iterator[None]:
-    """Ends this process, as SIGTERM does, where another one has ended that it would meet."""
+    """Ends this process, as SIGTERM does, where one that it would meet has ended; says why."""
     try:
         yield
-    except RuntimeError:  # gloo's and NCCL's word for a closed connection
+    except RuntimeError as error:  # gloo's and NCCL's word for a closed connection
+        sys.stderr.write(f"the other processes cannot be met: {str(error).splitlines()[0]}\n")
         sys.exit(128 + signal.SIGTERM)
 
 

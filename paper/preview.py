@@ -21,15 +21,16 @@ LEARN, DRAW = "a LoRA", "images"
 """What a stage is that trains no classifier."""
 
 
-def worth_starting(args) -> tuple[int, str]:
-    """How many processes shall share the work, and why.
+def worth_starting(args) -> tuple[int, int, str]:
+    """How many processes shall share the work, with how many threads each (0: as it comes), and
+    why.
 
     One to a GPU; on a CPU one to a core, each with one thread, a single one too: the last bits
     depend on that number. Not of a large model, whose weights each would hold.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     asked = args.processes
-    runs, place, each = len(args.rows) * len(args.seeds), "GPU", ""
+    runs, place, threads, each = len(args.rows) * len(args.seeds), "GPU", 0, ""
     places = torch.cuda.device_count() if device == "cuda" else 1
     if device == "cpu":
         given = "OMP_NUM_THREADS" in os.environ or bool(args.model and not asked)
@@ -38,7 +39,7 @@ def worth_starting(args) -> tuple[int, str]:
         each += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
         places = max(1, cores() // threads)
     why = "as --processes says" if asked else f"one to a {place if places <= runs else 'row'}"
-    return asked or min(places, runs), why + each
+    return asked or min(places, runs), threads, why + each
 
 
 def figure_ranks(args, scale: Scale) -> tuple[int, ...]:
@@ -125,7 +126,7 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         classifiers = dict.fromkeys(row.classifier for row in rows)
         state += missing_weights(name for name in classifiers if name in MODELS)
     state += missing_weights(["inception_v3"])
-    count, why = worth_starting(args)
+    count, _, why = worth_starting(args)
     state.append(f"processes: {count}, {why}")
     wide = max(len(row.name) for row in rows)
     table = [f"{name:{wide}}" + "".join(f"{cell:>13}" for cell in line) for name, *line in lines]
