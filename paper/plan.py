@@ -215,7 +215,7 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
         "--layers locon --lr 2e-3 --schedule cosine --debiased-estimation-loss --batch-size 20 "
         "--guidance-scale 1.5"
     ),
-    repeats=140,
+    repeats=120,
     rank=32,
     # alpha = r adds up r matrices of rank 1: at 2e-3 the loss of 128 goes from 0.04 to 2
     rates={128: 5e-4},
@@ -224,7 +224,7 @@ EMBEDDED = Scale(  # a tenth of the paper's numbers of images, but for the LoRA'
     classify="--size 64 --lr 5e-3 --schedule cosine",
     beyond="--steps 700 --batch-size 20",
     # a pass through ViT takes ten times as long as through ResNet18, and learns little here
-    passes=dict.fromkeys(CLASSIFIERS, 6000) | {"vit_b_16": 300},
+    passes=dict.fromkeys(CLASSIFIERS, 4000) | {"vit_b_16": 200},
     left_out={
         "vit_b_16": "from random weights, on a few hundred images of 64 px, it stays near chance"
     },
