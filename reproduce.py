@@ -33,7 +33,8 @@ from harness.script import alone_in, run
 from ldm import CheckpointError
 from ldm.cli import add_model_arguments, lora_path, model_flags, model_paths
 from lora import LoRAError
-from paper.material import PHANTOMS, Selections, make_phantoms
+from paper.gain import JUDGE
+from paper.material import Selections, make_phantoms
 from paper.plan import (
     BEYOND_ROWS,
     CLASSIFIERS,
@@ -109,6 +110,8 @@ def parse_args(argv=None):
         parser.error("--source and --target belong together, and not to --spanish and --african")
     if args.manifests and not args.spanish:
         parser.error("--manifests lists real images: give --spanish and --african too")
+    if args.prompt_template and not args.source:
+        parser.error("--prompt-template belongs to --source")
     require_at_least(parser, args, 1, "processes")
     args.seeds = [*dict.fromkeys(args.seeds or ([0, 1, 2] if args.quick else [0]))]
     args.weights = args.weights or ("imagenet" if args.model else "none")
@@ -164,6 +167,10 @@ class Experiment:
         flags += ("--style-words",) * styles + ("--resume",)
         name = f"lora{'_styles' * styles}_r{rank}"
         return self.learn("train_lora", name, *flags) / "lora.safetensors"
+
+    def called(self, rank: int) -> str:
+        """The LoRA of this rank, or the one that is given, as figures name it."""
+        return Path(self.args.lora).name if self.args.lora else f"r = {rank}"
 
     def beyond(self, method: str, token: str, *flags: object, **inputs: str) -> Path:
         """The folder of what Textual Inversion or DreamBooth learned."""
@@ -256,7 +263,7 @@ def look(args, scale: Scale, selections: Selections | None, say=None) -> str:
     given = {"", "lora" if args.synthetic else ""}
     if not {row.data.synthetic for row in args.rows} - given and (args.only or args.synthetic):
         count = 0  # nothing is drawn
-    elif not template and args.lora and (file := prompts_file([args.lora])):
+    elif not (template or args.beyond) and args.lora and (file := prompts_file([args.lora])):
         read_prompts(str(file), dict.fromkeys(selections.classes))
     else:
         prompts = prompts_of(selections.classes, template)
@@ -278,12 +285,12 @@ def main(args):
     if work_is_shared(args):
         return
     with alone_in(args.out):
-        # the first of several processes makes and fetches, the others find it there
+        if not roots[0]:
+            print("phantoms of two sites", flush=True)
+            roots = make_phantoms(args.out / "phantoms", args.seed)
+        # the first of several processes fetches, the others find it there
         for turn in (True, False):
             if processes.is_first() is turn:
-                if not roots[0]:
-                    print("phantoms of two sites", flush=True)
-                    roots = make_phantoms(args.out / "phantoms", args.seed, PHANTOMS)
                 if args.synthetic == Path("zenodo"):
                     args.synthetic = fetch_synthetic(args.out / "zenodo", args.manifests)
                 for name in {row.classifier for row in args.rows} & {*MODELS}:
@@ -321,7 +328,7 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
         for rank in ranks:
             experiment.lora(rank)
         experiment.lora(scale.rank, styles=True)
-        panels = {rank: experiment.lora_images(rank) for rank in ranks}
+        panels = {experiment.called(rank): experiment.lora_images(rank) for rank in ranks}
         without = experiment.images_without_lora()
     rows = [row for row in args.rows if selections.can_train(row)]
     if left_out := [row.name for row in args.rows if row not in rows]:
@@ -337,11 +344,14 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     # report.html, report.md, results.csv, figures/ and environment.json
     results = [read_result(args.out, *run) for run in runs]
     names = selections.names
+    material = "the embedded miniature model" if args.model is None else Path(args.model).name
+    if args.synthetic:
+        material = f"{args.synthetic}, in place of plain ones by {material}"
     context = Context(
-        "the embedded miniature model" if args.model is None else Path(args.model).name,
+        material,
         "phantoms, procedural ultrasound images" if selections.phantoms else " and ".join(names),
         f"python {shlex.join(PROCESSES.parse_known_args(sys.argv)[1])}",
-        scale.left_out,
+        scale.left_out if args.weights == "none" else {},
         names=tuple(names),
         own=args.source is not None,
         tests=selections.target(train=False),
@@ -352,7 +362,13 @@ def reproduce(args, scale: Scale, selections: Selections) -> None:
     hashes |= {site: selections.digest(kind) for site, kind in zip(names, ("all", "target"))}
     del args.processes  # of which nothing here depends
     record_environment(args.out, args, hashes)
-    about = selections, panels, scale.rank, without, args.seeds[0]
+    judges = {
+        row.data.name: row_folder(args.out, row.data.name, JUDGE, args.seeds[0])
+        for row in rows
+        if row.classifier == JUDGE and row.data.name in ("ES", "ES+DA")
+    }
+    judges = {name: folder / "model.safetensors" for name, folder in judges.items()}
+    about = selections, panels, experiment.called(scale.rank), without, judges
     build(args.out, results, context, describe(args.out, *about) if panels else None)
     print(f"\n{args.out / 'report.html'}")
 

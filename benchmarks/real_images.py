@@ -14,21 +14,19 @@ import argparse
 import shlex
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 # a script sees its own folder, not the repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.files import write_text
+from harness.files import folder_hash, sha256, write_text
 from harness.flags import HelpFormatter
 from ldm import MINI
-from paper.plan import DATA, Row
+from paper.plan import DATA, EMBEDDED, Row
 from paper.report import Context, build
 from paper.results import Result, compare, read_result, row_folder
 from paper.stages import Stages
-from reproduce import EMBEDDED
 
 CLASSIFIER = "mobilenet_v2"
 TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convolutions too
@@ -74,31 +72,36 @@ def differences(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def synthetic(args, run, kind: str, real: list) -> Path:
+def synthetic(args, run, inputs: dict[str, str], kind: str, real: list) -> Path:
     """The list of images by a LoRA of the real ones; kind: "lora", or "styles" with their words."""
     styles, model = kind == "styles", ["--model", args.model]
     flags = [*model, *real, *TRAIN_LORA.split(), "--repeats", args.repeats]
     flags += ["--style-words"] * styles
-    lora = run("train_lora", args.out / f"lora_{kind}", *flags, "--resume") / "lora.safetensors"
+    flags += ["--resume"]
+    lora = run("train_lora", args.out / f"lora_{kind}", *flags, inputs=inputs) / "lora.safetensors"
     flags = [*model, *EMBEDDED.sample.split(), "--count", args.count, "--steps", args.steps]
-    flags += ["--prompts", "styles"] * styles
-    return run("sample", args.out / f"synthetic_{kind}", *flags, "--lora", lora) / "manifest.csv"
+    flags += ["--prompts", "styles"] * styles + ["--lora", lora]
+    inputs = inputs | {"lora": sha256(lora)}
+    return run("sample", args.out / f"synthetic_{kind}", *flags, inputs=inputs) / "manifest.csv"
 
 
 def main(args):
     real = ["--spanish", args.spanish, "--manifest", args.manifest]
     flags = [*real, "--african", args.african, "--model", CLASSIFIER, "--weights", args.weights]
-    flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", "bf16"]
+    flags += ["--recipe", "notebook", "--passes", args.passes, "--dtype", "fp32"]
     flags += ["--size", args.size, "--resume"]
-    results, run = [], partial(Stages(print).run, inputs={})
+    read = args.spanish, args.african, args.manifest, Path(args.weights)
+    inputs = {path.name: folder_hash(path) for path in read if path.exists()}
+    results, run = [], Stages(print).run
     for name in args.data:
         data = DATA[name]
-        row, more = Row("real", data, CLASSIFIER), data.flags.split()
+        row, more, also = Row("real", data, CLASSIFIER), data.flags.split(), {}
         if data.synthetic:
-            more += ["--synthetic", synthetic(args, run, data.synthetic, real)]
+            images = synthetic(args, run, inputs, data.synthetic, real)
+            more, also = [*more, "--synthetic", images], {"images": folder_hash(images.parent)}
         for seed in args.seeds:
             out = row_folder(args.out, name, CLASSIFIER, seed)
-            run("classify", out, *flags, *more, "--seed", seed)
+            run("classify", out, *flags, *more, "--seed", seed, inputs=inputs | also)
             results.append(read_result(args.out, row, seed))
 
     context = Context(

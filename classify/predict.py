@@ -89,21 +89,9 @@ def write_run(
     if said.max() >= most > matrix.sum(axis=1).max():
         name = classes[said.argmax()]
         say(f"warning: {said.max()} of {len(test)} test images are taken for {name}")
-    rows = [
-        {
-            "image": record.name,
-            "patient": record.patient,
-            "center": record.center,
-            "target": record.plane,
-            "prediction": classes[p.argmax()],
-            "copy": int(record in chosen.twice),
-        }
-        | _columns(classes, p)
-        for record, p in zip(chosen.test, test)
-    ]
     matrices = {("", f"{len(test)} test images, {args.model}"): matrix}
     with whole_files(args.out) as part:
-        write_table(part / "predictions.csv", rows)
+        write_table(part / "predictions.csv", _said(chosen, test))
         (part / "metrics.json").write_text(json_text(result), encoding="utf-8")
         save_figure(confusion_figure(matrices, classes), part / "confusion.png")
         save(part / "model.safetensors", network, description, classes)
@@ -114,6 +102,22 @@ def write_run(
     line = "  ".join(f"{key} {100 * value:.2f}" for key, value in main.items())
     say(f"{line}  on {len(test)} images of {args.target or args.african}")
     return result
+
+
+def _said(chosen: Chosen, probabilities: np.ndarray) -> list[dict]:
+    """What each test image is, and is taken for."""
+    return [
+        {
+            "image": record.name,
+            "patient": record.patient,
+            "center": record.center,
+            "target": record.plane,
+            "prediction": chosen.classes[p.argmax()],
+            "copy": int(record in chosen.twice),
+        }
+        | _columns(chosen.classes, p)
+        for record, p in zip(chosen.test, probabilities)
+    ]
 
 
 def _columns(classes: tuple[str, ...], probabilities: np.ndarray) -> dict[str, str]:

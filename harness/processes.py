@@ -72,6 +72,8 @@ def launch(count: int, command: Sequence[str]) -> None:
         name = signal.Signals(-failure.exitcode).name
         sys.stderr.write(f"process {rank} of {count} was ended by {name}\n")
         sys.exit(128 - failure.exitcode)
+    finally:
+        del os.environ[LAUNCHER]
 
 
 def _end_with(parent: int) -> None:

@@ -59,7 +59,7 @@ def run(
             logging.disable(logging.WARNING)
         args = parse_args()
         if processes.size() > 1 and "batch_size" in args:
-            sys.stdout.write(f"{processes.size()} processes share the work and each --batch-size\n")
+            sys.stdout.write(f"{processes.size()} processes share the work\n")
         main(args)
         processes.leave()
     except (*mistakes, OSError) as error:

@@ -63,6 +63,7 @@ def command(line: str) -> str:
 
 def draw(folder: Path, name: str, figure: Figure, caption: str) -> str:
     """Save a figure into FIGURES of the folder; `picture` of it."""
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     legend = save(figure, folder / FIGURES / name)
     return picture(name, f"{caption} {legend}".strip())
 

@@ -3,9 +3,9 @@ chosen.
 
     python -m paper.elsewhere runs/reproduce --african Other_dataset --out runs/elsewhere
 
-Takes every row that lies in a folder of reproduce.py, lets its classifier see the test images of
-another dataset in the African layout, or with --target of any site, and writes the same report of
-what it says there.
+Takes every row that lies in a folder of reproduce.py, but for linear probes, lets its classifier
+see the test images of another dataset in the African layout, or with --target of any site, and
+writes the same report of what it says there.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from classify import ClassifyError
 from harness.files import told_apart
 from harness.record import arguments_of
 from harness.script import alone, progress, run
-from paper.plan import BEYOND_ROWS, ROWS
+from paper.plan import BEYOND_ROWS, EMBEDDED, ROWS
 from paper.report import Context, build
 from paper.results import Result, ResultError, read_by, read_result
 from planes.datasets import DatasetError, Record, read_african, require_images
@@ -55,6 +55,7 @@ def retest(result: Result, records: Sequence[Record], twice: Collection[Record])
         centers=centers,
         images=images,
         copies=np.array([record in twice for record in records]),
+        leaked=0,
     )
 
 
@@ -81,12 +82,13 @@ def main(args):
 
     twice = repeated(every)
     results = [retest(row, records, twice) for row in progress(found, desc="rows", unit="row")]
-    source = arguments_of(found[0].folder).get("source")
-    own = bool(source and args.target)
+    trained = arguments_of(found[0].folder)
+    own, source = bool(trained.get("source") and args.target), trained.get("source")
     context = Context(
         material=f"as in {args.run}",
         sites=f"{site}, of which nothing was trained on",
         command=shlex.join(["python", "-m", "paper.elsewhere", *sys.argv[1:]]),
+        left_out=EMBEDDED.left_out if trained.get("weights") == "none" else {},
         names=tuple(told_apart(Path(source), site)) if own else ("the first site", site.name),
         own=own,
         tests=records,

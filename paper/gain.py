@@ -28,13 +28,14 @@ Named = Mapping[tuple[str, str], Sequence[Result]]
 """The same, by what a report calls them."""
 
 Recognised = Mapping[tuple[str, str], Mapping[str, float]]
-"""(the data model of a judge, which synthetic images it judges) -> sampler -> fraction of them that
-are taken for the class of their prompt."""
+"""(the data model of a judge, which synthetic images it judges and how many) -> sampler -> fraction
+of them that are taken for the class of their prompt."""
 
 
 PLAIN = "Synthetic images with plain prompts"
 STYLED = "Synthetic images whose prompts name brightness and contrast"
 VARIED = "Real images whose brightness and contrast are varied at random, with no generative model"
+ADDED = "Added to real images of varied contrast"
 TOGETHER = "Balanced real images and synthetic ones together"
 
 
@@ -61,12 +62,12 @@ def _more(baseline: str, plain: str, styled: str) -> tuple[Step, Step]:
     """What synthetic images add to varied contrast."""
     top = "on top of varied contrast: synthetic images"
     return (
-        Step(top, baseline, plain, said=f"Added to these, {PLAIN.lower()}"),
+        Step(top, baseline, plain, said=f"{ADDED}, {PLAIN.lower()}"),
         Step(
             f"{top}, style in the prompts",
             baseline,
             styled,
-            said=f"Added to these, {STYLED.lower()}",
+            said=f"{ADDED}, {STYLED.lower()}",
         ),
     )
 
@@ -175,7 +176,7 @@ def answer(
     targets, units = test.targets, test.units
     real, drawn = ([r for r in scores if bool(DATA[r[0]].synthetic) is n] for n in (False, True))
     averaged = [classifier_name(c) for c in classifiers if any(row[1] == c for row in scores)]
-    trained = ", ".join(averaged) or "Linear probes"
+    trained = ", ".join(averaged or dict.fromkeys(classifier_name(c) for _, c in scores))
     first = (
         f"{trained}: trained on images of {source}"
         f"{', with or without synthetic ones' * bool(drawn)}, and tested on"
@@ -245,7 +246,7 @@ def doubts(cells: Cells, names: tuple[str, str], recognised: Recognised) -> list
     for row, runs in cells.items():
         # how often the commonest class is said, and right
         most = [[run.confusion.sum(axis=n).max() for n in (0, 1)] for run in runs]
-        if any(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
+        if all(said >= ONE_CLASS * len(runs[0].targets) > right for said, right in most):
             one_class.append(_called(row, names))
     by = "; ".join(one_class) if len(one_class) < len(cells) else "every model"
     said = [f"Nearly all images are taken for one class by {by}."] * bool(one_class)
@@ -258,7 +259,7 @@ def doubts(cells: Cells, names: tuple[str, str], recognised: Recognised) -> list
     shown = {
         data: float(np.mean([*shares.values()]))
         for (data, images), shares in recognised.items()
-        if images == WITH_LORA
+        if WITH_LORA in images
     }
     for judge in sorted(shown, key=shown.get)[-1:]:
         runs = cells[judge, JUDGE]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
+from harness import processes
 from harness.files import sha256, told_apart, write_text
 from paper.plan import Row
 from planes import PAPER_COUNTS, PLANES
@@ -29,14 +30,23 @@ MANIFESTS = {  # the authors' lists of the Spanish images
 }
 
 
-def make_phantoms(out: Path, seed: int, phantoms: Mapping[str, object]) -> tuple[Path, Path]:
-    """Two sites in place of the two datasets, in `out`; not made again. phantoms: as PHANTOMS."""
+def make_phantoms(out: Path, seed: int) -> tuple[Path, Path]:
+    """Two sites in place of the two datasets, in `out`; not made again.
+
+    Of several processes each is to call it; the first makes one site, the last the other.
+    """
     first, second = out / "spanish", out / "african"
-    stamp, settings = out / "args.json", json.dumps({**phantoms, "seed": seed})
+    stamp, settings = out / "args.json", json.dumps({**PHANTOMS, "seed": seed})
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != settings:
-        write_spanish_layout(first, phantoms["train"], test=0, seed=seed)
-        write_african_layout(second, patients=phantoms["patients"], seed=seed)
-        write_text(stamp, settings)
+        processes.barrier()  # all have looked
+        if processes.is_first():
+            stamp.unlink(missing_ok=True)
+            write_spanish_layout(first, PHANTOMS["train"], test=0, seed=seed)
+        if processes.rank() == processes.size() - 1:
+            write_african_layout(second, patients=PHANTOMS["patients"], seed=seed)
+        processes.barrier()
+        if processes.is_first():
+            write_text(stamp, settings)
     return first, second
 
 
@@ -119,8 +129,10 @@ class Selections:
     def can_train(self, row: Row) -> bool:
         """Has the target the training images that a row asks for? On these alone no class of the
         test may be new."""
+        if not row.data.target:
+            return True
         train, test = ({record.plane for record in self.target(t)} for t in (True, False))
-        return not row.data.target or (bool(train) and bool(row.data.source or train >= test))
+        return bool(train) and bool(row.data.source or train >= test)
 
     def target(self, train: bool) -> list[Record]:
         """The target's images for training or for the test."""

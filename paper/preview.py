@@ -31,14 +31,16 @@ def worth_starting(args) -> tuple[int, int, str]:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     asked = args.processes
     runs, place, threads, each = len(args.rows) * len(args.seeds), "GPU", 0, ""
-    places = torch.cuda.device_count() if device == "cuda" else 1
+    places, large = torch.cuda.device_count() if device == "cuda" else 1, False
     if device == "cpu":
-        given = "OMP_NUM_THREADS" in os.environ or bool(args.model and not asked)
+        large = bool(args.model and not asked)
+        given = large or "OMP_NUM_THREADS" in os.environ
         threads, place = torch.get_num_threads() if given else 1, "core"
         each = f", each with {plural(threads, 'thread')}"
         each += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
-        places = max(1, cores() // threads)
-    why = "as --processes says" if asked else f"one to a {place if places <= runs else 'row'}"
+        places = 1 if large else max(1, cores() // threads)
+    why = f"one to a {place if places <= runs else 'row'}"
+    why = "as --processes says" if asked else "as the model is large" if large else why
     return asked or min(places, runs), threads, why + each
 
 
@@ -110,7 +112,7 @@ def preview(args, scale: Scale, selections: Selections | None) -> str:
         folder = row_folder(args.out, row.data.name, row.classifier, seed)
         left[row] += not (folder / "args.json").exists()
     drawn = 2 * len(selections.classes if selections else PLANES) * scale.count
-    lines = [("Row", "# source", "# synthetic", "# target", "runs left")]
+    lines = [("Row", "# source", "# synthetic", "# target", "runs missing")]
     for row in rows:
         source, target = real_counts(row, scale, selections)
         given = args.synthetic and row.data.synthetic == "lora"

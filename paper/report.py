@@ -15,7 +15,7 @@ import numpy as np
 from eval.figures import Point, confusion_figure, forest_figure, labelled_sheet
 from harness.files import whole_file, write_table, write_text
 from paper import tables
-from paper.document import FIGURES, command, draw, plural, to_html
+from paper.document import command, draw, plural, to_html
 from paper.gain import (
     AUGMENTED,
     SITES,
@@ -129,12 +129,7 @@ def build(
         raise ResultError("there is nothing to report: no row is finished")
     require_same_test(results)
     found = found or Findings({}, [], {}, [])
-    cells: dict[Row, list[Result]] = {}
-    for result in results:
-        runs = cells.setdefault((result.data, result.classifier), [])
-        if result.seed not in [run.seed for run in runs]:  # a row of two tables is one run
-            runs.append(result)
-    classifiers = dict.fromkeys(result.classifier for result in results)
+    cells, classifiers = _cells(results), dict.fromkeys(result.classifier for result in results)
     seeds = sorted({result.seed for result in results})
     left_out = {name: why for name, why in context.left_out.items() if name in classifiers}
     averaged = [name for name in CLASSIFIERS if name not in left_out]
@@ -142,7 +137,6 @@ def build(
     compared, best = context.compared, next(iter(zero_shot(cells)), None)
     called = {row: (data_name(row[0], own), classifier_name(row[1])) for row in cells}
     named: Named = {called[row]: runs for row, runs in cells.items()}
-    (out / FIGURES).mkdir(parents=True, exist_ok=True)
 
     # the first screen: what was found, how to use it, and two pictures
     blocks = [f"# FU-LoRA on {context.sites}"]
@@ -199,6 +193,15 @@ def build(
         write_table(part, tables.csv_rows(results))
     write_text(out / "report.md", "\n\n".join(blocks) + "\n")
     write_text(out / "report.html", to_html(blocks, out))
+
+
+def _cells(results: Sequence[Result]) -> dict[Row, list[Result]]:
+    cells: dict[Row, list[Result]] = {}
+    for result in results:
+        runs = cells.setdefault((result.data, result.classifier), [])
+        if result.seed not in [run.seed for run in runs]:  # a row of two tables is one run
+            runs.append(result)
+    return cells
 
 
 def _gain_picture(out: Path, gains: Sequence[Gain], names: tuple[str, str]) -> str:

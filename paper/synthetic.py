@@ -17,10 +17,10 @@ from eval.quality import (
     pixel_features,
     quality_table,
 )
-from paper.document import FIGURES, draw
-from paper.gain import JUDGE, WITH_LORA, Recognised
+from paper.document import draw
+from paper.gain import WITH_LORA, Recognised
 from paper.material import Selections
-from paper.results import read_by, row_folder
+from paper.results import read_by
 from planes.datasets import Record, read_synthetic
 from planes.pictures import open_image
 
@@ -63,45 +63,42 @@ def extractor(layer: str, size: int, judges: Sequence[Path]) -> Extractor | None
 def describe(
     out: Path,
     selections: Selections,
-    panels: Mapping[int, Path],
-    rank: int,
+    panels: Mapping[str, Path],
+    lora: str,
     without: Path,
-    seed: int,
+    judges: Mapping[str, Path],
 ) -> Findings:
     """Measure the synthetic images and draw them into out/figures.
 
-    panels: rank of the LoRA -> the folder of its images; `rank` is the one that classifiers are
-        trained on
+    panels: LoRA -> the folder of its images; `lora` is the one whose images classifiers are trained
+        on
     without: a folder of images made without LoRA, to see what it does
-    seed: of the rows in `out` whose classifiers, of real images alone, judge them
+    judges: data model of real images alone -> the file of a classifier that is trained on it
     """
     found, classes = Findings({}, [], {}, []), selections.classes
-    (out / FIGURES).mkdir(parents=True, exist_ok=True)
     real, unseen = selections.images("all"), selections.target(train=False)
     lora_images, sites = selections.images("lora"), dict(zip(selections.names, (real, unseen)))
     images = {n: read_synthetic(path / "manifest.csv", classes) for n, path in panels.items()}
-    synthetic, plain = images[rank], read_synthetic(without / "manifest.csv", classes)
+    synthetic, plain = images[lora], read_synthetic(without / "manifest.csv", classes)
 
-    judges = []
-    for name in ("ES", "ES+DA"):
-        file = row_folder(out, name, JUDGE, seed) / "model.safetensors"
-        if file.exists():
-            judges.append(file)
-            found.recognised[name, WITH_LORA] = recognised(file, synthetic)
-            found.recognised[name, "without"] = recognised(file, plain)
+    kinds = (f"{len(synthetic):,} {WITH_LORA}", synthetic), (f"{len(plain):,} without", plain)
+    for name, file in judges.items():
+        for kind, records in kinds:
+            found.recognised[name, kind] = recognised(file, records)
 
-    caption = f"The first image of each class; synthetic ones by the LoRA of rank {rank}."
+    files, caption = [*judges.values()], "The first image of each class; synthetic ones by LoRA,"
+    caption += f" {lora}."
     if lacking := [name for name in classes if name not in {record.plane for record in unseen}]:
         caption += f" {selections.names[1]} has no {' and no '.join(lacking)}."
     figure = figure_2(sites, synthetic, classes)
     found.figures["Samples"] = draw(out, "samples.png", figure, caption)
 
-    if network := extractor("logits", 224, judges):
-        caption = f"t-SNE of {network.name}; {PER_SOURCE} images per class and source."
+    if network := extractor("logits", 224, files):
+        caption = f"t-SNE of {network.name}; at most {PER_SOURCE} images per class and source."
         figure = figure_3(sites, images, network, selections.seed, classes)
         found.figures["Where the sources lie"] = draw(out, "sources.png", figure, caption)
     try:
-        if network := extractor("penultimate", 299, judges):
+        if network := extractor("penultimate", 299, files):
             sets = real, synthetic
             planes = ([str(record.plane) for record in records] for records in sets)
             samplers = [record.center for record in synthetic]
@@ -156,17 +153,17 @@ def figure_2(
 
 def figure_3(
     sites: Mapping[str, Sequence[Record]],
-    panels: Mapping[int, Sequence[Record]],
+    panels: Mapping[str, Sequence[Record]],
     network: Extractor,
     seed: int,
     classes: Sequence[str],
 ):
-    """For each rank and class that all sites have, t-SNE of equally many images of each source;
+    """For each LoRA and class that all sites have, t-SNE of equally many images of each source;
     real ones are the same in every row."""
     shared = set.intersection(*({record.plane for record in site} for site in sites.values()))
     rows: dict[str, dict] = {}
-    for rank, synthetic in panels.items():
-        rng, row = np.random.default_rng(seed), rows.setdefault(f"r = {rank}", {})
+    for lora, synthetic in panels.items():
+        rng, row = np.random.default_rng(seed), rows.setdefault(lora, {})
         for plane in [name for name in classes if name in shared]:
             chosen = []
             for images in (*sites.values(), synthetic):

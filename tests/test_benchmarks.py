@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from shorthand import ROOT
+from shorthand import ROOT, read_json
 from torchvision.models import mobilenet_v2
 
 from ldm.unet import UNetConfig
@@ -86,6 +86,9 @@ def test_the_real_images_command_of_docs_runs_on_phantoms_in_their_layouts(
     assert said.startswith("| on 18 images |")
     assert "HB-styles+contrast" in (tmp_path / "out" / "report.html").read_text()
     assert len([*(tmp_path / "out" / "synthetic_styles").glob("*/*.png")]) == 10
+    row = tmp_path / "out" / "rows" / "HB-styles+contrast" / "mobilenet_v2" / "seed0"
+    read = {"FETAL_PLANES_ZENODO", "Zenodo_dataset", "list.csv", "weights.pth", "images"}
+    assert {*read_json(row / "inputs.json")} == read | {"arguments"}
 
 
 def test_every_task_of_the_miniatures_judge_runs(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ first lines say."""
 import numpy as np
 import pytest
 
-from paper.gain import PLAIN, STEPS, STYLED, TOGETHER, VARIED, answer, measure
+from paper.gain import ADDED, PLAIN, STEPS, STYLED, TOGETHER, VARIED, answer, measure
 from paper.plan import CLASSIFIERS, DATA, ROWS
 from paper.published import PUBLISHED
 from paper.results import Result
@@ -113,10 +113,11 @@ def test_every_question_whose_rows_were_run_is_answered_in_turn():
         PLAIN,
         STYLED,
         VARIED,
-        *(f"Added to these, {s.lower()}" for s in (PLAIN, STYLED)),
+        *(f"{ADDED}, {s.lower()}" for s in (PLAIN, STYLED)),
     ]
     assert TOGETHER not in found and sorted(subjects, key=found.index) == subjects
     assert "no generative model: helped, from 55.0 % to 80.0 % right (" in found
+    assert said(runs("ES", "vit_b_16"), classifiers=[])[0].startswith("ViT b16: trained on images")
 
 
 def test_without_any_pair_the_first_lines_say_so():

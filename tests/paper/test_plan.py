@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
@@ -12,13 +13,13 @@ from shorthand import DATA, exits, real_data, refused
 import reproduce
 from harness.files import told_apart
 from ldm import MINI
-from paper.material import PHANTOMS, Selections
+from paper.material import PHANTOMS, Selections, make_phantoms
 from paper.plan import BEYOND_ROWS, EMBEDDED, PAPER, QUICK_ROWS, ROWS, choose
 from paper.preview import missing_weights, real_counts
 from paper.results import row_folder
 from paper.stages import Stages, is_done
 from planes import PLANES
-from planes.datasets import DatasetError, read_african
+from planes.datasets import DatasetError, read_african, read_spanish
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 
 
@@ -67,6 +68,7 @@ def test_rows_are_chosen_by_row_data_model_classifier_or_table(name, count):
         (["--spanish", "x"], "--spanish and --african belong together"),
         (["--source", "x"], "--source and --target belong together"),
         (["--manifests", "x"], "--manifests lists real images"),
+        (["--prompt-template", "a {class}"], "--prompt-template belongs to --source"),
         (["--only", "HB", "HB/ResNet50"], "no row is called 'HB/ResNet50'"),
         (["--only", "HB-token+DA"], "no row is called 'HB-token+DA'"),
     ],
@@ -98,7 +100,8 @@ def test_seeds_and_weights_follow_from_what_is_asked_for():
         ("", 1, None, 1, "1 process at work, one to a core, each with 1 thread"),
         ("", 1, 1, 0, "1 process at work, one to a core, each with 1 thread"),
         ("--quick --only BAL+DA --seeds 0", 8, None, 1, "1 process at work, one to a row"),
-        ("--quick --model x", 8, 8, 0, "1 process at work, one to a core, each with 8"),
+        ("--quick --model x", 8, 8, 0, "1 process at work, as the model is large, each with 8"),
+        ("--quick --model x", 16, 1, 0, "1 process at work, as the model is large, each with 1"),
     ],
 )
 def test_as_many_processes_as_pay_share_the_work_each_with_one_thread(
@@ -157,6 +160,18 @@ def test_phantoms_are_counted_as_they_are_written(tmp_path, monkeypatch):
     )
 
 
+def test_phantoms_of_a_seed_that_were_partly_replaced_are_made_again(tmp_path, monkeypatch):
+    few = {"train": dict.fromkeys(PLANES, 1), "patients": 1}
+    monkeypatch.setattr("paper.material.PHANTOMS", few)
+    first, _ = make_phantoms(tmp_path, seed=0)
+    made = [record.path.read_bytes() for record in read_spanish(first)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("paper.material.write_african_layout", Mock(side_effect=KeyboardInterrupt))
+        make_phantoms(tmp_path, seed=1)
+    make_phantoms(tmp_path, seed=0)
+    assert [record.path.read_bytes() for record in read_spanish(first)] == made
+
+
 def test_an_empty_machine_is_told_what_is_missing_and_where_to_get_it(
     capsys, tmp_path, monkeypatch
 ):
@@ -179,6 +194,9 @@ def test_an_empty_machine_is_told_what_is_missing_and_where_to_get_it(
     found = cells(text)
     assert found["HB/ResNet18"] == ["?", "given", "?", "1"]
     assert found["HB-styles/ResNet18"][1] == "5000"
+    write_spanish_layout(tmp_path / "spain", train=1, test=0, seed=0)
+    found = cells(plan(capsys, *base, *sites, *listed))  # where one of both is there
+    assert [found[f"{data}/ViT b16"][-1] for data in ("HB", "AF")] == ["1", "1"]
     (line,) = missing_weights(["resnet18"])
     path = Path(line.rsplit(" at ", 1)[1])
     path.parent.mkdir(parents=True)
@@ -213,8 +231,9 @@ def test_a_plan_of_own_sites_refuses_what_a_stage_would(capsys, tmp_path):
     ):
         with refused(DatasetError, line or "--prompt-template 'x': give one that says once"):
             plan(capsys, *given, *flags, *more)
-    for more in ((), flags):
-        (tmp_path / "prompts.json").unlink(missing_ok=True)
+    beyond = (*flags, "--beyond", "--only", "HB-token+DA")
+    for more in (beyond, (), flags):
+        (tmp_path / "prompts.json").unlink(missing_ok=more != beyond)
         with refused(DatasetError, "--prompt-template '': give one that says once"):
             plan(capsys, *given, *more)
     (shop / "a/0.png").write_bytes(b"x")

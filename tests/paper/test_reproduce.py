@@ -45,6 +45,9 @@ def made(tiny_model, tmp_path_factory):
     flags += ["--out", root / "run", "--prompt-template", "a photograph of a {class}"]
     flags += ["--processes", "1", "--probe", "probe:mobilenet_v2"]  # frozen, and of random weights
     args = [str(flag) for flag in flags]
+    other = root / "run/rows/ES/resnet18/seed0/model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"of an earlier run of other rows")
 
     def no_weights(**_):
         raise ClassifyError("no network")

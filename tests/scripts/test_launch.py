@@ -79,6 +79,8 @@ def test_one_process_and_two_make_the_same_report_and_one_that_is_stopped_goes_o
         stopped += run.returncode != 0
         assert begun and "Traceback" not in said and said.count("stopped; ") <= 1, said
         assert run.returncode in (0, -number, 128 + number, 143), said
+        if number == signal.SIGINT and run.returncode:
+            assert said.endswith("stopped; give the same command again\n"), said
         assert not alive(sites)
     assert stopped
     said, again = finish(sites, tiny_model, "--processes", "2")
