@@ -92,12 +92,6 @@ STEPS: tuple[Step, ...] = (
     *_more("ES+contrast", "HB+contrast", "HB-styles+contrast"),
 )
 AUGMENTED = tuple(step for step in STEPS if "+DA" in step.baseline)
-VERDICTS = {
-    "one seed cannot tell": "inconclusive, as one seed cannot tell",
-    "better": "helped",
-    "worse": "did harm",
-    "not shown": "inconclusive",
-}
 SITES = "the first site", "the second site"  # where a user has not named them
 WITH_LORA, JUDGE = "with LoRA", "resnet18"
 ONE_CLASS = 0.9  # share of the predictions, from which on a network has learned little
@@ -126,8 +120,8 @@ class Gain:
     def verdict(self) -> str:
         found = self.accuracy
         if found.over == "patients":
-            return "one seed cannot tell"
-        return "better" if found.low > 0 else "worse" if found.high < 0 else "not shown"
+            return "inconclusive, as one seed cannot tell"
+        return "helped" if found.low > 0 else "did harm" if found.high < 0 else "inconclusive"
 
 
 def measure(
@@ -221,7 +215,7 @@ def _found(gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
     published = f"; published {100 * gain.published:+.2f}" * (together and compared)
     before = f"{other} with all real images" if together else other
     return (
-        f"{gain.step.said}: {VERDICTS[gain.verdict]}, from {before} to {ours} right"
+        f"{gain.step.said}: {gain.verdict}, from {before} to {ours} right"
         f" ({100 * gain.accuracy.value:+.1f}; {points_between(gain.accuracy)}{published})."
     )
 
