@@ -110,7 +110,7 @@ def test_the_report_is_of_these_sites_and_classes_and_of_nothing_fetal(made):
     assert report.startswith("# FU-LoRA on workshop and shed\n\nResNet18: trained on images")
     assert "shed has no washer" in report
     real = "real images of workshop"
-    probe, augmented = f"{real} | mobilenet_v2 (linear probe)", f"{real}, augmented; with LoRA"
+    probe, augmented = f"{real} | mobilenet_v2 (linear probe)", f"{real}, augmented; 18 with LoRA"
     for cells in (probe, augmented, "hex nut | 3"):
         assert f"| {cells} |" in report
     names = {path.stem for path in (out / "figures").iterdir()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -33,7 +34,12 @@ def merge(*words):
 def drawn(out, *words):
     line = f"--device cpu --out {out} --prompt femur --samplers euler --seeds 1 --steps 2"
     sample.main(sample.parse_args([*line.split(), *map(str, words)]))
-    return Image.open(out / "prompt" / "euler_1.png").tobytes()
+    return np.asarray(Image.open(out / "prompt" / "euler_1.png"), int)
+
+
+def apart(pixels, others) -> int:
+    """The largest difference in grey levels; (W + BA) x and W x + BA x are rounded otherwise."""
+    return abs(pixels - others).max()
 
 
 @pytest.mark.slow
@@ -43,7 +49,7 @@ def test_a_merged_folder_draws_what_the_model_draws_with_its_loras(
     out, weights = tmp_path / "merged", (0.8, -0.5)
     merge(tiny_model, *loras, "--strength", *weights, "--out", out)
     flags = ["--model", tiny_model, "--lora", *loras, "--lora-weight", *weights]
-    assert drawn(tmp_path / "a", "--model", out) == drawn(tmp_path / "b", *flags)
+    assert apart(drawn(tmp_path / "a", "--model", out), drawn(tmp_path / "b", *flags)) <= 1
     assert "was trained with clip skip 2" in capsys.readouterr().out  # as sampling says
     (tmp_path / "prompts.json").write_text("{}")
     merge(tiny_model, shutil.copy(loras[1], tmp_path), "--out", tmp_path / "again")
@@ -77,8 +83,8 @@ def test_a_merged_file_draws_what_the_model_draws_and_says_what_it_is(single, tm
     merge(base, lora, "--strength", 0.5, "--out", out, *words)
     words += ["--size", 64, "--model"]
     pixels = drawn(tmp_path / "a", *words, out)
-    assert pixels == drawn(tmp_path / "b", *words, base, "--lora", lora, "--lora-weight", 0.5)
-    assert pixels != drawn(tmp_path / "c", *words, base)
+    applied = drawn(tmp_path / "b", *words, base, "--lora", lora, "--lora-weight", 0.5)
+    assert apart(pixels, applied) <= 1 < apart(pixels, drawn(tmp_path / "c", *words, base))
     with safe_open(out, "pt") as file:
         said = file.metadata()
     assert json.loads(said.pop("sd_merge_recipe")) == {
