@@ -1,5 +1,5 @@
-"""One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, momentum
-0.9, batch 24)."""
+"""One epoch of training and one pass of prediction, as plain loops (the paper: SGD 1e-3, batch 24;
+momentum 0.9 is its notebook's)."""
 
 import math
 from collections.abc import Iterable, Iterator

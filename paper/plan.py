@@ -27,7 +27,7 @@ class DataModel:
         ones (1150), or none
     synthetic: how the synthetic images were made: "lora" (the paper), "styles", "prompts", "token",
         "dreambooth", none
-    flags: of classify.py: --augment (random rotation, flips and crops), --contrast (random
+    flags: of classify.py: --augment (random rotation and flips), --contrast (random
         brightness, contrast and gamma), --balanced-sampling (every class is drawn equally often)
     target: with the second site's training images, which is no longer zero-shot
     """

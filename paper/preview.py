@@ -37,7 +37,8 @@ def worth_starting(args) -> tuple[int, int, str]:
         given = large or "OMP_NUM_THREADS" in os.environ
         threads, place = torch.get_num_threads() if given else 1, "core"
         each = f", each with {plural(threads, 'thread')}"
-        each += f"; load of the last minute: {os.getloadavg()[0]:.1f}" * hasattr(os, "getloadavg")
+        if hasattr(os, "getloadavg"):  # not on Windows
+            each += f"; load of the last minute: {os.getloadavg()[0]:.1f}"
         places = 1 if large else max(1, cores() // threads)
     why = f"one to a {place if places <= runs else 'row'}"
     why = "as --processes says" if asked else "as the model is large" if large else why

@@ -72,7 +72,7 @@ LEGEND = (
     " images by predicted probability, one class against the rest."
 )
 OWN_LEGEND = (
-    "Balanced: as many real images of each class. Augmented: rotated, flipped, cropped at random."
+    "Balanced: as many real images of each class. Augmented: rotated and flipped at random."
     " Brightness and contrast varied: gamma too, at random. Synthetic images are drawn by Stable"
     " Diffusion with a LoRA that learned images of {0}. A linear probe is logistic regression on"
     " the features of a frozen model. Where accuracy at {0}, on images that no model was trained"

@@ -3,7 +3,7 @@ stage would refuse.
 
     python -m planes.sites clinic_a clinic_b
 
-Every script that reads sites asks the same before its first step.
+The scripts that train on sites ask the same before their first step.
 """
 
 import argparse

@@ -98,8 +98,8 @@ def convert(source: str | Path, path: str | Path, layout: str) -> None:
     """Writes a LoRA file of any layout in another, "kohya" or "peft", without a model; the metadata
     go along.
 
-    The weights keep their bits, but where alpha is not the rank and goes into PEFT's B: those are
-    written in float32.
+    The weights keep their bits, but where an alpha is not the rank and goes into PEFT's B, or would
+    be rounded by the file's dtype: the file is then written in float32.
     """
     file = read(source)
     dtype = file.dtype

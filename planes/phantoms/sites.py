@@ -70,8 +70,8 @@ SITES = {
         looks=(2, 4),
         letters=(2, 9),
     ),
-    # phased arrays without compounding, a wide dynamic range: unlike all before, looked at once,
-    # last
+    # phased arrays without compounding, a wide dynamic range: unlike all before; nothing was
+    # chosen by it
     "D": Site(
         sizes=((210, 140), (160, 160), (196, 172)),
         half_angle=(0.62, 0.76),
