@@ -68,7 +68,8 @@ def parse_args(argv=None):
     add("--out", type=Path, required=True, help="a folder")
     add("--overwrite", **OVERWRITE)
     args = parser.parse_args(argv)
-    args.lr = args.lr or {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
+    if args.lr is None:
+        args.lr = {"inversion": 5e-3, "dreambooth": 1e-4}[args.method]
     require_at_least(parser, args, 1, "per_plane", "rank", "steps", "batch_size", "size")
     require_at_least(parser, args, 0, "prior_weight")
     require_at_least(parser, args, 1e-12, "lr")
@@ -85,8 +86,8 @@ class Training:
         self.unet, self.kind, self.schedule = model.unet, model.prediction_type, NoiseSchedule()
         self.unet.to(args.device, DTYPES[args.dtype])
         latents = read_latents(args, model, images, seed)
-        captions = [image.caption for image in images]
-        self.draws = Draws(latents, captions, [1] * len(images), args.batch_size, 1, seed)
+        captions, repeats = zip(*((image.caption, image.repeats) for image in images))
+        self.draws = Draws(latents, captions, repeats, args.batch_size, 1, seed)
         self.autocast, _ = mixed_precision(args)
 
     def loss(self, step: int, contexts: Contexts) -> torch.Tensor:

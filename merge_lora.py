@@ -62,11 +62,14 @@ def main(args: argparse.Namespace) -> None:
         if not weight.to(DTYPES[precision]).isfinite().all():
             advice = "give a lower --strength, or --dtype fp32"
             raise LoRAError(f"{args.out}: {name} is not finite in {precision}: {advice}")
+    prompts = prompts_file(args.loras, args.model)  # whose classes sample.py draws
     if args.out.suffix != ".safetensors":
         save_folder(model, args.out, DTYPES[precision])
-        if prompts := prompts_file(args.loras, args.model):  # whose classes sample.py then draws
+        if prompts:
             shutil.copyfile(prompts, args.out / PROMPTS_FILE)
         return
+    if prompts:
+        print(f"a file holds no prompts; to sample its own classes: sample.py --prompts {prompts}")
 
     # what the webui and ComfyUI show of it; no times and no paths: equal merges say the same
     base = {

@@ -27,7 +27,7 @@ from classify.data import RECIPES
 from classify.models import MODELS, read_weights
 from harness import processes
 from harness.files import folder_hash, sha256, sha256_of_all
-from harness.flags import HelpFormatter, device_name, require_at_least, seed_number
+from harness.flags import TEMPLATE, HelpFormatter, device_name, require_at_least, seed_number
 from harness.record import record_environment
 from harness.script import alone_in, run
 from ldm import CheckpointError
@@ -84,7 +84,7 @@ def parse_args(argv=None):
     add("--african", type=Path, help="the African dataset (else: phantoms of site B)")
     add("--source", type=Path, help="instead: any site, a folder of images for each class")
     add("--target", type=Path, help="with it: another site of the same classes, the test")
-    add("--prompt-template", help='of --source, such as "a chest X-ray with {class}"')
+    add("--prompt-template", **TEMPLATE)
     add("--manifests", type=Path, help="folder with the authors' lists of images (else: drawn)")
     add("--synthetic", type=Path, help="a list of images instead of making them, or zenodo")
     add("--lora", type=lora_path, help="a LoRA instead of training one: a file, or a hub id")

@@ -29,7 +29,7 @@ from harness.flags import (
     require_at_least,
     seed_number,
 )
-from harness.record import record_run
+from harness.record import record_run, refuse_to_replace
 from harness.script import alone, progress, run
 from ldm import CheckpointError
 from ldm.checkpoints import Model
@@ -106,7 +106,9 @@ def parse_args(argv=None):
     if args.order is not None and "unipc" not in args.samplers:
         parser.error(f"--order {args.order}: UniPC has one, {' '.join(args.samplers)} does not")
     args.prompts = args.prompts or "paper"
-    args.seeds = args.seeds and [*dict.fromkeys(args.seeds)]  # they name the images
+    for name in ("seeds", "samplers", "planes"):  # by which images are named
+        given = getattr(args, name)
+        setattr(args, name, given and [*dict.fromkeys(given)])
     args.count = len(args.seeds) if args.seeds else 500 if args.count is None else args.count
     require_at_least(parser, args, 1, "steps", "batch_size", "count")
     if args.count > SEEDS_APART:
@@ -231,6 +233,7 @@ def write_outputs(args, groups, others, hashes) -> None:
 
 @alone
 def main(args):
+    refuse_to_replace(args)
     # what is wrong with samplers and prompts is told before the model is loaded
     for name in args.samplers:
         make_nodes(name, args.steps, args.spacing)

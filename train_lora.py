@@ -25,11 +25,12 @@ from PIL import Image
 
 from eval.figures import loss_figure, save
 from harness import processes
-from harness.files import sha256, write_text
+from harness.files import sha256, whole_file, write_text
 from harness.flags import (
     DEVICE,
     HELD_OUT,
     OVERWRITE,
+    TEMPLATE,
     HelpFormatter,
     require_at_least,
     seed_number,
@@ -50,10 +51,12 @@ from lora.files.metadata import metadata
 from lora.layer import LoRAError
 from lora.model import TARGETS, inject, lora_parameters
 from lora.training import Draws, held_out_loss, loss_weights, make_optimizer
-from planes.captions import say_style, training_images, write_prompts
+from planes.captions import PROMPTS_FILE, say_style, training_images, write_prompts
 from planes.datasets import DatasetError
 from planes.folders import REPEATS, Captioned
+from planes.pictures import ImageError
 from planes.sites import classes_of, prompts_of, read_site
+from samplers import SamplerError
 from samplers.schedule import NoiseSchedule
 
 PRESETS: dict[str, dict[str, object]] = {
@@ -88,7 +91,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> Callable:
     site("--images", type=Path, help="a folder of captioned images, or of kohya's N_name folders")
     add("--manifest", type=Path, help="the list of images to take from --spanish, if not drawn")
     add("--per-plane", type=int, default=20, help="images of a plane or class to draw")
-    add("--prompt-template", help='of --source, such as "a chest X-ray with {class}"')
+    add("--prompt-template", **TEMPLATE)
     add("--held-out", **HELD_OUT)
     add("--size", type=int, help="square side in px (else: the model's own, 512 for SD 1.5)")
     return add
@@ -110,7 +113,6 @@ def parse_args(argv=None):
     add("--rank", **count, default=128, help="r, the inner width of B A")
     add("--alpha", type=float, help="the update is scaled by alpha / r (else: the rank)")
     add("--layers", default="cross-attention", help=f"{', '.join(TARGETS)}, or a regex for paths")
-    add("--target", dest="layers", default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # once so
     add("--init", choices=("gaussian", "kaiming"), default="gaussian", help="of A; kohya: kaiming")
     add("--train-text-encoder", **switch, help="LoRA on CLIP too, on six layers of each block")
     add("--clip-skip", **count, default=1, help="1: CLIP's last layer, 2: the last but one")
@@ -157,6 +159,8 @@ def parse_args(argv=None):
 
 def read_data(args) -> tuple[list[Captioned], list[Captioned]]:
     """The images to train on with their captions and repeats, and those that are held out."""
+    if args.held_out and not args.source:
+        raise DatasetError("--held-out: a share of the patients of --source, which is not given")
     groups = training_images(args, print)
     if args.style_words:
         groups = [list(map(say_style, group)) for group in groups]
@@ -325,31 +329,35 @@ def save_state(args, state: dict, rows: list[tuple]) -> None:
 def save_sheet(
     args, model: Model, contexts: Contexts, autocast, images: list[Captioned], step: int
 ) -> None:
-    """Four samples of each caption as they are now, by Euler; of many captions, eight at most."""
+    """Four samples of each caption as they are now, by Euler; of many captions, eight at most. What
+    cannot be sampled is said, and is no reason to lose a LoRA."""
     captions = sorted({image.caption for image in images})
     seeds, rows = [args.seed + n for n in range(4)], []
     side = fitting_size(model, args.size)[0] // model.vae.config.downsampling
     model.vae.to(args.device)
     for caption in captions[:: math.ceil(len(captions) / 8)]:
-        with autocast():
-            x0 = generate(
-                model.unet,
-                contexts([caption]).expand(len(seeds), -1, -1),
-                contexts([""]),
-                seeds,
-                (side, side),
-                guidance_scale=args.guidance_scale,
-                prediction_type=model.prediction_type,
-            )
         try:
-            pixels = decode_images(model.vae, x0)
-        except torch.OutOfMemoryError:  # beside a training that fills the card
-            pixels = decode_images(model.vae.to("cpu"), x0)
+            with autocast():
+                x0 = generate(
+                    model.unet,
+                    contexts([caption]).expand(len(seeds), -1, -1),
+                    contexts([""]),
+                    seeds,
+                    (side, side),
+                    guidance_scale=args.guidance_scale,
+                    prediction_type=model.prediction_type,
+                )
+            try:
+                pixels = decode_images(model.vae, x0)
+            except torch.OutOfMemoryError:  # beside a training that fills the card
+                pixels = decode_images(model.vae.to("cpu"), x0)
+        except (SamplerError, ImageError) as error:
+            return print(f"no samples of step {step}: {error}")
         rows.append(torch.cat(list(pixels), dim=1))
     model.vae.to("cpu")
     path = args.out / "samples" / f"step{step:06}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(torch.cat(rows).numpy()).save(path)
+    with whole_file(path) as part:
+        Image.fromarray(torch.cat(rows).numpy()).save(part, "PNG")
 
 
 def save_curves(args, rows: list[tuple]) -> None:
@@ -365,10 +373,13 @@ def save_curves(args, rows: list[tuple]) -> None:
 
 
 def keep_prompts(args) -> None:
-    """prompts.json: what the classes of --source are called, which sample.py then draws."""
+    """prompts.json: what the classes of --source are called, which sample.py then draws; none of an
+    earlier run."""
     if args.source:
         classes = classes_of(read_site(args.source, "source", train=True))
         write_prompts(args.out, prompts_of(classes, args.prompt_template))
+    else:
+        (args.out / PROMPTS_FILE).unlink(missing_ok=True)
 
 
 def write_outputs(
@@ -386,7 +397,7 @@ def write_outputs(
     files = {str(image.path): sha256(image.path) for image in (*images, *held_out)}
     record_run(args.out, args, model.sha256() | files)
     if args.device.startswith("cuda"):
-        print(f"peak memory: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        print(f"peak memory: {torch.cuda.max_memory_allocated(args.device) / 2**30:.1f} GiB")
 
 
 @alone

@@ -70,7 +70,7 @@ def paired_bootstrap(
 
 Found = tuple[np.ndarray, ...]
 """Value, low and high end of its interval, two-sided p-value of its being zero; nan where it is
-undefined."""
+undefined, as all but the value are where the test has one patient."""
 
 
 def over_patients(scores: np.ndarray, clusters: int) -> Found:
@@ -89,7 +89,7 @@ def over_patients(scores: np.ndarray, clusters: int) -> Found:
     tail = np.minimum((1 + beyond) / (1 + defined), 0.5)
     freedom = max(clusters - 1, 1)  # undo what expanded_interval does to a tail
     p_value = np.where(
-        np.isnan(value), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters))
+        np.isnan(value + low), np.nan, 2 * stdtr(freedom, ndtri(tail) * np.sqrt(freedom / clusters))
     )
     return value, low, high, p_value
 
@@ -129,6 +129,7 @@ def over_both(cells: Sequence[np.ndarray], coefficients: Sequence[float], cluste
     total = np.round(total, 12)  # for equal sums to be equal in whatever order the runs come
 
     value, of_patients = total[0], correction * np.nanvar(total[1:], axis=0)
+    of_patients = of_patients if clusters > 1 else of_patients * np.nan
     variance = of_patients + np.maximum(sum(of_seeds) - shared, 0)
     spread = of_patients**2 / freedom + sum(
         v**2 / (len(runs) - 1) for v, runs in zip(of_seeds, cells)

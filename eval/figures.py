@@ -22,6 +22,8 @@ from matplotlib.text import Text
 from sklearn.manifold import TSNE
 from sklearn.preprocessing import minmax_scale
 
+from harness.files import whole_file
+
 # Okabe and Ito's palette, which stays apart under every common colour blindness; shapes differ as
 # well.
 SOURCES = {
@@ -41,6 +43,8 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
     Letters that no installed font has are drawn as boxes. Returns the sentence that says so, ""
     mostly, and says it.
     """
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a class may be called so: $x_1$
     labels = [text for text in figure.findobj(Text) if not text.get_text().isascii()]
     fonts, lacking = _fonts(frozenset("".join(label.get_text() for label in labels)))
     for label in labels:
@@ -49,9 +53,9 @@ def save(figure: Figure, path: Path, dpi: int = 150) -> str:
         lacking = f"boxes in figures are letters that no installed font has: {lacking}"
         warnings.warn(lacking, stacklevel=1)
     look = {"bbox_inches": "tight", "pad_inches": 0.05, "metadata": {"Software": None}}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), whole_file(path) as part:
         warnings.filterwarnings("ignore", "Glyph")  # matplotlib's own line for each letter
-        figure.savefig(path, dpi=dpi, format="png", **look)
+        figure.savefig(part, dpi=dpi, format="png", **look)
     return lacking
 
 

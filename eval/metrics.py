@@ -7,6 +7,7 @@ run over the classes that occur among the targets: the African set has no Other,
 class would cap recall at 80 %. Everything is a fraction; percent is for printing.
 """
 
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 
@@ -174,10 +175,15 @@ def expanded_interval(scores: np.ndarray, clusters: int) -> np.ndarray:
     """The two ends, (2, ...), of the expanded percentile interval (Hesterberg 2015, section 5.3).
 
     scores: (R, ...) replicates; nan ones do not count
+    clusters: patients; of one alone nothing is known of others, and the ends are nan
     A bootstrap's percentiles behave as z sqrt((n - 1) / n) times the standard error, where a mean
     of n needs t_(n-1): so the tail probability is Phi(t_(n-1) sqrt(n / (n - 1))) (measured in
     tests/eval/test_compare.py).
     """
-    freedom = max(clusters - 1, 1)
+    if clusters < 2:
+        return np.full((2, *scores.shape[1:]), np.nan)
+    freedom = clusters - 1
     tail = ndtr(stdtrit(freedom, (1 - LEVEL) / 2) * np.sqrt(clusters / freedom))
-    return np.nanquantile(scores, (tail, 1 - tail), axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a metric that is nan in all
+        return np.nanquantile(scores, (tail, 1 - tail), axis=0)

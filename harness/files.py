@@ -15,8 +15,8 @@ from unicodedata import normalize
 TYPES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")
 """The endings of image files, in lower case."""
 
-OTHER_TYPES = """.gif .avif .heic .heif .jp2 .jxl .tga .pgm .ppm .psd .svg .nii .mha .mhd .nrrd .npy
-.svs .czi .avi .mp4"""
+OTHER_TYPES = """.gif .avif .heic .heif .jp2 .jxl .tga .pgm .ppm .psd .svg .nii .gz .mha .mhd .nrrd
+.npy .svs .czi .avi .mp4"""
 """The endings of pictures that are not read, and therefore not left out in silence."""
 
 
@@ -32,7 +32,8 @@ def walk(folder: Path, below: bool = True) -> Found:
     each once.
 
     Hidden files and folders do not count, such as the "._a.png" that macOS leaves, nor do pictures
-    beside an args.json, which are a run's own figures.
+    beside an args.json, which are a run's own figures. Files without an ending, as DICOM's may be,
+    are among the others. Raises OSError for a name that is not in UTF-8, which no table could hold.
     """
     files, todo, seen = [], [folder], set()
     for at in todo:
@@ -44,7 +45,9 @@ def walk(folder: Path, below: bool = True) -> Found:
         todo += folders * below
         if at / "args.json" not in shown:
             files += {*shown} - {*folders}
-    kinds = TYPES, OTHER_TYPES.split()
+    if odd := sorted(f for f in files if any("\ud800" <= letter <= "\udfff" for letter in str(f))):
+        raise OSError(f"{odd[0]}: a name that is not in UTF-8; rename it ({len(odd)} such)")
+    kinds = TYPES, ("", *OTHER_TYPES.split())
     return Found(*(sorted(f for f in files if f.suffix.lower() in kind) for kind in kinds))
 
 

@@ -60,15 +60,19 @@ HELD_OUT = {
 
 
 def plain_text(text: str) -> str:
-    """What can be written in UTF-8: bytes of another encoding reach a script as halves of
-    characters."""
+    """What can be written in UTF-8, in one line: bytes of another encoding reach a script as halves
+    of characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ArgumentTypeError(
             f"{text!r}: no text in this terminal's encoding; type it in UTF-8"
         ) from None
-    return text
+    return " ".join(text.splitlines())
+
+
+TEMPLATE = {"type": plain_text, "help": 'of --source, such as "a chest X-ray with {class}"'}
+"""--prompt-template of all scripts that caption a site."""
 
 
 def seed_number(text: str) -> int:

@@ -55,14 +55,16 @@ def record_run(
 def refuse_to_replace(args: argparse.Namespace) -> None:
     """Raises FileExistsError, one line, where args.out holds a finished run of other settings,
     unless --overwrite is given, or --resume goes on from a checkpoint, which knows its own; and
-    where a trained classifier's own folder would get what it is used for."""
-    before = arguments_of(args.out)
-    if before and vars(args).get("classifier") and not before.get("classifier"):
+    where a trained classifier's own folder would get what it is used for, or another run's
+    images."""
+    before, given = arguments_of(args.out), vars(args)
+    used = given.get("classifier") and not before.get("classifier")
+    if before and (used or ("samplers" in given and "samplers" not in before)):
         raise FileExistsError(f"--out {args.out}: holds a run, whose record would go; give another")
-    resumes = vars(args).get("resume") and (args.out / "checkpoint.pt").exists()
-    if args.overwrite or resumes or not before:
+    resumes = given.get("resume") and (args.out / "checkpoint.pt").exists()
+    if given.get("overwrite", True) or resumes or not before:
         return
-    now = json.loads(json.dumps(vars(args), default=str))
+    now = json.loads(json.dumps(given, default=str))
     if changed := differences(before, now | {key: before.get(key) for key in ELSEWHERE}):
         raise FileExistsError(
             f"--out {args.out}: holds a finished run of other settings ({changed:.200}):"

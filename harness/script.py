@@ -14,6 +14,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from harness import processes
@@ -37,8 +38,8 @@ def run(
     *mistakes: type[Exception],
     together: bool = False,
 ) -> None:
-    """A script: main(parse_args()). One of `mistakes`, or an OSError, is one line and exit code 2;
-    SIGINT is 130.
+    """A script: main(parse_args()). One of `mistakes`, an OSError, a full GPU or a --compile that
+    cannot be is one line and exit code 2; SIGINT is 130.
 
     together: several processes of torchrun may be at it
     """
@@ -51,6 +52,8 @@ def run(
         )
 
     warnings.showwarning = show_own_in_a_line
+    if hasattr(sys.stdout, "reconfigure"):  # a name in letters that a Windows console lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         processes.join(together)
         if not processes.is_first():
@@ -62,12 +65,12 @@ def run(
             sys.stdout.write(f"{processes.size()} processes share the work\n")
         main(args)
         processes.leave()
-    except (*mistakes, OSError) as error:
+    except Exception as error:
+        if not (line := _in_a_line(error, (*mistakes, OSError))):
+            raise
         if not processes.is_first():
             time.sleep(SILENCE)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; make room where --out is, and give the same command again" if full else ""
-        sys.stderr.write(f"{name}: {error}{advice}\n")
+        sys.stderr.write(f"{name}: {line}\n")
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         code = getattr(stop, "code", 130)
@@ -75,6 +78,21 @@ def run(
             again = "--resume goes on" if "resume" in args else "give the same command again"
             sys.stderr.write(f"\n{name}: stopped; {again}\n")
         sys.exit(code)
+
+
+def _in_a_line(error: Exception, mistakes: tuple[type[Exception], ...]) -> str:
+    """What a user is told of an error; "" where it is no mistake of theirs."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, mistakes):
+        if "Original Traceback" in str(error):  # a DataLoader's worker sends its own along
+            return lines[-1].partition(": ")[2]
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        return str(error) + "; make room where --out is, and give the same command again" * full
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{lines[0].partition('. ')[0]}; give a lower --batch-size or --size"
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        return f"--compile: {lines[0]}; leave it out"
+    return ""
 
 
 def alone(main: Callable[[Namespace], object]) -> Callable[[Namespace], object]:
@@ -124,12 +142,13 @@ def _locked(out: Path) -> Iterator[None]:
         try:
             if fcntl:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            other = file.read().strip() or "another process"
-            raise OSError(
-                f"--out {out}: {other} is at work there; wait for it, or give another"
-            ) from None
+        except OSError as error:  # others: of a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                other = file.read().strip() or "another process"
+                raise OSError(
+                    f"--out {out}: {other} is at work there; wait for it, or give another"
+                ) from None
         try:
             with contextlib.suppress(OSError):  # of a disk that is full
                 file.truncate(0)

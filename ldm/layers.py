@@ -77,12 +77,12 @@ class Attention(nn.Module):
         None
     """
 
-    def __init__(self, channels: int, context_dim: int, heads: int, bias: bool = False):
+    def __init__(self, channels: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=bias)
-        self.to_k = nn.Linear(context_dim, channels, bias=bias)
-        self.to_v = nn.Linear(context_dim, channels, bias=bias)
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_dim, channels, bias=False)
+        self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

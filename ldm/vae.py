@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.layers import Attention, Downsample, ResnetBlock, Upsample
+from ldm.layers import Downsample, ResnetBlock, Upsample
 
 EPS = 1e-6  # every group norm of the VAE
 
@@ -62,14 +62,8 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=EPS)
-        # its matrices alone: one head needs no splitting
-        attention = Attention(channels, channels, heads=1, bias=True)
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            attention.to_q,
-            attention.to_k,
-            attention.to_v,
-            attention.to_out,
-        )
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)

@@ -275,4 +275,6 @@ def _called(row: Row, names: tuple[str, str]) -> str:
 
 def points_between(found: Difference) -> str:
     """The ends of an interval, in points."""
+    if np.isnan(found.low):
+        return "no interval"
     return f"{100 * found.low:+.1f} to {100 * found.high:+.1f}"

@@ -38,7 +38,9 @@ def difference(found: Difference) -> str:
     """In points, with its interval and p-value."""
     text = f"{100 * found.value:+.2f} ({points_between(found)})"
     p = "p < 0.001" if found.p_value < 0.001 else f"p = {found.p_value:.3f}"
-    return text + ONE_SEED if found.over == "patients" else f"{text}, {p}"
+    if found.over == "patients":
+        return text + ONE_SEED
+    return text if np.isnan(found.p_value) else f"{text}, {p}"
 
 
 def overview(cells: Named, compared: bool, own: Own, distinct: bool = False) -> str:

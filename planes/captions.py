@@ -101,7 +101,7 @@ def _read_lists(source: Path, classes: Iterable[str] | None) -> dict[str, tuple[
             raise DatasetError(
                 f"{source}: {name} needs a list of one or more prompts, in quotation marks"
             )
-    return {name: tuple(lists[name]) for name in classes}
+    return {name: tuple(" ".join(p.splitlines()) for p in lists[name]) for name in classes}
 
 
 def choose_prompt(prompts: tuple[str, ...], seed: int) -> str:

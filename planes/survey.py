@@ -19,7 +19,7 @@ from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from harness.files import left_out, some, walk, whole_file
-from harness.flags import HelpFormatter
+from harness.flags import TEMPLATE, HelpFormatter
 from planes.datasets import Record, balanced, require_images
 from planes.leaks import same_bytes
 from planes.pictures import ImageError, bits_of, open_image
@@ -130,6 +130,8 @@ def _remarks(root: Path, site: list[Record]) -> list[str]:
         lines.append(f"fewer than {FEW} images of {', '.join(few)}: scores will say little")
     if not has_patients(site):
         lines.append("names no patients, so each image counts as one of its own")
+    elif len({record.patient for record in site}) == 1:
+        lines.append("all images are of one patient, so scores get no intervals")
     if (root / TABLE).is_file():
         if rest := sorted({*images} - {record.path for record in site}):
             lines.append(f"not in {TABLE}: {some(p.name for p in rest)} ({len(rest)})")
@@ -174,7 +176,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("source", type=Path, help="a folder of images for each class, or an images.csv")
     add("target", type=Path, nargs="?", help="another, if there is one")
-    add("--prompt-template", help='of a LoRA\'s captions, such as "an X-ray of {class}"')
+    add("--prompt-template", **TEMPLATE)
     add("--per-plane", type=int, default=0, help="images of each class that a LoRA trains on")
     add("--out", type=Path, default=Path("runs/sites"), help="folder for sites.png")
     return parser.parse_args(argv)

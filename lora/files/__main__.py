@@ -26,7 +26,7 @@ def main(args):
     """Converts a file; a mistake is one line on stderr and exit code 2, and nothing is written."""
     try:
         convert(args.source, args.out, args.to)
-    except LoRAError as error:
+    except (LoRAError, OSError) as error:
         sys.stderr.write(f"lora.files: {error}\n")
         sys.exit(2)
 

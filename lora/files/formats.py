@@ -298,7 +298,8 @@ def _checked(where: str, parts: Mapping[str, Tensor]) -> Pair:
         if part not in parts:
             raise LoRAError(f"{where}: lora_{part} is missing: the file is damaged, get it again")
     down, up = parts["down"], parts["up"]
-    rank, shapes = len(down), f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
+    rank = len(down) if down.ndim else 0
+    shapes = f"lora_down {list(down.shape)} and lora_up {list(up.shape)}"
     alpha = parts.get("alpha", torch.tensor(rank)).float()
     if not {down.dtype, up.dtype} <= {torch.float16, torch.bfloat16, torch.float32}:
         kinds = f"{down.dtype} and {up.dtype}"

@@ -4,6 +4,8 @@ OUT."""
 import argparse
 from pathlib import Path
 
+from harness.flags import seed_number
+from harness.script import run
 from planes.phantoms.phantom import write_african_layout, write_spanish_layout
 from planes.phantoms.sites import SITES
 
@@ -16,7 +18,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--out", type=Path, required=True, help="gets spanish/ (site A) and african/")
     add("--african-site", choices=SITES, default="B", help="whose phantoms african/ holds")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     return parser.parse_args(argv)
 
 
@@ -26,4 +28,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(parse_args, main)

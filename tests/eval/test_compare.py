@@ -6,6 +6,7 @@ from scipy.stats import t, ttest_ind
 
 from eval.compare import Difference, over_both, over_patients, paired_bootstrap
 from eval.metrics import METRICS, draw_patients, expanded_interval, weighted_scores
+from paper.gain import points_between
 
 
 def score(targets, predictions):
@@ -82,12 +83,22 @@ def test_the_interval_over_patients_and_its_p_value_are_these():
     assert over_patients(np.append(0.4, replicas), 20)[3] == pytest.approx(2 * level, rel=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.filterwarnings("error:All-NaN slice")
 def test_the_auc_of_a_single_class_has_no_difference_and_the_rest_has():
     zeros = np.zeros(6, int)
     found = single(zeros, np.array([1, 0, 0, 0, 0, 0]), zeros, range(6), replicates=50)
     assert np.isnan(numbers(found["auc"])).all()
     assert found["accuracy"].value == pytest.approx(1 / 6)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_patient_says_nothing_of_others(seeds):
+    targets, first, second, _ = clustered(2, 40)
+    runs = [np.stack([run] * seeds) for run in (first, second)]
+    found = paired_bootstrap(targets, runs[:1], runs[1:], ["anonymous"] * len(targets))["accuracy"]
+    assert found.value == pytest.approx((second == targets).mean() - (first == targets).mean())
+    assert np.isnan([found.low, found.high, found.p_value]).all()
+    assert points_between(found) == "no interval"
 
 
 # --- patients and seeds ---

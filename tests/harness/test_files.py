@@ -5,6 +5,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -85,6 +86,12 @@ def test_pictures_are_found_by_their_endings_without_hidden_ones_and_a_runs_own(
     assert walk(root, below=False) == (images[:2], others[1:]) and not left_out(root, [])
     with pytest.raises(FileNotFoundError):
         walk(root / "none")
+    for name in ("IM0001", "volume.nii.gz"):
+        (other / name).touch()
+    assert left_out(other, walk(other, below=False).others).endswith("IM0001, volume.nii.gz (2)")
+    os.close(os.open(os.fsencode(other) + b"/caf\xe9.png", os.O_CREAT))
+    with refused(OSError, r"png: a name that is not in UTF-8; rename it \(1 such\)", other):
+        walk(other)
 
 
 def test_a_file_is_found_by_the_name_that_a_list_of_another_system_gives_it(tmp_path):
@@ -147,7 +154,7 @@ def test_one_process_is_number_0_of_1_and_has_all_of_the_work():
 
 
 def test_flags_that_mean_nothing_are_refused():
-    assert device_name("cpu") == "cpu" and plain_text("é") == "é"
+    assert device_name("cpu") == "cpu" and plain_text("é,\r\nb") == "é, b"
     assert seed_number(str(LAST_SEED)) == 2**32 - 1
     for kind, text in ((device_name, "meta"), (device_name, "gpu"), (plain_text, "\udce9")):
         with refused(argparse.ArgumentTypeError):

@@ -1,6 +1,7 @@
 """What every script is wrapped in: the lock on --out, one line for a mistake, progress in a log."""
 
 import errno
+import io
 import os
 import runpy
 import subprocess
@@ -10,6 +11,7 @@ from argparse import Namespace
 from weakref import WeakSet
 
 import pytest
+import torch
 from shorthand import ROOT, exits, refused
 
 from harness.script import LOCK, alone, alone_in, progress, run
@@ -97,6 +99,23 @@ def test_a_run_that_writes_nothing_leaves_nothing(tmp_path):
         (Mistake("x: no such plane"), 2, "train_lora.py: x: no such plane\n"),
         (FileNotFoundError(errno.ENOENT, "no", "x"), 2, "train_lora.py: [Errno 2] no: 'x'\n"),
         (OSError(errno.ENOSPC, "full"), 2, "full; make room where --out is, and give the same"),
+        (
+            Mistake(
+                "Caught Mistake in a worker.\nOriginal Traceback (..):\n..\nMistake: x: none\n"
+            ),
+            2,
+            "train_lora.py: x: none\n",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee docs"),
+            2,
+            "train_lora.py: CUDA out of memory; give a lower --batch-size or --size\n",
+        ),
+        (
+            torch._dynamo.exc.TorchDynamoException("no C++ compiler\nSet TORCH_LOGS"),
+            2,
+            "train_lora.py: --compile: no C++ compiler; leave it out\n",
+        ),
         (KeyboardInterrupt(), 130, "\ntrain_lora.py: stopped; give the same command again\n"),
         (SystemExit(143), 143, "\ntrain_lora.py: stopped; give the same command again\n"),
     ],
@@ -111,6 +130,24 @@ def test_a_mistake_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code
         run(Namespace, main, Mistake)
     said = capsys.readouterr().err
     assert stop.value.code == code and line in said and "\n" not in said.strip()
+
+
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
+    def lockf(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with alone_in(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_letters_that_a_console_lacks_are_written_as_numbers(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    run(Namespace, lambda args: print("\u809d caf\xe9", flush=True))
+    assert console.buffer.getvalue().strip() == b"\\u809d caf\xe9"
 
 
 @pytest.mark.parametrize("size", ["2", "two"])

@@ -38,6 +38,8 @@ def test_prompts_are_the_papers_with_styles_in_detail_or_of_a_file(tmp_path):
     assert prompts_beside([tmp_path / "x" / "a.safetensors"]) == PROMPTS
     with refused(DatasetError, "of the paper's planes, not of bolt, nut"):
         read_prompts("detailed", OWN)
+    (tmp_path / "lines.json").write_text(json.dumps(OWN | {"bolt": ["a bolt,\nsharp"]}))
+    assert read_prompts(str(tmp_path / "lines.json"), OWN)["bolt"] == ("a bolt, sharp",)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,9 @@ def test_a_survey_counts_classes_and_tells_what_is_odd_once(sites, tmp_path, cap
     assert Image.open(tmp_path / "out" / "sites.png").size == (1568, 240)
     (tmp_path / "b" / "images.csv").write_text("image,class\nbar/p2/x.png,bar\ndisc/z.png,disc")
     assert "b: not in images.csv: y.png, zz.png (2)" in sites()
+    rows = ["image,class,patient", "bar/p2/x.png,bar,anonymous", "disc/z.png,disc,anonymous"]
+    (tmp_path / "b" / "images.csv").write_text("\n".join(rows))
+    assert "b: all images are of one patient, so scores get no intervals" in sites()
 
 
 @pytest.mark.parametrize(

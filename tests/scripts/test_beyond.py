@@ -51,11 +51,11 @@ def prior(tiny_model, tmp_path_factory):
     return draw(tiny_model, tmp_path_factory.mktemp("prior"))
 
 
-def first_loss(tiny_model, pairs, seed):
+def first_loss(tiny_model, images, seed):
     """The base model's mean squared error on a first batch of two images."""
-    base, paths, captions = load(tiny_model), *zip(*pairs)
+    base, paths, captions, repeats = load(tiny_model), *zip(*images)
     latents = encode_images(base.vae, (read_image(path, 64) for path in paths), seed)
-    (batch,) = Draws(latents, captions, [1] * len(pairs), 2, 1, seed)(0)
+    (batch,) = Draws(latents, captions, repeats, 2, 1, seed)(0)
     context = encode_prompts(base.tokenizer, base.text_encoder, batch.captions)
     x_t = NoiseSchedule().add_noise(batch.latents, batch.noise, batch.t)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_inversion_moves_the_embedding_of_its_token_alone_and_sampling_names_it(
     # at first the token is the word that it begins at
     inputs = read_json(tmp_path / "args.json")["inputs"]
     images = [Path(name) for name in inputs if name.endswith(".png")]
-    pairs = [(path, f"ultrasound a_{path.parent.name}") for path in images]
+    pairs = [(path, f"ultrasound a_{path.parent.name}", 1) for path in images]
     assert losses(tmp_path)[0] == pytest.approx(first_loss(tiny_model, pairs, 0), abs=2e-6)
 
     flags = ["--embedding", tmp_path / "embedding.safetensors"]
@@ -99,8 +99,8 @@ def test_dreambooth_moves_a_and_b_alone_and_prior_images_weigh_in(
     flags = f"--images {folder} --token sks --prior {prior} --prior-weight 0.5 --rank 2 --seed 4"
     names = changed_by(beyond, line_of(tiny_model, "dreambooth", tmp_path, flags))
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in names} == {"A", "B"}
-    pairs = [(i.path, f"sks {i.caption}") for i in read_captioned_folder(folder)]
-    drawn = [(i.path, i.caption) for i in prior_images(prior)]
+    pairs = [(i.path, f"sks {i.caption}", i.repeats) for i in read_captioned_folder(folder)]
+    drawn = [(i.path, i.caption, 1) for i in prior_images(prior)]
     loss = first_loss(tiny_model, pairs, 4) + 0.5 * first_loss(tiny_model, drawn, 5)
     assert losses(tmp_path)[0] == pytest.approx(loss, abs=2e-6) and len(losses(tmp_path)) == 3
     lora = ["--lora", tmp_path / "lora.safetensors", "--rare-token", "sks"]

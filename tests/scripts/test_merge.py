@@ -76,13 +76,17 @@ def single(make_lora, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_merged_file_draws_what_the_model_draws_and_says_what_it_is(single, tmp_path):
+def test_a_merged_file_draws_what_the_model_draws_and_says_what_it_is(single, tmp_path, capsys):
     base, lora = single / "base.safetensors", single / "fetal.safetensors"
     out = tmp_path / "merged.safetensors"
     words = ["--tokenizer", MINI / "tokenizer"]
     merge(base, lora, "--strength", 0.5, "--out", out, *words)
     words += ["--size", 64, "--model"]
     pixels = drawn(tmp_path / "a", *words, out)
+    assert "sample.py --prompts" not in capsys.readouterr().out
+    (tmp_path / "prompts.json").write_text("{}")
+    merge(base, shutil.copy(lora, tmp_path), "--out", tmp_path / "own.safetensors", *words[:2])
+    assert f"sample.py --prompts {tmp_path / 'prompts.json'}" in capsys.readouterr().out
     applied = drawn(tmp_path / "b", *words, base, "--lora", lora, "--lora-weight", 0.5)
     assert apart(pixels, applied) <= 1 < apart(pixels, drawn(tmp_path / "c", *words, base))
     with safe_open(out, "pt") as file:

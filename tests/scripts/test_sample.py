@@ -213,6 +213,11 @@ def test_a_run_of_another_plane_leaves_the_rows_of_images_that_are_there(tiny_mo
     draw(tiny_model, tmp_path, *few, "thorax")
     names = [row["image"] for row in table(tmp_path / "manifest.csv")]
     assert names == ["brain/euler_200000.png", "thorax/euler_600000.png"]
+    draw(tiny_model, tmp_path, *few, "thorax", "thorax")  # told twice, listed once
+    assert [row["image"] for row in table(tmp_path / "manifest.csv")] == names
+    (tmp_path / "args.json").write_text('{"arguments": {"rank": 8}}')  # of train_lora.py
+    with refused(FileExistsError, "holds a run, whose record would go; give another"):
+        draw(tiny_model, tmp_path, *few, "thorax")
 
 
 @pytest.mark.slow

@@ -293,13 +293,19 @@ def test_a_sheet_shows_eight_captions_at_most_and_long_ones_are_said(
 
 
 @pytest.mark.slow
-def test_another_sites_classes_leave_their_prompts_beside_the_lora(tiny_model, folder, tmp_path):
+def test_another_sites_classes_leave_their_prompts_beside_the_lora(
+    tiny_model, folder, tmp_path, capsys
+):
     flags = (
         f"--source {folder} --prompt-template an_x_of_{{class}} --per-plane 2 --repeats 1 --rank 2"
     )
     main(parse_args(f"--model {tiny_model} --device cpu --out {tmp_path} {flags}".split()))
     said = read_json(tmp_path / "prompts.json")
     assert said["1_fetal femur"] == ["an_x_of_1_fetal femur"] and len(said) == 2
+    # a later run on other images leaves none, and what cannot be sampled is a line
+    train(tiny_model, folder, tmp_path, "--overwrite --repeats 1 --rank 2 --guidance-scale inf")
+    assert not (tmp_path / "prompts.json").exists() and (tmp_path / "lora.safetensors").exists()
+    assert "no samples of step" in capsys.readouterr().out
 
 
 PAPER = {
