@@ -120,7 +120,7 @@ class Gain:
     def verdict(self) -> str:
         found = self.accuracy
         if found.over == "patients":
-            return "inconclusive, as one seed cannot tell"
+            return "one seed cannot tell"
         return "helped" if found.low > 0 else "did harm" if found.high < 0 else "inconclusive"
 
 
@@ -187,14 +187,14 @@ def answer(
     if not told:
         words = "Whether synthetic images help is not told by these models."
         return [first, words, _best(cells, names)]
-    said = [_found(gain, scores, compared) for gain in told.values()]
+    seeds = sorted({gain.seeds for gain in told.values()})
+    many = seeds[-1] > 1
+    said = [_found(gain, scores, compared, many) for gain in told.values()]
     if real and drawn:
         ends = (f"{100 * scores[rows[0]]:.1f} %" for rows in (real, drawn))
-        best = "The best mean over seeds is {} without synthetic images, {} with them."
-        said.append(best.format(*ends))
-    seeds = sorted({gain.seeds for gain in told.values()})
+        best = "The best {} is {} without synthetic images, {} with them."
+        said.append(best.format("mean over seeds" if many else "row", *ends))
     networks = sorted({len(gain.classifiers) for gain in told.values()})
-    many = seeds[-1] > 1
     over = f"{units} and {' or '.join(map(str, seeds))} seeds" if many else f"{units} alone"
     if networks[-1] > 1:
         over += f", averaged over {' or '.join(map(str, networks))} networks"
@@ -203,11 +203,13 @@ def answer(
         f"In brackets: the difference and its 95 % interval, in points, over {over}. {kept} are"
         " taken as they are: what making them anew would change is in no interval."
     )
+    if not many:
+        sure = f"One seed cannot tell: another may turn any of these differences. {sure}"
     return [first, " ".join(said), sure, _best(cells, names)]
 
 
-def _found(gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
-    """What was found, in a sentence."""
+def _found(gain: Gain, scores: Mapping[Row, float], compared: bool, judged: bool) -> str:
+    """What was found, in a sentence. judged: with the verdict on it."""
     sides = gain.step.data, gain.step.baseline
     right = (np.mean([scores[data, c] for c in gain.classifiers]) for data in sides)
     ours, other = (f"{100 * share:.1f} %" for share in right)
@@ -215,7 +217,7 @@ def _found(gain: Gain, scores: Mapping[Row, float], compared: bool) -> str:
     published = f"; published {100 * gain.published:+.2f}" * (together and compared)
     before = f"{other} with all real images" if together else other
     return (
-        f"{gain.step.said}: {gain.verdict}, from {before} to {ours} right"
+        f"{gain.step.said}: {f'{gain.verdict}, ' * judged}from {before} to {ours} right"
         f" ({100 * gain.accuracy.value:+.1f}; {points_between(gain.accuracy)}{published})."
     )
 
