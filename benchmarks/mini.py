@@ -22,13 +22,15 @@ from tqdm import tqdm
 # a script sees its own folder, not the repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from classify import ClassifyError
 from classify.data import PlaneImages, batches
 from classify.models import build, load, save
 from classify.train import MOMENTUM, predict, train_epoch
 from harness.flags import HelpFormatter
+from harness.script import run
 from ldm.mini.scenes import scene
 from planes import PLANES
-from planes.datasets import Record, read_spanish, read_synthetic
+from planes.datasets import DatasetError, Record, read_spanish, read_synthetic
 from planes.phantoms.phantom import write_spanish_layout
 from planes.phantoms.sites import Site
 from planes.style import BRIGHTNESS, CONTRAST, middle
@@ -144,4 +146,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run(parse_args, main, ClassifyError, DatasetError)

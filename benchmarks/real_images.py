@@ -20,13 +20,18 @@ from pathlib import Path
 # a script sees its own folder, not the repository
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from classify import ClassifyError
+from harness import script
 from harness.files import folder_hash, sha256, write_text
 from harness.flags import HelpFormatter
-from ldm import MINI
+from ldm import MINI, CheckpointError
+from lora import LoRAError
 from paper.plan import DATA, EMBEDDED, Row
 from paper.report import Context, build
 from paper.results import Result, compare, read_result, row_folder
 from paper.stages import Stages
+from planes.datasets import DatasetError
+from samplers import SamplerError
 
 CLASSIFIER = "mobilenet_v2"
 TRAIN_LORA = (  # 1,000 steps; reproduce.py's own, on phantoms, learns the convolutions too
@@ -119,4 +124,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    mistakes = CheckpointError, ClassifyError, DatasetError, LoRAError, SamplerError
+    script.run(parse_args, main, *mistakes)
