@@ -20,7 +20,13 @@ def pytest_cmdline_main(config):
         options.loadscopereorder = False
 
 
-LONGEST = ("test_reproduce.py", "test_pretrain.py", "test_processes.py", "test_fuzz.py")
+LONGEST = [
+    "test_launch.py",
+    "test_reproduce.py",
+    "test_pretrain.py",
+    "test_processes.py",
+    "test_fuzz.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -62,17 +62,20 @@ def sites(tmp_path):
 def test_one_process_and_two_make_the_same_report_and_one_that_is_stopped_goes_on_to_it(
     sites, tiny_model
 ):
+    began = time.monotonic()
     said, alone = finish(sites, tiny_model, "--processes", "1")
+    took = time.monotonic() - began
     assert said.startswith("1 process at work, as --processes says, each with 1 thread; load of")
     (sites / "run").rename(sites / "alone")
     rng, stopped = random.Random(), 0
     for number in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
         run = start(sites, tiny_model, ("--processes", "2"))
         begun = next(line for line in run.stdout if line.startswith("stage "))
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, took / 4))
         # one of those that work, or the first, which passes it on or is missed by them
         others = [pid for pid in alive(sites) if pid != run.pid]
-        target = rng.choice(others) if number == signal.SIGKILL and not stopped % 2 else run.pid
+        worker = number == signal.SIGKILL and not stopped % 2
+        target = rng.choice(others) if worker and others else run.pid
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(target, number)
         said, _ = run.communicate()
