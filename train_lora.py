@@ -35,7 +35,7 @@ from harness.flags import (
     require_at_least,
     seed_number,
 )
-from harness.record import record_run, refuse_to_replace
+from harness.record import arguments_of, record_run, refuse_to_replace
 from harness.resume import SaveTimes, rate_share, read_state, write_state
 from harness.script import alone, progress, run
 from ldm import CheckpointError
@@ -352,6 +352,7 @@ def save_sheet(
             except torch.OutOfMemoryError:  # beside a training that fills the card
                 pixels = decode_images(model.vae.to("cpu"), x0)
         except (SamplerError, ImageError) as error:
+            model.vae.to("cpu")
             return print(f"no samples of step {step}: {error}")
         rows.append(torch.cat(list(pixels), dim=1))
     model.vae.to("cpu")
@@ -373,12 +374,12 @@ def save_curves(args, rows: list[tuple]) -> None:
 
 
 def keep_prompts(args) -> None:
-    """prompts.json: what the classes of --source are called, which sample.py then draws; none of an
-    earlier run."""
+    """prompts.json: what the classes of --source are called, which sample.py then draws; an earlier
+    run's goes."""
     if args.source:
         classes = classes_of(read_site(args.source, "source", train=True))
         write_prompts(args.out, prompts_of(classes, args.prompt_template))
-    else:
+    elif arguments_of(args.out).get("source"):
         (args.out / PROMPTS_FILE).unlink(missing_ok=True)
 
 
