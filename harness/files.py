@@ -90,11 +90,12 @@ def sha256_of_all(paths: Iterable[Path]) -> str:
 
 
 def folder_hash(path: Path) -> str:
-    """One hash of a file, or of all files in a folder and of their names; hidden ones do not
-    count."""
+    """One hash of a file, or of all files in a folder and of their names. Hidden files, notes and
+    code do not count: the embedded model's lie beside it."""
     if path.is_file():
         return sha256(path)
-    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    other = ".md", ".py", ".pyc"
+    files = sorted(f for f in path.rglob("[!.]*") if f.is_file() and f.suffix not in other)
     lines = (f"{file.relative_to(path)} {sha256(file)}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -62,8 +62,8 @@ def test_files_appear_when_all_of_them_are_whole(tmp_path):
 
 def test_hashes_are_of_contents_in_order_and_of_a_folders_names(tmp_path):
     (tmp_path / "x").mkdir()
-    a, b, hidden = tmp_path / "a", tmp_path / "x" / "b", tmp_path / "x" / ".c"
-    for path in (a, b, hidden):
+    a, b, *uncounted = (tmp_path / name for name in ("a", "x/b", "x/.c", "x/R.md", "s.py", "s.pyc"))
+    for path in (a, b, *uncounted):
         path.write_text(path.name)
     assert sha256(a) == folder_hash(a) == digest("a")
     assert sha256_of_all([b, a]) == digest(digest("b") + digest("a"))
