@@ -38,7 +38,8 @@ def drawn(out, *words):
 
 
 def apart(pixels, others) -> int:
-    """The largest difference in grey levels; (W + BA) x and W x + BA x are rounded otherwise."""
+    """The largest difference in grey levels. Equal weights may round otherwise where they lie at
+    other addresses, as in a mapped file: a CPU's kernels depend on alignment."""
     return abs(pixels - others).max()
 
 
@@ -49,7 +50,7 @@ def test_a_merged_folder_draws_what_the_model_draws_with_its_loras(
     out, weights = tmp_path / "merged", (0.8, -0.5)
     merge(tiny_model, *loras, "--strength", *weights, "--out", out)
     flags = ["--model", tiny_model, "--lora", *loras, "--lora-weight", *weights]
-    assert apart(drawn(tmp_path / "a", "--model", out), drawn(tmp_path / "b", *flags)) <= 1
+    assert apart(drawn(tmp_path / "a", "--model", out), drawn(tmp_path / "b", *flags)) == 0
     assert "was trained with clip skip 2" in capsys.readouterr().out  # as sampling says
     (tmp_path / "prompts.json").write_text("{}")
     merge(tiny_model, shutil.copy(loras[1], tmp_path), "--out", tmp_path / "again")
@@ -81,6 +82,11 @@ def test_a_merged_file_draws_what_the_model_draws_and_says_what_it_is(single, tm
     out = tmp_path / "merged.safetensors"
     words = ["--tokenizer", MINI / "tokenizer"]
     merge(base, lora, "--strength", 0.5, "--out", out, *words)
+    merged, model = (load(path, tokenizer=str(words[1])) for path in (out, base))
+    load_loras([(lora, 0.5)], {"lora_unet": model.unet, "lora_te": model.text_encoder})
+    weights = merged.networks.state_dict()
+    for name, weight in model.networks.state_dict().items():
+        assert torch.equal(weights[name], weight)
     words += ["--size", 64, "--model"]
     pixels = drawn(tmp_path / "a", *words, out)
     assert "sample.py --prompts" not in capsys.readouterr().out
